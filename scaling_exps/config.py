@@ -1,0 +1,226 @@
+"""The configuration: its schema, and its composition by Hydra. The only module that knows Hydra and OmegaConf."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import sys
+import tempfile
+from dataclasses import dataclass, fields, is_dataclass
+from pathlib import Path
+from typing import Any
+
+_HERE = Path(__file__).resolve().parent
+CONF = next(p for p in (_HERE / "conf", _HERE.parent / "conf") if p.is_dir())  # in the wheel, or in a checkout
+
+
+class ConfigError(ValueError):
+    """What the user typed cannot be composed; the message says what is allowed."""
+
+
+@dataclass
+class Optimizer:
+    name: str
+    family: str  # adaptive | sgd: which rules fit, and what one step's continuous time is
+    rule: str  # the default rule
+    decoupled: bool  # weight decay outside the gradient
+
+
+@dataclass
+class Dataset:
+    name: str
+    path: str | None
+    train_size: int
+    test_size: int
+    shape: list[int]  # height, width, channels
+    classes: int
+    mean: list[float]
+    std: list[float]
+    shift: int  # pixels of the padded crop
+    flip: bool
+    label_noise: float
+
+
+@dataclass
+class Recipe:
+    """The tuned reference point. Exactly one of `epochs` and `samples`; fractions are of that duration."""
+
+    batch: int
+    micro_batch: int
+    lr: float
+    betas: list[float]
+    eps: float
+    weight_decay: float
+    epochs: float | None
+    samples: int | None
+    warmup_fraction: float
+    warmup: str
+    warmup_from: float
+    decay: str
+    milestones_fraction: list[float]
+    gamma: float
+    freeze_last: bool
+
+
+@dataclass
+class Launch:
+    name: str
+    devices: int | str
+    parallel: int
+    compile: bool
+
+
+@dataclass
+class Measure:
+    evaluations: int
+    train_records: int
+    statistics_samples: int
+
+
+@dataclass
+class Checkpoint:
+    minutes: float
+
+
+@dataclass
+class Config:
+    model: dict[str, Any]  # name and the options of that network
+    dataset: Dataset
+    optimizer: Optimizer
+    recipe: Recipe
+    launch: Launch
+    measure: Measure
+    checkpoint: Checkpoint
+    batch: int | list[int] | None
+    seed: int | list[int]
+    rule: str | list[str]
+    svag: int
+    precision: str
+    logger: str
+    runs_dir: str
+    experiment: str | None = None
+
+
+def compose(argv: list[str]) -> list[Config]:
+    """Let Hydra read `argv` (overrides and Hydra's own flags) and return one Config per `-m` combination.
+
+    Flags that only print (`--help`, `--cfg job`, ...) print and return an empty list.
+
+    Raises:
+        ConfigError: unknown group, option or key, or a value of the wrong type.
+    """
+    for word in argv:
+        if re.match(r"\+{1,2}(?!hydra)|~(?!hydra)", word):
+            raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig, OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    configs: list[Config] = []
+
+    def collect(cfg: DictConfig) -> None:
+        raw = OmegaConf.to_container(cfg, resolve=True)
+        assert isinstance(raw, dict)
+        raw["experiment"] = HydraConfig.get().runtime.choices.get("experiment")
+        configs.append(_typed(Config, raw, ""))
+
+    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+    with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
+        first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
+        folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
+        sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
+        os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
+        try:
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
+        except (HydraException, OmegaConfBaseException) as e:
+            raise ConfigError(_explain(e)) from e
+        finally:
+            sys.argv = saved[0]
+            if saved[1] is None:
+                del os.environ["HYDRA_FULL_ERROR"]
+            else:
+                os.environ["HYDRA_FULL_ERROR"] = saved[1]
+    return configs
+
+
+def _explain(error: Exception) -> str:
+    text = str(error).split("\nSee https://")[0].strip()
+    if key := re.search(r"Could not override '([^']+)'", text):
+        return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
+    if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
+        folder = CONF / group[1]
+        options = sorted(p.stem for p in folder.glob("*.yaml"))
+        if group[1] == "recipe":
+            return (
+                f"no recipe {group[2]!r} (dataset-model-optimizer); there are: {', '.join(options)}. "
+                "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
+            )
+        close = difflib.get_close_matches(group[2], options, 1)
+        return f"unknown {group[1]} {group[2]!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+    return text.splitlines()[0] if text else repr(error)
+
+
+def _did_you_mean(close: list[str]) -> str:
+    return f" (did you mean {close[0]!r}?)" if close else ""
+
+
+def _nearest_key(word: str) -> str:
+    key = word.split("=")[0].split("@")[0]
+    hints = {f.name: f.type for f in fields(Config)}
+    sub = {n: [f"{n}.{f.name}" for f in fields(globals()[str(t)])] for n, t in hints.items() if str(t) in globals()}
+    known = [*hints, *(k for keys in sub.values() for k in keys)]
+    close = difflib.get_close_matches(key, known, 1, 0.5)
+    section = key.split(".")[0]
+    allowed = sub.get(section, list(hints))
+    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {', '.join(allowed)}"
+
+
+def _typed(kind: Any, raw: dict[str, Any], where: str) -> Any:
+    """Build the dataclass `kind` from plain values, refusing unknown keys, missing ones and wrong types."""
+    import typing
+
+    hints = typing.get_type_hints(kind)
+    unknown = sorted(set(raw) - set(hints))
+    if unknown:
+        close = difflib.get_close_matches(unknown[0], hints, 1)
+        raise ConfigError(f"unknown key {where + unknown[0]!r}{_did_you_mean(close)}; allowed: {', '.join(hints)}")
+    missing = [f.name for f in fields(kind) if f.name not in raw]
+    if missing:
+        raise ConfigError(f"missing key {where + missing[0]!r}")
+    return kind(**{k: _value(hints[k], raw[k], where + k) for k in hints})
+
+
+def _value(kind: Any, value: Any, key: str) -> Any:
+    import types
+    import typing
+
+    if is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError(f"{key}={value!r} must be a group of keys, or the name of an option of the group {key!r}")
+        return _typed(kind, value, key + ".")
+    origin, args = typing.get_origin(kind), typing.get_args(kind)
+    if origin in (typing.Union, types.UnionType):
+        for option in args:
+            try:
+                return _value(option, value, key)
+            except ConfigError:
+                continue
+    elif origin is list:
+        if isinstance(value, list):
+            return [_value(args[0], v, key) for v in value]
+    elif kind is type(None):
+        if value is None:
+            return None
+    elif kind is bool or origin is dict:
+        if isinstance(value, origin or kind):
+            return value
+    elif kind is float:
+        if isinstance(value, int | float) and not isinstance(value, bool):
+            return float(value)
+    elif isinstance(value, kind) and not isinstance(value, bool):
+        return value
+    name = getattr(kind, "__name__", str(kind)) if origin is None else str(kind)
+    raise ConfigError(f"{key}={value!r} must be {name}")

@@ -1,0 +1,164 @@
+"""Optimizers, and schedules as multipliers of sample time.
+
+Dialects, said once:
+
+    name            class                  betas            v in the step   bias correction   v at the start
+    adam            torch.optim.Adam       (beta1, beta2)   new             yes               0
+    adamw           torch.optim.AdamW      (beta1, beta2)   new             yes               0
+    rmsprop         torch.optim.Adam       (0, beta)        new             yes               0
+    paper_adam      PaperAdam              (beta1, beta2)   OLD             yes               0 (no step at k = 0)
+    paper_rmsprop   PaperRMSprop           (beta,)          OLD             no                given, or g_0^2
+    sgd             torch.optim.SGD        (momentum,)
+
+eps stands outside the square root in all of them; decay is L2 inside the gradient except in adamw.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from scaling_exps.plan import Schedule
+from scaling_exps.rules import Hyper
+
+
+class PaperRMSprop(torch.optim.Optimizer):
+    """RMSprop of Malladi et al. 2022 (Def. 2.3):
+
+        theta_{k+1} = theta_k - lr g_k / (sqrt(v_k) + eps),   v_{k+1} = beta v_k + (1 - beta) g_k^2
+
+    Args:
+        params: tensors of any shape; coordinates are independent, so a leading axis of paths is fine.
+        lr, beta, eps, weight_decay: >= 0; weight_decay is L2, added to the gradient.
+        v0: the second moment at k = 0 (a number, for every coordinate); None takes g_0^2.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float,
+        beta: float,
+        eps: float,
+        weight_decay: float = 0.0,
+        v0: float | None = None,
+    ) -> None:
+        super().__init__(params, {"lr": lr, "beta": beta, "eps": eps, "weight_decay": weight_decay, "v0": v0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            params, grads = _with_gradients(group)
+            if not params:
+                continue
+            for p, g in zip(params, grads, strict=True):
+                if not self.state[p]:
+                    self.state[p]["v"] = g * g if group["v0"] is None else torch.full_like(p, group["v0"])
+            vs = [self.state[p]["v"] for p in params]
+            denominator = torch._foreach_sqrt(vs)
+            torch._foreach_add_(denominator, group["eps"])
+            torch._foreach_addcdiv_(params, grads, denominator, -group["lr"])
+            torch._foreach_mul_(vs, group["beta"])
+            torch._foreach_addcmul_(vs, grads, grads, 1 - group["beta"])
+        return loss
+
+
+class PaperAdam(torch.optim.Optimizer):
+    """Adam of Malladi et al. 2022 (Def. 2.4): NEW m over OLD v.
+
+        m_{k+1} = beta1 m_k + (1 - beta1) g_k,   v_{k+1} = beta2 v_k + (1 - beta2) g_k^2
+        theta_{k+1} = theta_k - lr [m_{k+1} / (1 - beta1^{k+1})] / (sqrt(v_k / (1 - beta2^k)) + eps)
+
+    At k = 0 the denominator is 0/0: the moments move and the parameters do not.
+
+    Args:
+        params: tensors of any shape.
+        lr, betas, eps, weight_decay: as in PaperRMSprop.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "k": 0})
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            params, grads = _with_gradients(group)
+            if not params:
+                continue
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+            ms, vs = ([self.state[p][name] for p in params] for name in "mv")
+            (beta1, beta2), k = group["betas"], group["k"]
+            torch._foreach_lerp_(ms, grads, 1 - beta1)
+            if k > 0:
+                denominator = torch._foreach_div(vs, 1 - beta2**k)
+                torch._foreach_sqrt_(denominator)
+                torch._foreach_add_(denominator, group["eps"])
+                torch._foreach_addcdiv_(params, ms, denominator, -group["lr"] / (1 - beta1 ** (k + 1)))
+            torch._foreach_mul_(vs, beta2)
+            torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
+            group["k"] = k + 1
+        return loss
+
+
+def _evaluate(closure: Callable[[], float] | None) -> float | None:
+    if closure is None:
+        return None
+    with torch.enable_grad():
+        return closure()
+
+
+def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
+    params = [p for p in group["params"] if p.grad is not None]
+    grads = [p.grad for p in params]
+    if params and group["weight_decay"]:
+        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+    return params, grads
+
+
+def build(name: str, params: Iterable[Tensor], hyper: Hyper) -> torch.optim.Optimizer:
+    """The optimizer called `name` (see the table above) over `params` with exactly `hyper`."""
+    params = [p for p in params if p.requires_grad]
+    lr, betas, eps, decay = hyper.lr, hyper.betas, hyper.eps, hyper.weight_decay
+    if name in ("adam", "rmsprop"):
+        return torch.optim.Adam(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
+    if name == "adamw":
+        return torch.optim.AdamW(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
+    if name == "paper_adam":
+        return PaperAdam(params, lr, (betas[0], betas[1]), eps, decay)
+    if name == "paper_rmsprop":
+        return PaperRMSprop(params, lr, betas[0], eps, decay)
+    assert name == "sgd", name
+    return torch.optim.SGD(params, lr, betas[0], weight_decay=decay, fused=True)
+
+
+def multiplier(schedule: Schedule, samples: float) -> float:
+    """The learning rate at `samples` seen, as a share of its peak; a function of nothing else.
+
+    Args:
+        schedule: warm-up and decay, in samples.
+        samples: >= 0; a step asks at the middle of the samples it covers, so that the integral of the
+            rate over the same samples agrees between batch sizes to second order.
+    """
+    if samples < schedule.warmup_samples:
+        share = samples / schedule.warmup_samples
+        if schedule.warmup == "geometric":
+            return schedule.warmup_from ** (1 - share)
+        return schedule.warmup_from + (1 - schedule.warmup_from) * share
+    if schedule.decay == "milestones":
+        return schedule.gamma ** sum(samples >= m for m in schedule.milestones)
+    if schedule.decay == "cosine":
+        share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
+        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+    if schedule.decay == "inverse_sqrt":
+        return math.sqrt(max(1.0, schedule.warmup_samples) / samples) if samples else 1.0
+    assert schedule.decay == "constant", schedule.decay
+    return 1.0

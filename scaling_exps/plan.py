@@ -1,0 +1,396 @@
+"""Config -> RunSpec: batch arithmetic, durations -> steps, the rule applied once, the run id.
+
+A RunSpec is what `run.json` holds. Its science half is everything that decides the numbers a run
+produces, and its hash is the run id; placement and provenance (which rule, from which base) are not in it.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import itertools
+import json
+import math
+import os
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from scaling_exps import rules
+from scaling_exps.config import Config
+from scaling_exps.rules import Hyper
+
+VERSION = 1  # of run.json
+BETAS = {"adam": 2, "adamw": 2, "rmsprop": 2, "paper_adam": 2, "paper_rmsprop": 1, "sgd": 1}
+WARMUPS = ("geometric", "linear")
+DECAYS = ("constant", "milestones", "cosine", "inverse_sqrt")
+PRECISIONS = ("float32", "bfloat16")
+MAX_BATCH = 2**24
+
+
+class PlanError(ValueError):
+    """One or more runs of the list cannot be run as asked; the message lists every fault."""
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Multiplier of the learning rate, in samples of plain training (see `optim.multiplier`)."""
+
+    total_samples: int
+    warmup_samples: float
+    warmup: str  # geometric | linear
+    warmup_from: float  # share of the peak at the first sample
+    decay: str  # constant | milestones | cosine | inverse_sqrt
+    milestones: tuple[float, ...]  # samples
+    gamma: float
+
+
+@dataclass(frozen=True)
+class Measure:
+    """What is recorded, and how often."""
+
+    evaluations: int
+    train_records: int
+    statistics_samples: int
+
+
+@dataclass(frozen=True)
+class Science:
+    """Everything that decides the numbers. Two runs with equal Science are one run."""
+
+    model: dict[str, Any]
+    dataset: dict[str, Any]
+    optimizer: str
+    family: str
+    hyper: Hyper  # what is executed: after the rule and after SVAG
+    schedule: Schedule
+    svag: int
+    batch: int
+    micro_batch: int
+    steps: int
+    precision: str
+    freeze_last: bool
+    measure: Measure
+    seed: int
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How a recipe led to this run. At kappa = 1 a run is the base of every arm."""
+
+    rule: str
+    kappa: float
+    base: dict[str, Any]  # batch, lr, betas, eps, weight_decay, steps, warmup_steps, samples
+    base_run_id: str
+
+
+@dataclass(frozen=True)
+class Placement:
+    world_size: int
+    micro_batch: int
+    accumulation: int  # micro-batches a process adds up before its step, each draw counted
+    compile: bool
+    checkpoint_minutes: float
+
+
+@dataclass(frozen=True)
+class RunSpec:
+    science: Science
+    placement: Placement
+    arms: tuple[Arm, ...]
+    dataset_path: str | None
+    experiment: str | None
+    logger: str
+    notes: tuple[str, ...]
+
+    @property
+    def run_id(self) -> str:
+        return run_id(self.science)
+
+    @property
+    def draws(self) -> int:
+        """Independent mini-batches a step: 2 under SVAG, else 1."""
+        return 1 if self.science.svag == 1 else 2
+
+    @property
+    def stretch(self) -> int:
+        """Steps for what plain training does in one: SVAG's l^2 (l for SGD)."""
+        return self.science.svag ** (2 if self.science.family == "adaptive" else 1)
+
+    def samples(self, step: int) -> int:
+        """Samples of the stream consumed after `step` steps."""
+        return step * self.science.batch * self.draws
+
+    def clock(self, step: float) -> float:
+        """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
+        return step * self.science.batch / self.stretch
+
+    def to_json(self) -> dict[str, Any]:
+        return {"version": VERSION, "run_id": self.run_id, **asdict(self)}
+
+    @staticmethod
+    def from_json(raw: dict[str, Any]) -> RunSpec:
+        """Inverse of `to_json`.
+
+        Raises:
+            PlanError: written by another version, or edited: the run id no longer fits the science.
+        """
+        if raw.get("version") != VERSION:
+            raise PlanError(
+                f"run.json has version {raw.get('version')!r}, this scalerun reads version {VERSION}: "
+                "use the scalerun that wrote it, or another runs_dir"
+            )
+        try:
+            s = dict(raw["science"])
+            s["hyper"] = Hyper(**{**s["hyper"], "betas": tuple(s["hyper"]["betas"])})
+            s["schedule"] = Schedule(**{**s["schedule"], "milestones": tuple(s["schedule"]["milestones"])})
+            s["measure"] = Measure(**s["measure"])
+            spec = RunSpec(
+                science=Science(**s),
+                placement=Placement(**raw["placement"]),
+                arms=tuple(Arm(**a) for a in raw["arms"]),
+                dataset_path=raw["dataset_path"],
+                experiment=raw["experiment"],
+                logger=raw["logger"],
+                notes=tuple(raw["notes"]),
+            )
+        except (KeyError, TypeError) as e:
+            raise PlanError(f"run.json is not one that this scalerun wrote ({type(e).__name__}: {e})") from e
+        if spec.run_id != raw["run_id"]:
+            raise PlanError(
+                f"run.json says run id {raw['run_id']} but describes {spec.run_id}: it was edited; plan anew"
+            )
+        return spec
+
+
+def run_id(science: Science) -> str:
+    """Hash of the science: 12 hexadecimal digits. Floats count to 12 significant digits, so that two ways to
+    the same hyperparameters (kappa = 4, or 2 twice) are one run."""
+    text = json.dumps(_rounded(asdict(science)), sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()[:12]
+
+
+def _rounded(value: Any) -> Any:
+    if isinstance(value, float):
+        return float(f"{value:.12g}")
+    if isinstance(value, dict):
+        return {k: _rounded(v) for k, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_rounded(v) for v in value]
+    return value
+
+
+def plan(configs: list[Config]) -> list[RunSpec]:
+    """Expand the lists of every config, apply the rule, and check the whole sweep.
+
+    Runs that turn out to be the same science are one RunSpec with several arms. Order is kept.
+
+    Raises:
+        PlanError: with every fault of every run, one a line.
+    """
+    runs: dict[str, RunSpec] = {}
+    faults: dict[str, None] = {}  # an ordered set: a fault shared by several seeds is told once
+    for config in configs:
+        batches = config.batch if isinstance(config.batch, list) else [config.batch]
+        seeds = config.seed if isinstance(config.seed, list) else [config.seed]
+        names = config.rule if isinstance(config.rule, list) else [config.rule]
+        for key, values in (("batch", batches), ("seed", seeds), ("rule", names)):
+            if not values:
+                faults[f"{key}=[] is empty: give at least one value"] = None
+        for batch, rule, seed in itertools.product(batches, names, seeds):
+            try:
+                spec = plan_one(config, config.recipe.batch if batch is None else batch, rule, seed)
+            except (PlanError, rules.RuleError) as e:
+                faults[f"batch={batch} rule={rule}: {e}"] = None
+                continue
+            known = runs.get(spec.run_id)
+            if known is not None:
+                arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
+                spec = RunSpec(**{**{k: getattr(known, k) for k in known.__dataclass_fields__}, "arms": arms})
+            runs[spec.run_id] = spec
+    if faults:
+        raise PlanError("\n".join(faults))
+    return list(runs.values())
+
+
+def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
+    """One run at one batch size, rule and seed; PlanError or RuleError if it cannot be."""
+    _check(config, batch, seed)
+    r, o = config.recipe, config.optimizer
+    family: rules.Family = "adaptive" if o.family == "adaptive" else "sgd"
+    rule = rules.find(rule_name, family)
+    base = Hyper(r.lr, tuple(r.betas), r.eps, r.weight_decay)
+    kappa = batch / r.batch
+    scaled = rule.scale(base, kappa, base_batch=r.batch)
+
+    def science(hyper: Hyper, batch: int, svag: int) -> Science:
+        hyper, stretch = rules.svag(hyper, svag, family)
+        total = r.samples if r.samples is not None else round((r.epochs or 0) * config.dataset.train_size)
+        dataset = asdict(config.dataset)
+        del dataset["path"]  # where the data lies is not what it is
+        return Science(
+            model=config.model,
+            dataset=dataset,
+            optimizer=o.name,
+            family=family,
+            hyper=hyper,
+            schedule=Schedule(
+                total, r.warmup_fraction * total, r.warmup, r.warmup_from, r.decay,
+                tuple(m * total for m in r.milestones_fraction), r.gamma,
+            ),
+            svag=svag,
+            batch=batch,
+            micro_batch=min(r.micro_batch, batch),
+            steps=max(1, round(total / batch)) * stretch,
+            precision=config.precision,
+            freeze_last=r.freeze_last,
+            measure=Measure(**asdict(config.measure)),
+            seed=seed,
+        )  # fmt: skip
+
+    mine, base_run = science(scaled, batch, config.svag), science(base, r.batch, 1)
+    micro = mine.micro_batch
+    if batch % micro:
+        low = batch // micro * micro
+        raise PlanError(
+            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {low} and {low + micro}"
+            + (
+                " (the network normalises over the micro-batch, so it is part of the recipe)"
+                if _batch_norm(config)
+                else ""
+            )
+        )
+    world = _world_size(config.launch.devices, batch // micro)
+    draws = 1 if config.svag == 1 else 2
+    return RunSpec(
+        science=mine,
+        placement=Placement(
+            world, micro, batch // micro // world * draws, config.launch.compile, config.checkpoint.minutes
+        ),
+        arms=(Arm(rule_name, kappa, _summary(base_run, base, 1), run_id(base_run)),),
+        dataset_path=config.dataset.path,
+        experiment=config.experiment,
+        logger=config.logger,
+        notes=tuple(_notes(config, rule, kappa, batch)),
+    )
+
+
+def describe(spec: RunSpec) -> list[dict[str, Any]]:
+    """The contract of `scalerun plan --json`: one object for each arm of the run."""
+    s = spec.science
+    return [
+        {
+            "run_id": spec.run_id,
+            "rule": arm.rule,
+            "kappa": arm.kappa,
+            "svag": s.svag,
+            "seed": s.seed,
+            "base": arm.base,
+            "scaled": _summary(s, s.hyper, spec.stretch),
+            "placement": {
+                "world_size": spec.placement.world_size,
+                "micro_batch": s.micro_batch,
+                "accumulation": spec.placement.accumulation,
+            },
+            "notes": list(spec.notes),
+        }
+        for arm in spec.arms
+    ]
+
+
+def _summary(science: Science, hyper: Hyper, stretch: int) -> dict[str, Any]:
+    warmup = science.schedule.warmup_samples * stretch / science.batch
+    draws = 1 if science.svag == 1 else 2
+    return {
+        "batch": science.batch,
+        **asdict(hyper),
+        "betas": list(hyper.betas),
+        "steps": science.steps,
+        "warmup_steps": round(warmup, 2),
+        "samples": science.steps * science.batch * draws,
+    }
+
+
+def _check(c: Config, batch: int, seed: int) -> None:
+    """Refuse what no rule could make sense of, all faults at once."""
+    r, m = c.recipe, c.measure
+    given = (r.epochs is not None) + (r.samples is not None)
+    duration = r.samples if r.samples is not None else (r.epochs or 0) * c.dataset.train_size
+    wrong = [
+        (not 1 <= batch <= MAX_BATCH, f"batch={batch} must lie between 1 and {MAX_BATCH}"),
+        (r.batch < 1, f"recipe.batch={r.batch} must be >= 1"),
+        (r.micro_batch < 1, f"recipe.micro_batch={r.micro_batch} must be >= 1"),
+        (not 0 <= seed < 2**31, f"seed={seed} must lie between 0 and 2147483647"),
+        (c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
+        (given != 1, f"recipe.epochs={r.epochs} and recipe.samples={r.samples}: give exactly one (set the other to null)"),
+        (given == 1 and not (math.isfinite(duration) and duration >= 1), "the recipe's duration must be at least one sample"),
+        (c.optimizer.name not in BETAS, f"unknown optimizer {c.optimizer.name!r}; allowed: {', '.join(BETAS)}"),
+        (
+            len(r.betas) != BETAS.get(c.optimizer.name, len(r.betas)),
+            f"recipe.betas={r.betas}: optimizer {c.optimizer.name!r} takes {BETAS.get(c.optimizer.name)} value(s)",
+        ),
+        (r.warmup not in WARMUPS, f"recipe.warmup={r.warmup!r}; allowed: {', '.join(WARMUPS)}"),
+        (r.warmup == "geometric" and not 0 < r.warmup_from <= 1, "recipe.warmup_from must lie in (0, 1] for a geometric warm-up"),
+        (not 0 <= r.warmup_from <= 1, f"recipe.warmup_from={r.warmup_from} must lie in [0, 1]"),
+        (not 0 <= r.warmup_fraction <= 1, f"recipe.warmup_fraction={r.warmup_fraction} must lie in [0, 1]"),
+        (r.decay not in DECAYS, f"recipe.decay={r.decay!r}; allowed: {', '.join(DECAYS)}"),
+        (not all(0 <= x <= 1 for x in r.milestones_fraction), "recipe.milestones_fraction: each must lie in [0, 1]"),
+        (c.precision not in PRECISIONS, f"precision={c.precision!r}; allowed: {', '.join(PRECISIONS)}"),
+        (c.logger not in ("wandb", "none"), f"logger={c.logger!r}; allowed: wandb, none"),
+        (m.evaluations < 1 or m.train_records < 1, "measure.evaluations and measure.train_records must be >= 1"),
+        (m.statistics_samples < 1, f"measure.statistics_samples={m.statistics_samples} must be >= 1"),
+        (not c.checkpoint.minutes > 0, f"checkpoint.minutes={c.checkpoint.minutes} must be > 0"),
+        (c.launch.parallel < 1, f"launch.parallel={c.launch.parallel} must be >= 1"),
+        (not 0 <= c.dataset.label_noise <= 1, f"dataset.label_noise={c.dataset.label_noise} must lie in [0, 1]"),
+        (c.dataset.train_size < 1 or c.dataset.test_size < 1, "dataset.train_size and dataset.test_size must be >= 1"),
+    ]  # fmt: skip
+    if found := [text for bad, text in wrong if bad]:
+        raise PlanError("; ".join(found))
+
+
+def _world_size(devices: int | str, micro_batches: int) -> int:
+    if devices == "auto":
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+        count = (
+            len(glob.glob("/dev/nvidia[0-9]*"))
+            if visible is None
+            else len([v for v in visible.split(",") if v.strip()])
+        )
+        return max(d for d in range(1, max(1, min(count, micro_batches)) + 1) if micro_batches % d == 0)
+    if not isinstance(devices, int) or devices < 1:
+        raise PlanError(f"launch.devices={devices!r} must be a number >= 1, or auto")
+    if micro_batches % devices:
+        fit = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0][:12]
+        raise PlanError(
+            f"launch.devices={devices} does not divide the {micro_batches} micro-batches of a step; allowed: {fit}"
+        )
+    return devices
+
+
+def _batch_norm(config: Config) -> bool:
+    return config.model.get("norm") == "batch"
+
+
+def _notes(c: Config, rule: rules.Rule, kappa: float, batch: int) -> list[str]:
+    r = c.recipe
+    notes = []
+    if kappa != 1:
+        notes.append(f"rule {rule.name} leaves alone: {rule.leaves_alone}")
+        if c.optimizer.decoupled and r.weight_decay and not rule.weight_decay:
+            notes.append(
+                f"decoupled weight decay {r.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
+                f"shrinks weights by {kappa ** (rule.lr - 1):.3g} times what the base does"
+            )
+    if batch < r.micro_batch:
+        seen = " and the network normalises over fewer examples than the recipe's" if _batch_norm(c) else ""
+        notes.append(
+            f"batch {batch} is below the recipe's micro-batch {r.micro_batch}: it runs as one micro-batch{seen}"
+        )
+    if _batch_norm(c):
+        notes.append(f"normalisation batch: {min(r.micro_batch, batch)} examples (the micro-batch), whatever the batch")
+    if kappa > 1 and rule.beta:
+        low = min((1 - kappa * (1 - b) for b in r.betas if b > 0), default=1.0)
+        if low < 0.8:
+            notes.append(
+                f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {1 / (1 - min(b for b in r.betas if b > 0)):.4g}"
+            )
+    return notes
