@@ -1,0 +1,134 @@
+"""The laws of a scaling rule, as functions: the test-kit for rules of other packages.
+
+    from scaling_exps import laws
+    def test_my_rule():
+        laws.check(my_rule)
+
+Each law raises AssertionError with the case that breaks it. They need neither pytest nor hypothesis.
+"""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import replace
+from typing import get_args
+
+from scaling_exps.library import scale
+from scaling_exps.rules import BetaMap, Hyper, Move, Rule, RuleError
+
+
+def identity(rule: Rule, base: Hyper, move: Move) -> None:
+    """At kappa = 1 and delta = 1 nothing changes, to the bit in `scale` and to rounding in `apply`."""
+    here = replace(move, kappa=1.0, duration=1.0)
+    assert _scale(rule, base, here) == base, f"{rule.name}: kappa = 1 is not the identity on {base}"
+    assert _close(rule.apply(base, here), base), f"{rule.name}: apply at kappa = 1 changes {base}"
+
+
+def composition(rule: Rule, base: Hyper, move: Move, kappa: float, duration: float = 1.0) -> None:
+    """kappa1 and then kappa2 is kappa1 * kappa2; where one of the two is refused there is nothing to compare."""
+    on, both = move.then(kappa, duration)
+    try:
+        there, direct = _scale(rule, _scale(rule, base, move), on), _scale(rule, base, both)
+    except RuleError:
+        return
+    assert _close(there, direct), f"{rule.name}: {move.kappa:g} then {kappa:g} gives {there}, at once {direct}"
+
+
+def inverse(rule: Rule, base: Hyper, move: Move) -> None:
+    """kappa and then 1 / kappa is where one started."""
+    try:
+        there = _scale(rule, base, move)
+    except RuleError:
+        return
+    back = _scale(rule, there, move.then(1 / move.kappa, 1 / move.duration)[0])
+    assert _close(back, base), f"{rule.name}: to kappa = {move.kappa:g} and back gives {back}, not {base}"
+
+
+def in_range(rule: Rule, base: Hyper, move: Move) -> None:
+    """The result is legal, or the move is refused with RuleError; nothing is clipped on the way.
+
+    A clip would show as two moves with one result, where the base has something to move.
+    """
+    try:
+        there, further = _scale(rule, base, move), _scale(rule, base, replace(move, kappa=move.kappa * 1.01))
+    except RuleError:
+        return
+    for old, new, more in zip(base.betas, there.betas, further.betas, strict=True):
+        assert 0 <= new < 1, f"{rule.name}: beta {old} became {new}"
+        assert new == old or new != more, f"{rule.name}: beta {old} is {new} at two batch sizes: was it clipped?"
+
+
+def groups_apart(rule: Rule, bases: tuple[Hyper, ...], move: Move) -> None:
+    """A parameter group is scaled by its own values, whatever the groups beside it."""
+
+    def group(h: Hyper) -> dict[str, object]:
+        one = "beta" if "adaptive" in rule.families else "momentum"
+        betas = {"betas": h.betas} if len(h.betas) == 2 else {one: h.betas[0]}
+        return {"params": [], "lr": h.lr, **betas, "eps": h.eps, "weight_decay": h.weight_decay, "tag": "kept"}
+
+    assert move.base_batch is not None
+    batch = move.base_batch * move.kappa
+    move = replace(move, kappa=batch / move.base_batch)  # as `scale` will round it
+    try:
+        expected = [_scale(rule, b, move) for b in bases]
+    except RuleError:
+        return
+    got = scale(
+        [group(b) for b in bases],
+        batch=batch,
+        base_batch=move.base_batch,
+        rule=rule,
+        duration=move.duration,
+        noise_scale=move.noise_scale,
+        beta_map=move.beta_map,
+    )
+    assert got == [group(h) for h in expected], f"{rule.name}: groups {bases} became {got}"
+
+
+def check(rule: Rule) -> None:
+    """Every law on a grid of recipes and moves; for a rule of your own call this in one test.
+
+    Raises:
+        AssertionError: the first law that is broken, with its case.
+
+    >>> from scaling_exps.rules import RULES
+    >>> check(RULES["sqrt"])
+    """
+    assert rule.name.isidentifier(), f"{rule.name!r} must be one word that can be typed after rule="
+    assert rule.families, f"{rule.name}: families is empty"
+    missing = [f for f in ("because", "source", "conditions", "leaves_alone") if not getattr(rule, f).strip()]
+    assert not missing, f"{rule.name}: say its {', '.join(missing)}"
+    assert set(rule.formulas()) == {"lr", "betas", "eps", "weight_decay"}, f"{rule.name}: formulas() must name all four"
+    for base, kappa, beta_map in itertools.product(recipes(rule), (0.25, 1.0, 2.0, 7.5, 64.0), get_args(BetaMap)):
+        move = Move(kappa, 96, 2.0 if rule.moves_duration else 1.0, 1000.0, beta_map)
+        identity(rule, base, move)
+        inverse(rule, base, move)
+        in_range(rule, base, move)
+        for second in (0.5, 3.0):
+            composition(rule, base, move, second, 0.5 if rule.moves_duration else 1.0)
+        groups_apart(rule, recipes(rule), move)
+
+
+def recipes(rule: Rule) -> tuple[Hyper, ...]:
+    """Recipes of the shapes that the rule's families have."""
+    adam = Hyper(1e-3, (0.9, 0.999), 1e-8, 0.1), Hyper(0.02, (0.0, 0.99), 1e-6, 0.0)
+    sgd = Hyper(0.1, (0.9,), 0.0, 5e-4), Hyper(1.0, (0.0,), 0.0, 0.0)
+    return sgd if rule.families == ("sgd",) else adam
+
+
+def _scale(rule: Rule, base: Hyper, m: Move) -> Hyper:
+    return rule.scale(
+        base,
+        m.kappa,
+        base_batch=m.base_batch,
+        duration=m.duration,
+        noise_scale=m.noise_scale,
+        beta_map=m.beta_map,
+    )
+
+
+def _close(a: Hyper, b: Hyper) -> bool:
+    """To a relative 1e-9; 1 - beta also to 1e-12, because beta itself is rounded to 1e-15 and kappa magnifies that."""
+    pairs = [(a.lr, b.lr, 0.0), (a.eps, b.eps, 0.0), (a.weight_decay, b.weight_decay, 0.0)]
+    pairs += [(1 - x, 1 - y, 1e-12) for x, y in zip(a.betas, b.betas, strict=True)]
+    return all(abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + slack for x, y, slack in pairs)

@@ -1,0 +1,241 @@
+"""Rules: the laws by property, the numbers from the sources, refusals, the generated page, third parties."""
+
+from __future__ import annotations
+
+import doctest
+import math
+import subprocess
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+import scaling_exps.rules.contract
+import scaling_exps.rules.table
+from scaling_exps import laws
+from scaling_exps.rules import RULES, Hyper, Move, Powers, Rule, RuleError, find, table
+from scaling_exps.rules.document import markdown
+
+ROOT = Path(__file__).parent.parent
+EVERY = pytest.mark.parametrize("rule", RULES.values(), ids=list(RULES))
+ADAM = Hyper(1e-3, (0.9, 0.999), 1e-8, 0.1)
+
+kappas = st.floats(1 / 64, 64)
+
+
+@st.composite
+def cases(draw: st.DrawFn, rule: Rule) -> tuple[Hyper, Move]:
+    beta = st.one_of(st.just(0.0), st.floats(0.1, 0.9999))
+    n = 1 if rule.families == ("sgd",) else draw(st.sampled_from([1, 2]))
+    base = Hyper(
+        draw(st.floats(1e-6, 10)),
+        tuple(draw(beta) for _ in range(n)),
+        draw(st.sampled_from([0.0, 1e-30, 1e-8, 1e-3])),
+        draw(st.sampled_from([0.0, 1e-4, 0.1])),
+    )
+    duration = draw(st.floats(0.1, 10)) if rule.moves_duration else 1.0
+    move = Move(
+        draw(kappas), draw(st.integers(1, 4096)), duration, draw(st.floats(1, 1e6)),
+        draw(st.sampled_from(["linear", "power"])),
+    )  # fmt: skip
+    return base, move
+
+
+@EVERY
+@given(data=st.data())
+@settings(max_examples=20, deadline=None)
+def test_laws(rule: Rule, data: st.DataObject) -> None:
+    base, move = data.draw(cases(rule))
+    other, _ = data.draw(cases(rule))
+    laws.identity(rule, base, move)
+    laws.inverse(rule, base, move)
+    laws.in_range(rule, base, move)
+    laws.composition(rule, base, move, data.draw(kappas), data.draw(st.floats(0.2, 5)) if rule.moves_duration else 1.0)
+    laws.groups_apart(rule, (base, other), move)
+
+
+@given(st.floats(0.01, 0.99999), kappas, kappas)
+@settings(max_examples=50, deadline=None)
+def test_model_average_keeps_its_half_life(rho: float, k1: float, k2: float) -> None:
+    for rule in RULES.values():
+        assert rule.ema(rho, 1) == rho
+        assert rule.ema(rule.ema(rho, k1), k2) == pytest.approx(rule.ema(rho, k1 * k2), rel=1e-9)
+    assert RULES["sqrt"].ema(0.999, 8) == pytest.approx(0.999**8)
+    assert RULES["none"].ema(0.999, 8) == 0.999
+
+
+# What the sources' formulas give, worked out by hand: (rule, base, kappa, extra, expected).
+SGD = Hyper(0.1, (0.9,), 0.0, 5e-4)
+NUMBERS = [
+    ("sqrt", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.1)),
+    ("sqrt", ADAM, 4, {"beta_map": "power"}, Hyper(2e-3, (0.6561, 0.999**4), 5e-9, 0.1)),
+    ("sqrt", Hyper(1e-3, (0.999,), 1e-8, 0), 100, {}, Hyper(1e-2, (0.9,), 1e-9, 0)),  # the paper's RMSprop
+    ("sqrt", Hyper(1e-3, (0.0, 0.99), 1e-8, 0), 4, {}, Hyper(2e-3, (0.0, 0.96), 5e-9, 0)),  # beta1 = 0 is no average
+    ("linear", SGD, 8, {}, Hyper(0.8, (0.9,), 0.0, 5e-4)),
+    ("lr_only", ADAM, 4, {}, replace(ADAM, lr=2e-3)),
+    ("none", ADAM, 4, {}, ADAM),
+    ("sqrt_without_betas", ADAM, 4, {}, Hyper(2e-3, (0.9, 0.999), 5e-9, 0.1)),
+    ("sqrt_without_eps", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 1e-8, 0.1)),
+    ("linear_scaled", ADAM, 4, {}, Hyper(4e-3, (0.6, 0.996), 5e-9, 0.1)),
+    ("linear_momentum", SGD, 4, {}, Hyper(1.6, (0.6,), 0.0, 5e-4)),  # kappa^2
+    ("linear_momentum", replace(SGD, betas=(0.0,)), 4, {}, Hyper(0.4, (0.0,), 0.0, 5e-4)),  # plain SGD: linear
+    ("adamw_sde", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.2)),
+    ("adamw_timescale", ADAM, 4, {"duration": 2.0}, replace(ADAM, weight_decay=0.2)),
+    ("completed", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.2)),  # equals adamw_sde at the same budget
+    ("completed", ADAM, 8, {"duration": 2.0}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.2)),  # r = 8/2
+    ("completed", ADAM, 4, {"duration": 4.0}, ADAM),  # a budget that grows with the batch: nothing changes
+    ("token_halflife", ADAM, 1 / 16, {}, replace(ADAM, betas=(0.9, 0.999 ** (1 / 16)))),
+    ("opt_sgd", SGD, 4, {"noise_scale": 300, "base_batch": 100}, replace(SGD, lr=0.1 * 4 / 1.75)),
+    ("opt_sign", ADAM, 4, {"noise_scale": 300, "base_batch": 100}, replace(ADAM, lr=1e-3 * math.sqrt(4 / 1.75))),
+    ("lion", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 1e-8, 0.2)),
+    ("muon", Hyper(0.02, (0.95,), 0, 0.1), 4, {}, Hyper(0.04, (0.95,), 0, 0.2)),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "base", "kappa", "extra", "expected"), NUMBERS)
+def test_numbers(name: str, base: Hyper, kappa: float, extra: dict, expected: Hyper) -> None:
+    got = RULES[name].scale(base, kappa, **extra)
+    assert got.lr == pytest.approx(expected.lr, rel=1e-12)
+    assert got.betas == pytest.approx(expected.betas, rel=1e-12)
+    assert (got.eps, got.weight_decay) == pytest.approx((expected.eps, expected.weight_decay), rel=1e-12)
+
+
+def test_every_rule_has_a_number_and_says_what_it_is() -> None:
+    assert set(RULES) == {case[0] for case in NUMBERS}
+    for rule in RULES.values():
+        laws.check(rule)
+    for name in ("lion", "muon"):
+        assert "EXPERIMENTAL" in RULES[name].because
+
+
+def test_decay_per_sample_is_kept_by_the_rules_that_say_so() -> None:
+    """eta * lambda / B, AdamW's forgetting per sample; with the budget D too for `completed`."""
+    for name, duration in (("adamw_sde", 1), ("adamw_timescale", 1), ("adamw_timescale", 3), ("completed", 3)):
+        h = RULES[name].scale(ADAM, 5, duration=duration)
+        assert h.lr * h.weight_decay * duration / 5 == pytest.approx(ADAM.lr * ADAM.weight_decay)
+
+
+def test_gain_rules_have_the_limits_of_a_noise_scale() -> None:
+    small = RULES["opt_sgd"].scale(SGD, 4, base_batch=1, noise_scale=1e9).lr / SGD.lr
+    large = RULES["opt_sgd"].scale(SGD, 4, base_batch=1e9, noise_scale=1).lr / SGD.lr
+    assert small == pytest.approx(4)  # far below the noise scale: linear
+    assert large == pytest.approx(1)  # far above it: nothing to gain
+
+
+def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
+    with pytest.raises(RuleError, match="largest legal batch is 2559") as e:
+        RULES["sqrt"].scale(ADAM, 16, base_batch=256)
+    assert "beta_map=power" in str(e.value)
+    RULES["sqrt"].scale(ADAM, 2559 / 256, base_batch=256)
+    with pytest.raises(RuleError):
+        RULES["sqrt"].scale(ADAM, 2560 / 256, base_batch=256)
+    RULES["sqrt"].scale(ADAM, 16, base_batch=256, beta_map="power")
+    with pytest.raises(RuleError, match="kappa < 20 "):  # the clock is kappa / delta
+        RULES["completed"].scale(ADAM, 32, base_batch=256, duration=2)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: RULES["opt_sgd"].scale(SGD, 2, base_batch=256), "noise_scale"),
+        (lambda: RULES["opt_sgd"].scale(SGD, 2, noise_scale=256), "base_batch"),
+        (lambda: RULES["sqrt"].scale(ADAM, 0), "kappa"),
+        (lambda: RULES["sqrt"].scale(ADAM, math.nan), "kappa"),
+        (lambda: RULES["sqrt"].scale(ADAM, 2, duration=-1), "duration"),
+        (lambda: RULES["sqrt"].scale(ADAM, 2, noise_scale=0), "noise_scale"),
+        (lambda: RULES["sqrt"].scale(ADAM, 2, beta_map="log"), "linear, power"),
+        (lambda: find("sqroot", "adaptive"), "unknown rule"),
+        (lambda: find("sqrt", "sgd"), "linear_momentum"),  # the list of those allowed
+        (lambda: find("adamw_sde", "adaptive", l2=True), "inside the gradient"),
+    ],
+)
+def test_refusals(call, message: str) -> None:
+    with pytest.raises(RuleError, match=message):
+        call()
+
+
+def test_page_is_up_to_date() -> None:
+    assert (ROOT / "docs" / "rules.md").read_text() == markdown(list(RULES.values())), (
+        "run: python -m scaling_exps.rules.document > docs/rules.md"
+    )
+
+
+@pytest.mark.parametrize("module", [scaling_exps.rules.contract, table, laws])
+def test_doctests(module) -> None:
+    assert doctest.testmod(module).failed == 0
+
+
+# --- third parties ---
+
+FIELDS = {
+    "families": ("adaptive",), "goal": "match", "evidence": "experimental", "because": "a test", "source": "a test",
+    "conditions": "none", "leaves_alone": "all else",
+}  # fmt: skip
+
+
+class Wrong(Rule):
+    """Breaks a law, by the name of the law."""
+
+    def apply(self, base: Hyper, move: Move) -> Hyper:
+        k = move.kappa
+        betas = tuple(max(0.5, b - 0.001 * (k - 1)) if self.name == "clips" else b for b in base.betas)
+        factor = {"no_identity": 1.01 * k, "no_composition": 1 + math.log(k) ** 2 / 9, "clips": 1.0}[self.name]
+        return replace(base, lr=base.lr * factor, betas=betas)
+
+    def formulas(self) -> dict[str, str]:
+        return dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "?")
+
+
+@pytest.mark.parametrize("name", ["no_identity", "no_composition", "clips"])
+def test_the_kit_catches_a_wrong_rule(name: str) -> None:
+    with pytest.raises(AssertionError, match=name):
+        laws.check(Wrong(name=name, **FIELDS))
+
+
+@dataclass
+class _Entry:
+    name: str
+    loaded: object
+    value: str = "package:thing"
+
+    def load(self) -> object:
+        if isinstance(self.loaded, Exception):
+            raise self.loaded
+        return self.loaded
+
+
+def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
+    def install(*entries: _Entry) -> None:
+        table.third_party.cache_clear()
+        monkeypatch.setattr(
+            "importlib.metadata.entry_points", lambda group: entries if group == "scalerun.rules" else ()
+        )
+
+    mine = Powers(name="cube_root", lr=1 / 3, **FIELDS)
+    install(_Entry("a", mine))
+    assert find("cube_root", "adaptive") is mine
+    laws.check(mine)
+    assert mine.formulas()["lr"] == "κ^0.333333·η"
+    for entry, message in [
+        (_Entry("a", ImportError("no such")), "cannot be loaded: ImportError"),
+        (_Entry("a", object()), "must be an instance"),
+        (_Entry("a", Powers(name="sqrt", **FIELDS)), "is taken"),
+    ]:
+        install(entry)
+        with pytest.raises(RuleError, match=message):
+            find("cube_root", "adaptive")
+    table.third_party.cache_clear()
+
+
+def test_import_costs_nothing() -> None:
+    """`import scaling_exps` loads itself and `typing`; the first scaled number no torch, Hydra, numpy either."""
+    code = (
+        "import sys, typing, __future__; before = set(sys.modules); import scaling_exps; print(*(set(sys.modules) - before));"
+        "scaling_exps.scale(lr=1e-3, base_batch=1, batch=2, rule='sqrt');"
+        "print(*({'torch', 'hydra', 'omegaconf', 'numpy', 'yaml'} & set(sys.modules)))"
+    )
+    out = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert out.stdout == "scaling_exps\n\n"
