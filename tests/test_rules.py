@@ -233,7 +233,8 @@ def test_entry_points(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_import_costs_nothing() -> None:
     """`import scaling_exps` loads itself and `typing`; the first scaled number no torch, Hydra, numpy either."""
     code = (
-        "import sys, typing, __future__; before = set(sys.modules); import scaling_exps; print(*(set(sys.modules) - before));"
+        "import sys, typing, __future__; before = set(sys.modules); import scaling_exps;"
+        "print(*set(sys.modules) - before);"
         "scaling_exps.scale(lr=1e-3, base_batch=1, batch=2, rule='sqrt');"
         "print(*({'torch', 'hydra', 'omegaconf', 'numpy', 'yaml'} & set(sys.modules)))"
     )
