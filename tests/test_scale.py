@@ -20,6 +20,15 @@ from scaling_exps.rules import RULES, Hyper, RuleError
 PATHS = 60_000  # 0.6%
 
 
+@pytest.fixture(autouse=True)
+def _one_thread():
+    """Tensors this small are slower on two threads, by ten times on a machine that is busy."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
 class Quadratic:
     """Many paths under one optimizer; v at its mean from the start, so that only the iterate has to settle."""
 
