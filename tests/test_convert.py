@@ -216,7 +216,7 @@ def test_deepspeed_changes_only_its_lines() -> None:
     assert new["scheduler"]["params"] == {
         "warmup_min_lr": 0, "warmup_max_lr": 6e-4, "warmup_num_steps": 25, "total_num_steps": 250,
     }  # fmt: skip
-    assert "gradient_accumulation_steps" not in new  # DeepSpeed works it out: 1024 / (8 x 32 devices)
+    assert "gradient_accumulation_steps" not in new  # DeepSpeed works it out of the devices it finds
     assert done.text.count("\t") == DEEPSPEED.count("\t")
 
 
@@ -357,15 +357,10 @@ def test_deepspeed_reads_our_numbers(tmp_path: Path) -> None:
 
     done = convert(DEEPSPEED, "deepspeed", "deepspeed", 1024)
 
-    class Mesh:  # 32 data-parallel ranks, without starting them
-        @staticmethod
-        def get_data_parallel_world_size() -> int:
-            return 32
-
     (tmp_path / "ds.json").write_text(done.text)
-    config = DeepSpeedConfig(str(tmp_path / "ds.json"), mpu=Mesh())
+    config = DeepSpeedConfig(str(tmp_path / "ds.json"))
     assert (config.train_batch_size, config.train_micro_batch_size_per_gpu) == (1024, 8)
-    assert config.gradient_accumulation_steps == 4
+    assert config.gradient_accumulation_steps == 128  # worked out by DeepSpeed: one device here
     p = config.optimizer_params
     assert (p["lr"], *p["betas"], p["eps"], p["weight_decay"]) == ours(done.scaled.hyper)
     assert config.scheduler_params["total_num_steps"] == 250
@@ -385,7 +380,7 @@ def without(text: str, *keys: str) -> str:
         (without(PLAIN, "batch"), "plain", 512, "no batch size.*set batch"),
         (without(TITAN, "local_batch"), "torchtitan", 512, "training.global_batch_size or training.local_batch_size"),
         (without(LIGHTNING, "batch_size"), "lightning", 512, "data.batch_size"),
-        (HF, "hf", 64 * 32, "largest legal batch is 1279"),
+        (HF, "hf", 64 * 32, "The largest legal batch is 1279"),
         (
             HF.replace("adamw_torch", "adafactor"),
             "hf",

@@ -297,7 +297,7 @@ ADAM = {"lr": 1e-3, "betas": (0.9, 0.999)}
         (lambda: scale(ADAM, batch="big", base_batch=1, rule="sqrt"), "batch='big'"),
         (lambda: scale({**ADAM, "batch": 128}, batch=512, base_batch=256, rule="sqrt"), "which one"),
         (lambda: scale(ADAM, batch=512, base_batch=256), "rule is not given"),
-        (lambda: scale(ADAM, batch=4096, base_batch=256, rule="sqrt"), "largest legal batch is 2559"),
+        (lambda: scale(ADAM, batch=4096, base_batch=256, rule="sqrt"), "The largest legal batch is 2559"),
         (lambda: scale(ADAM, batch=512, base_batch=256, rule="linear_momentum"), "for sgd"),
         (lambda: scale({"lr": 0.1, "momentum": 0.9}, batch=2, base_batch=1, rule="sqrt"), "for adaptive"),
         (lambda: scale({**ADAM, "momentum": 0.9}, batch=2, base_batch=1, rule="sqrt"), "both"),

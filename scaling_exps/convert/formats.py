@@ -281,15 +281,12 @@ def deepspeed(text: str, where: str) -> Layout:
             f"{where}: scheduler {scheduler!r} counts steps in ways that are not known here; allowed: WarmupLR, "
             "WarmupDecayLR, WarmupCosineLR, or none"
         )
-    world = None
-    parts = [doc.get((p,)) for p in ("train_batch_size", "train_micro_batch_size_per_gpu")]
-    if all(isinstance(p, int) for p in parts):
-        per_step = parts[1] * (doc.get(("gradient_accumulation_steps",)) or 1)
-        if parts[0] % per_step:
-            raise RuleError(
-                f"{where}: train_batch_size={parts[0]} is no multiple of micro-batch x accumulation = {per_step}"
-            )
-        world = parts[0] // per_step
+    sizes = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
+    whole, micro, accumulation = (doc.get((p,)) for p in sizes)
+    unit = (micro if isinstance(micro, int) else 1) * (accumulation if isinstance(accumulation, int) else 1)
+    if isinstance(whole, int) and unit > 0 and whole % unit:
+        raise RuleError(f"{where}: train_batch_size={whole} is no multiple of micro-batch x accumulation = {unit}")
+    all_three = isinstance(whole, int) and isinstance(micro, int) and isinstance(accumulation, int) and unit > 0
     return Layout(
         doc,
         kind,
@@ -297,7 +294,7 @@ def deepspeed(text: str, where: str) -> Layout:
         micro=("train_micro_batch_size_per_gpu",),
         accumulation=("gradient_accumulation_steps",),
         whole=("train_batch_size",),
-        devices=world,
+        devices=whole // unit if all_three else None,  # DeepSpeed insists that they agree
         rates=((*s, "warmup_max_lr"), (*s, "warmup_min_lr")),
         steps=(*s, "total_num_steps") if scheduler else None,
         warmup=((*s, "warmup_num_steps"), 1000) if scheduler else None,

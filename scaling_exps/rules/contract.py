@@ -113,14 +113,15 @@ class Move:
         new = round(1 - clock * (1 - beta), 15)
         if new <= 0:
             limit = self.kappa / clock / (1 - beta)
-            largest = ""
+            largest = hint = ""
             if self.base_batch is not None:
                 batch = math.ceil(round(limit * self.base_batch, 9)) - 1
-                largest = f" (batch < {limit * self.base_batch:.6g}: the largest legal batch is {batch})"
+                largest = f" (batch < {limit * self.base_batch:.6g})"
+                hint = f"The largest legal batch is {batch}. "
             raise RuleError(
                 f"rule {rule!r} maps beta={beta:g} to 1 - {clock:g}*(1 - {beta:g}) = {new:.4g}, which "
                 f"must be > 0: it needs kappa < {limit:.6g}{largest}, and kappa is {self.kappa:g}. "
-                f"Use beta_map=power (beta -> beta^kappa), tune the base at a larger batch, "
+                f"{hint}Use beta_map=power (beta -> beta^kappa), tune the base at a larger batch, "
                 f"use a beta nearer to 1, or a smaller batch"
             )
         return new

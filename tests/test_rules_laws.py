@@ -126,7 +126,7 @@ def test_gain_rules_have_the_limits_of_a_noise_scale() -> None:
 
 
 def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
-    with pytest.raises(RuleError, match="largest legal batch is 2559") as e:
+    with pytest.raises(RuleError, match="The largest legal batch is 2559") as e:
         RULES["sqrt"].scale(ADAM, 16, base_batch=256)
     assert "beta_map=power" in str(e.value)
     RULES["sqrt"].scale(ADAM, 2559 / 256, base_batch=256)
