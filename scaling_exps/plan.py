@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scaling_exps import rules
@@ -321,7 +321,7 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (r.micro_batch < 1, f"recipe.micro_batch={r.micro_batch} must be >= 1"),
         (not 0 <= seed < 2**31, f"seed={seed} must lie between 0 and 2147483647"),
         (c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
-        (given != 1, f"recipe.epochs={r.epochs} and recipe.samples={r.samples}: give exactly one (set the other to null)"),
+        (given != 1, f"recipe.epochs={r.epochs}, recipe.samples={r.samples}: give exactly one, the other null"),
         (given == 1 and not (math.isfinite(duration) and duration >= 1), "the recipe's duration must be at least one sample"),
         (c.optimizer.name not in BETAS, f"unknown optimizer {c.optimizer.name!r}; allowed: {', '.join(BETAS)}"),
         (
@@ -329,8 +329,10 @@ def _check(c: Config, batch: int, seed: int) -> None:
             f"recipe.betas={r.betas}: optimizer {c.optimizer.name!r} takes {BETAS.get(c.optimizer.name)} value(s)",
         ),
         (r.warmup not in WARMUPS, f"recipe.warmup={r.warmup!r}; allowed: {', '.join(WARMUPS)}"),
-        (r.warmup == "geometric" and not 0 < r.warmup_from <= 1, "recipe.warmup_from must lie in (0, 1] for a geometric warm-up"),
-        (not 0 <= r.warmup_from <= 1, f"recipe.warmup_from={r.warmup_from} must lie in [0, 1]"),
+        (
+            not 0 <= r.warmup_from <= 1 or (r.warmup == "geometric" and r.warmup_from == 0),
+            f"recipe.warmup_from={r.warmup_from} must lie in [0, 1], above 0 for a geometric warm-up",
+        ),
         (not 0 <= r.warmup_fraction <= 1, f"recipe.warmup_fraction={r.warmup_fraction} must lie in [0, 1]"),
         (r.decay not in DECAYS, f"recipe.decay={r.decay!r}; allowed: {', '.join(DECAYS)}"),
         (not all(0 <= x <= 1 for x in r.milestones_fraction), "recipe.milestones_fraction: each must lie in [0, 1]"),
@@ -388,9 +390,49 @@ def _notes(c: Config, rule: rules.Rule, kappa: float, batch: int) -> list[str]:
     if _batch_norm(c):
         notes.append(f"normalisation batch: {min(r.micro_batch, batch)} examples (the micro-batch), whatever the batch")
     if kappa > 1 and rule.beta:
-        low = min((1 - kappa * (1 - b) for b in r.betas if b > 0), default=1.0)
-        if low < 0.8:
-            notes.append(
-                f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {1 / (1 - min(b for b in r.betas if b > 0)):.4g}"
-            )
+        smallest = min((b for b in r.betas if b > 0), default=1.0)
+        if smallest < 1 and (low := 1 - kappa * (1 - smallest)) < 0.8:
+            limit = 1 / (1 - smallest)
+            notes.append(f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {limit:.4g}")
     return notes
+
+
+def print_plan(specs: list[RunSpec]) -> None:
+    """base -> scaled with the formula, for each arm and batch (seeds share a table); the batch arithmetic; notes."""
+    groups: dict[str, list[tuple[RunSpec, Arm]]] = {}
+    for spec in specs:
+        for arm in spec.arms if spec.science.batch != arm_batch(spec.arms[0]) else spec.arms[:1]:
+            twin = asdict(replace(spec.science, seed=0))
+            groups.setdefault(json.dumps([twin, arm.rule], sort_keys=True), []).append((spec, arm))
+    for members in groups.values():
+        spec, arm = members[0]
+        s, p = spec.science, spec.placement
+        rule = rules.RULES[arm.rule]
+        base, scaled = arm.base, _summary(s, s.hyper, spec.stretch)
+        print(
+            f"\n{s.model['name']} on {s.dataset['name']}, {s.optimizer}: "
+            f"batch {base['batch']} -> {s.batch}, κ = {arm.kappa:g}, rule {'(any)' if arm.kappa == 1 else arm.rule}"
+            + (f", SVAG ℓ = {s.svag}" if s.svag > 1 else "")
+        )
+        formulas = {**rule.formulas(), "steps": "steps/κ", "warmup_steps": "same samples", "samples": "same"}
+        for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):
+            then = formulas[key] if arm.kappa != 1 else ""
+            print(f"  {key:<13} {_show(base[key]):>20} -> {_show(scaled[key]):<26} {then}".rstrip())
+        print(
+            f"  batch {s.batch} = micro-batch {s.micro_batch} × accumulation {p.accumulation // spec.draws} "
+            f"× world size {p.world_size}" + (f", {spec.draws} draws a step" if spec.draws > 1 else "")
+        )
+        for note in spec.notes:
+            print(f"  note: {note}")
+        print("  runs: " + ", ".join(f"{m.run_id} (seed {m.science.seed})" for m, _ in members))
+    print(f"\n{len(specs)} run(s)")
+
+
+def arm_batch(arm: Arm) -> int:
+    return int(arm.base["batch"])
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "(" + ", ".join(_show(v) for v in value) + ")"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"
