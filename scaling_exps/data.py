@@ -83,7 +83,7 @@ class Stream:
         self._epoch = lru_cache(2)(self._make_epoch)
 
     def _make_epoch(self, epoch: int) -> tuple[Tensor, ...]:
-        """For every sample of one epoch: image, label, flat position of its crop's corner, flipped or not; (N,) each."""
+        """For every sample of one epoch: image, label, flat position of its crop's corner, flipped; (N,) each."""
         i = torch.arange(epoch * self.size, (epoch + 1) * self.size, device=self.device)
 
         def draw(what: str) -> Tensor:

@@ -80,6 +80,8 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> list[Tens
         net(images)
     for norm in norms:
         norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()  # it has served; left alone it would tell how the work was split
     return [b for n in norms for b in (n.running_mean, n.running_var) if b is not None]
 
 

@@ -95,7 +95,7 @@ class Trainer:
         if bad != torch.inf:
             raise TrainError(
                 f"the loss is not finite at step {bad:.0f} ({self.spec.samples(int(bad))} samples): the run stops; "
-                "checkpoint.pt is the last good state. Lower the learning rate, lengthen the warm-up, or look at the data"
+                "checkpoint.pt is the last good state. Lower the learning rate or lengthen the warm-up"
             )
 
     def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
@@ -275,8 +275,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
     if rank0:
         arm = spec.arms[0]
         print(
-            f"{s.model['name']} on {s.dataset['name']}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, seed {s.seed}"
-            f"  [{run_dir}]\n"
+            f"{s.model['name']} on {s.dataset['name']}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, "
+            f"seed {s.seed}  [{run_dir}]\n"
             f"batch {s.batch} = micro-batch {s.micro_batch} × accumulation {place.accumulation // spec.draws}"
             f" × world size {place.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
             f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {trainer.step}" if trainer.step else "")
