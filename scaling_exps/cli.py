@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 COMMANDS = ("plan", "status", "report")
 
@@ -73,7 +74,7 @@ def _dispatch(words: list[str]) -> int:
     return 0 if launch.launch(specs, configs[0]) else 1
 
 
-def _options(command, words, arguments):  # type: ignore[no-untyped-def]
+def _options(command: str, words: list[str], arguments: list[tuple[str, dict[str, Any]]]) -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(prog=f"scalerun {command}")

@@ -184,7 +184,7 @@ def draw(runs: list[Run], rows: list[Row], out: Path) -> list[Path]:
         colour = {"base": "black", **{name: f"C{i}" for i, name in enumerate(rules_here)}}
         panels = max(1, len(batches)) + 1
         figure, axes = plt.subplots(1, panels, figsize=(4.6 * panels, 3.9), constrained_layout=True)
-        for axis, batch in zip(axes[:-1], batches or [None], strict=True):
+        for axis, batch in zip(axes[:-1], batches or [0], strict=True):
             axis.set_title(f"batch {batch}" if batch else "base")
             for rule in ["base", *rules_here]:
                 members = [
