@@ -23,7 +23,8 @@ class ConfigError(ValueError):
 class Optimizer:
     name: str
     family: str  # adaptive | sgd: which rules fit, and what one step's continuous time is
-    rule: str  # the default rule
+    match: str  # the default rule of goal=match
+    best: str  # that of goal=best
     decoupled: bool  # weight decay outside the gradient
 
 
@@ -94,7 +95,11 @@ class Config:
     checkpoint: Checkpoint
     batch: int | list[int] | None
     seed: int | list[int]
+    goal: str  # match | best: the question that the default rule answers
     rule: str | list[str]
+    beta_map: str
+    noise_scale: float | None
+    duration: float
     svag: int
     precision: str
     logger: str
@@ -113,19 +118,20 @@ def compose(argv: list[str]) -> list[Config]:
     for word in argv:
         if re.match(r"\+{1,2}(?!hydra)|~(?!hydra)", word):
             raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
+        if word.startswith("goal=") and not {*word[5:].split(",")} <= {"match", "best"}:  # it names a key of optimizer
+            raise ConfigError(f"{word}; allowed: match, best")
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    configs: list[Config] = []
+    composed: list[dict[str, Any]] = []
 
     def collect(cfg: DictConfig) -> None:
-        raw = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(raw, dict)
+        raw: Any = OmegaConf.to_container(cfg, resolve=True)
         raw["experiment"] = HydraConfig.get().runtime.choices.get("experiment")
-        configs.append(_typed(Config, raw, ""))
+        composed.append(raw)
 
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
@@ -135,7 +141,7 @@ def compose(argv: list[str]) -> list[Config]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
-        except (HydraException, OmegaConfBaseException) as e:
+        except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
             raise ConfigError(_explain(e)) from e
         finally:
             sys.argv = saved[0]
@@ -143,7 +149,7 @@ def compose(argv: list[str]) -> list[Config]:
                 del os.environ["HYDRA_FULL_ERROR"]
             else:
                 os.environ["HYDRA_FULL_ERROR"] = saved[1]
-    return configs
+    return [_typed(Config, raw, "") for raw in composed]
 
 
 def _explain(error: Exception) -> str:

@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from scaling_exps import rules
@@ -205,7 +205,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             known = runs.get(spec.run_id)
             if known is not None:
                 arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
-                spec = RunSpec(**{**{k: getattr(known, k) for k in known.__dataclass_fields__}, "arms": arms})
+                spec = replace(known, arms=arms)
             runs[spec.run_id] = spec
     if faults:
         raise PlanError("\n".join(faults))
@@ -217,14 +217,23 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
     _check(config, batch, seed)
     r, o = config.recipe, config.optimizer
     family: rules.Family = "adaptive" if o.family == "adaptive" else "sgd"
-    rule = rules.find(rule_name, family)
+    rule = rules.find(rule_name, family, l2=not o.decoupled and r.weight_decay > 0)
     base = Hyper(r.lr, tuple(r.betas), r.eps, r.weight_decay)
     kappa = batch / r.batch
-    scaled = rule.scale(base, kappa, base_batch=r.batch)
+    beta_map: rules.BetaMap = "power" if config.beta_map == "power" else "linear"
+    scaled = rule.scale(
+        base,
+        kappa,
+        base_batch=r.batch,
+        duration=config.duration,
+        noise_scale=config.noise_scale,
+        beta_map=beta_map,
+    )
 
-    def science(hyper: Hyper, batch: int, svag: int) -> Science:
+    def science(hyper: Hyper, batch: int, svag: int, duration: float) -> Science:
         hyper, stretch = rules.svag(hyper, svag, family)
         total = r.samples if r.samples is not None else round((r.epochs or 0) * config.dataset.train_size)
+        total = round(total * duration)
         dataset = asdict(config.dataset)
         del dataset["path"]  # where the data lies is not what it is
         return Science(
@@ -247,7 +256,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
             seed=seed,
         )  # fmt: skip
 
-    mine, base_run = science(scaled, batch, config.svag), science(base, r.batch, 1)
+    mine, base_run = science(scaled, batch, config.svag, config.duration), science(base, r.batch, 1, 1.0)
     micro = mine.micro_batch
     if batch % micro:
         low = batch // micro * micro
@@ -270,7 +279,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
         dataset_path=config.dataset.path,
         experiment=config.experiment,
         logger=config.logger,
-        notes=tuple(_notes(config, rule, kappa, batch)),
+        notes=tuple(_notes(config, rule, base, scaled, batch)),
     )
 
 
@@ -320,17 +329,25 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (r.batch < 1, f"recipe.batch={r.batch} must be >= 1"),
         (r.micro_batch < 1, f"recipe.micro_batch={r.micro_batch} must be >= 1"),
         (not 0 <= seed < 2**31, f"seed={seed} must lie between 0 and 2147483647"),
+        (c.beta_map not in ("linear", "power"), f"beta_map={c.beta_map!r}; allowed: linear, power"),
+        (not 0 < c.duration < math.inf, f"duration={c.duration} must be > 0 (a multiple of the recipe's)"),
+        (
+            c.noise_scale is not None and not 0 < c.noise_scale < math.inf,
+            f"noise_scale={c.noise_scale} must be > 0 (examples)",
+        ),
         (c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
-        (given != 1, f"recipe.epochs={r.epochs} and recipe.samples={r.samples}: give exactly one (set the other to null)"),
-        (given == 1 and not (math.isfinite(duration) and duration >= 1), "the recipe's duration must be at least one sample"),
+        (given != 1, f"recipe.epochs={r.epochs}, recipe.samples={r.samples}: give exactly one, the other null"),
+        (given == 1 and not (math.isfinite(duration) and duration >= 1), "the duration must be at least one sample"),
         (c.optimizer.name not in BETAS, f"unknown optimizer {c.optimizer.name!r}; allowed: {', '.join(BETAS)}"),
         (
             len(r.betas) != BETAS.get(c.optimizer.name, len(r.betas)),
             f"recipe.betas={r.betas}: optimizer {c.optimizer.name!r} takes {BETAS.get(c.optimizer.name)} value(s)",
         ),
         (r.warmup not in WARMUPS, f"recipe.warmup={r.warmup!r}; allowed: {', '.join(WARMUPS)}"),
-        (r.warmup == "geometric" and not 0 < r.warmup_from <= 1, "recipe.warmup_from must lie in (0, 1] for a geometric warm-up"),
-        (not 0 <= r.warmup_from <= 1, f"recipe.warmup_from={r.warmup_from} must lie in [0, 1]"),
+        (
+            not 0 <= r.warmup_from <= 1 or (r.warmup == "geometric" and r.warmup_from == 0),
+            f"recipe.warmup_from={r.warmup_from} must lie in [0, 1], above 0 for a geometric warm-up",
+        ),
         (not 0 <= r.warmup_fraction <= 1, f"recipe.warmup_fraction={r.warmup_fraction} must lie in [0, 1]"),
         (r.decay not in DECAYS, f"recipe.decay={r.decay!r}; allowed: {', '.join(DECAYS)}"),
         (not all(0 <= x <= 1 for x in r.milestones_fraction), "recipe.milestones_fraction: each must lie in [0, 1]"),
@@ -370,15 +387,17 @@ def _batch_norm(config: Config) -> bool:
     return config.model.get("norm") == "batch"
 
 
-def _notes(c: Config, rule: rules.Rule, kappa: float, batch: int) -> list[str]:
-    r = c.recipe
+def _notes(c: Config, rule: rules.Rule, base: Hyper, scaled: Hyper, batch: int) -> list[str]:
+    r, kappa = c.recipe, batch / c.recipe.batch
     notes = []
     if kappa != 1:
+        notes.append(f"rule {rule.name} ({rule.evidence}) answers goal={rule.goal}: {rules.QUESTIONS[rule.goal]}")
         notes.append(f"rule {rule.name} leaves alone: {rule.leaves_alone}")
-        if c.optimizer.decoupled and r.weight_decay and not rule.weight_decay:
+        if c.optimizer.decoupled and r.weight_decay and not rule.decoupled:
+            shrink = scaled.lr * scaled.weight_decay / (base.lr * base.weight_decay)  # of a step
             notes.append(
                 f"decoupled weight decay {r.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
-                f"shrinks weights by {kappa ** (rule.lr - 1):.3g} times what the base does"
+                f"shrinks weights by {shrink / kappa:.3g} times what the base does"
             )
     if batch < r.micro_batch:
         seen = " and the network normalises over fewer examples than the recipe's" if _batch_norm(c) else ""
@@ -387,10 +406,59 @@ def _notes(c: Config, rule: rules.Rule, kappa: float, batch: int) -> list[str]:
         )
     if _batch_norm(c):
         notes.append(f"normalisation batch: {min(r.micro_batch, batch)} examples (the micro-batch), whatever the batch")
-    if kappa > 1 and rule.beta:
-        low = min((1 - kappa * (1 - b) for b in r.betas if b > 0), default=1.0)
-        if low < 0.8:
-            notes.append(
-                f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {1 / (1 - min(b for b in r.betas if b > 0)):.4g}"
-            )
+    if c.duration != 1 and not rule.moves_duration:
+        notes.append(f"duration={c.duration:g} is not covered by rule {rule.name}; completed and adamw_timescale do")
+    if c.beta_map == "power" and scaled.betas != base.betas:
+        notes.append("beta_map=power: β -> β^κ in place of 1 - κ·(1 - β)")
+    smallest = min((b for b in r.betas if b > 0), default=1.0)
+    if kappa > 1 and smallest < 1 and (low := 1 - kappa * (1 - smallest)) < 0.8 and round(low, 15) in scaled.betas:
+        limit = 1 / (1 - smallest)
+        notes.append(f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {limit:.4g}")
     return notes
+
+
+def print_plan(specs: list[RunSpec]) -> None:
+    """base -> scaled with the formula, for each arm and batch (seeds share a table); the batch arithmetic; notes."""
+    groups: dict[str, list[tuple[RunSpec, Arm]]] = {}
+    for spec in specs:
+        for arm in spec.arms if spec.science.batch != arm_batch(spec.arms[0]) else spec.arms[:1]:
+            twin = asdict(replace(spec.science, seed=0))
+            groups.setdefault(json.dumps([twin, arm.rule], sort_keys=True), []).append((spec, arm))
+    for members in groups.values():
+        spec, arm = members[0]
+        s, p = spec.science, spec.placement
+        rule = rules.find(arm.rule)
+        base, scaled = arm.base, _summary(s, s.hyper, spec.stretch)
+        print(
+            f"\n{s.model['name']} on {s.dataset['name']}, {s.optimizer}: "
+            f"batch {base['batch']} -> {s.batch}, κ = {arm.kappa:g}, rule {'(any)' if arm.kappa == 1 else arm.rule}"
+            + (f", SVAG ℓ = {s.svag}" if s.svag > 1 else "")
+        )
+        longer = "" if s.svag > 1 or abs(scaled["samples"] / base["samples"] - 1) < 0.5 / s.steps else "δ·"
+        formulas = {
+            **rule.formulas(),
+            "steps": f"{longer}steps/κ",
+            "warmup_steps": "same share of the run",
+            "samples": "δ·samples" if longer else "same",
+        }
+        for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):
+            then = formulas[key] if arm.kappa != 1 else ""
+            print(f"  {key:<13} {_show(base[key]):>20} -> {_show(scaled[key]):<26} {then}".rstrip())
+        print(
+            f"  batch {s.batch} = micro-batch {s.micro_batch} × accumulation {p.accumulation // spec.draws} "
+            f"× world size {p.world_size}" + (f", {spec.draws} draws a step" if spec.draws > 1 else "")
+        )
+        for note in spec.notes:
+            print(f"  note: {note}")
+        print("  runs: " + ", ".join(f"{m.run_id} (seed {m.science.seed})" for m, _ in members))
+    print(f"\n{len(specs)} run(s)")
+
+
+def arm_batch(arm: Arm) -> int:
+    return int(arm.base["batch"])
+
+
+def _show(value: Any) -> str:
+    if isinstance(value, list):
+        return "(" + ", ".join(_show(v) for v in value) + ")"
+    return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -1,0 +1,33 @@
+PY := .venv/bin/python
+STAMP := .venv/.installed
+
+.PHONY: demo test check bench lock clean
+
+$(STAMP): requirements.lock pyproject.toml
+	test -x $(PY) || $${PYTHON:-python3} -m venv .venv
+	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	touch $@
+
+demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, and report
+	.venv/bin/scalerun experiment=demo
+	.venv/bin/scalerun report runs --out report
+
+test: $(STAMP) ## every test that this machine can run
+	$(PY) -m pytest
+
+check: $(STAMP) ## format, lint, types, rooms
+	$(PY) -m ruff format --check .
+	$(PY) -m ruff check .
+	$(PY) -m mypy
+	.venv/bin/lint-imports
+
+bench: $(STAMP) ## our loop against bare loops, start-up, planning
+	$(PY) bench/loop.py
+	$(PY) bench/startup.py
+
+lock: ## names and versions only
+	$(PY) -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > requirements.lock
+
+clean:
+	rm -rf .venv runs report dist

@@ -1,0 +1,212 @@
+"""What was measured, on disk. wandb is a mirror of it.
+
+A run's directory:
+
+    run.json        the RunSpec; written once, before the run starts
+    records.jsonl   one object a line: kind, step, samples, t, and the metrics
+    checkpoint.pt   the newest state, and checkpoint.prev.pt the one before
+    result.json     how it ended
+    log.txt         what a worker printed, when it had no terminal
+    lock            held while a process works on the run; says who
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import socket
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from scaling_exps.plan import PlanError, RunSpec
+
+
+class BusyError(RuntimeError):
+    """Another process works on this run; the message says which."""
+
+
+def write_json(path: Path, value: dict[str, Any]) -> None:
+    """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(aside, "w") as f:
+        json.dump(value, f, indent=1)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(aside, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """The object in `path`, or None where there is no file or no JSON object."""
+    try:
+        value = json.loads(path.read_text())
+    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+        return None
+    return value if isinstance(value, dict) else None
+
+
+def read_spec(run_dir: Path) -> RunSpec:
+    """The RunSpec in `run_dir`; PlanError where there is none that this version can read."""
+    raw = read_json(run_dir / "run.json")
+    if raw is None:
+        raise PlanError(f"{run_dir}: no readable run.json")
+    try:
+        return RunSpec.from_json(raw)
+    except PlanError as e:
+        raise PlanError(f"{run_dir}: {e}") from e
+
+
+def read_records(run_dir: Path) -> list[dict[str, Any]]:
+    """All whole records; a line that was cut by a crash is left out."""
+    records = []
+    try:
+        with open(run_dir / "records.jsonl") as f:
+            for line in f:
+                if line.endswith("\n"):
+                    try:
+                        records.append(json.loads(line))
+                    except json.JSONDecodeError:
+                        continue
+    except FileNotFoundError:
+        pass
+    return records
+
+
+def state(run_dir: Path) -> str:
+    """`finished`, `failed`, `running`, `interrupted` (it will go on), `waiting` (never started)."""
+    result = read_json(run_dir / "result.json")
+    if result is not None:
+        return str(result.get("status", "failed"))
+    if holder(run_dir) is not None:
+        return "running"
+    return "interrupted" if (run_dir / "records.jsonl").exists() else "waiting"
+
+
+@contextmanager
+def lock(run_dir: Path) -> Iterator[None]:
+    """Hold the run; BusyError if somebody does. The kernel lets go when the process dies, however it dies."""
+    with open(run_dir / "lock", "a+") as f:
+        try:
+            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            f.seek(0)
+            raise BusyError(f"{run_dir} is being run by {f.read().strip() or 'another process'}") from None
+        f.truncate(0)
+        f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+        f.flush()
+        yield
+
+
+def holder(run_dir: Path) -> str | None:
+    """Who holds the run's lock, or None."""
+    try:
+        with open(run_dir / "lock") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f.read().strip() or "another process"
+    except FileNotFoundError:
+        pass
+    return None
+
+
+class Writer:
+    """Appends records to a run, and mirrors them to wandb.
+
+    Args:
+        run_dir: the run's directory.
+        spec: the run.
+        size: bytes of records that belong to the checkpoint the run goes on from; the rest is cut off.
+    """
+
+    def __init__(self, run_dir: Path, spec: RunSpec, size: int) -> None:
+        path = run_dir / "records.jsonl"
+        if size > (path.stat().st_size if path.exists() else 0):
+            raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
+        self.file = open(path, "a")  # noqa: SIM115 (closed by close)
+        self.file.truncate(size)
+        self.mirror = _Mirror(run_dir, spec) if spec.logger == "wandb" else None
+
+    def write(self, record: dict[str, Any]) -> None:
+        self.file.write(json.dumps(record) + "\n")
+        self.file.flush()
+        if self.mirror is not None:
+            self.mirror.log(record)
+
+    def sync(self) -> int:
+        """Records up to here are on the disk; returns their size in bytes."""
+        self.file.flush()
+        os.fsync(self.file.fileno())
+        return os.fstat(self.file.fileno()).st_size
+
+    def close(self, summary: dict[str, Any]) -> None:
+        self.file.close()
+        if self.mirror is not None:
+            self.mirror.close(summary)
+
+
+class _Mirror:
+    """The run in wandb: same id, records as `train/loss`, `eval/accuracy`, ... over `samples`.
+
+    Whatever goes wrong there is said once and never stops the run.
+    """
+
+    def __init__(self, run_dir: Path, spec: RunSpec) -> None:
+        self.run: Any = None
+        os.environ.setdefault("WANDB_SILENT", "true")
+        try:
+            import wandb
+
+            described = spec.to_json()
+            arm = spec.arms[0]
+            self.run = wandb.init(
+                id=spec.run_id,
+                name=f"{spec.science.model['name']} {arm.rule} batch {spec.science.batch} seed {spec.science.seed}",
+                project=os.environ.get("WANDB_PROJECT", "scalerun"),
+                group=spec.experiment or f"{spec.science.model['name']}-{spec.science.optimizer}",
+                job_type=f"{arm.rule if arm.kappa != 1 else 'base'} x{arm.kappa:g}",
+                config={k: described[k] for k in ("science", "arms", "placement", "notes")},
+                dir=run_dir,
+                resume="allow",
+                mode=os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),  # type: ignore[arg-type]
+                settings=wandb.Settings(console="off", x_disable_stats=True, init_timeout=30, disable_git=True),
+            )
+            for kind in ("train", "eval", "noise"):
+                self.run.define_metric(f"{kind}/*", step_metric="samples")
+        except Exception as e:
+            self._lost(e)
+
+    def log(self, record: dict[str, Any]) -> None:
+        if self.run is None:
+            return
+        clock = {k: record[k] for k in ("samples", "t")}
+        metrics = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t")}
+        try:
+            self.run.log(clock | metrics, step=record["step"])
+        except Exception as e:
+            self._lost(e)
+
+    def close(self, summary: dict[str, Any]) -> None:
+        if self.run is None:
+            return
+        try:
+            self.run.summary.update(summary)
+            self.run.finish()
+        except Exception as e:
+            self._lost(e)
+
+    def _lost(self, error: Exception) -> None:
+        self.run = None
+        print(
+            f"wandb is off for the rest of this run ({type(error).__name__}: {error}); records.jsonl has it all",
+            file=sys.stderr,
+        )
+
+
+def _logged_in() -> bool:
+    import wandb
+
+    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))

@@ -1,0 +1,527 @@
+"""The one training loop: RUN_DIR in, records and result out. One process a device.
+
+step k:   g = Σ_i w_i ∇L_i over the micro-batches of its draws   (plain: w_i = 1/n; SVAG: r1/n and r2/n)
+          θ, moments <- optimizer(g, η · multiplier(middle of the step))
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import platform
+import subprocess
+import sys
+import time
+import zipfile
+from collections.abc import Iterator
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+
+from scaling_exps import data, models, optim, records, rules
+from scaling_exps.plan import PlanError, RunSpec
+
+EVALUATION_BATCH = 250  # test images at once; no result depends on it
+
+
+class TrainError(RuntimeError):
+    """The run cannot go on; the message is the reason that `status` shows."""
+
+
+class Trainer:
+    """The state of one run on one rank."""
+
+    def __init__(self, spec: RunSpec, run_dir: Path) -> None:
+        self.spec, self.science, self.run_dir = spec, spec.science, run_dir
+        s = self.science
+        self.world, self.rank = _world()
+        if self.world != spec.placement.world_size:
+            raise TrainError(f"run.json asks for {spec.placement.world_size} processes, and there are {self.world}")
+        self.device = _device()
+        self.net = build_net(spec).to(self.device)
+        net = torch.compile(self.net) if spec.placement.compile else self.net
+        self.forward: nn.Module = (
+            nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+            if self.world > 1
+            else net  # type: ignore[assignment]
+        )
+        self.stream = data.Stream(data.load(s.dataset, spec.dataset_path), s.dataset, s.seed, self.device)
+        self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
+        self.per_draw = s.batch // s.micro_batch // self.world  # micro-batches a draw on this rank
+        self.weights = [r / self.per_draw for r in rules.svag_weights(s.svag, _family(s.family))]
+        self.step = 0
+        self.seconds = 0.0  # spent training, evaluation and restarts excluded
+        self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this rank, since the last record
+        self.loss_count = 0
+        self.first_bad = torch.full((), torch.inf, device=self.device)  # first step with a non-finite loss
+
+    # ---- one step ----
+
+    def train_step(self) -> None:
+        """One optimizer step; on a CPU a non-finite loss raises before the update."""
+        s = self.science
+        first, micro = self.spec.samples(self.step), s.micro_batch
+        last = len(self.weights) * self.per_draw - 1
+        loss_sum = torch.zeros((), device=self.device)
+        for j in range(last + 1):
+            draw, i = divmod(j, self.per_draw)
+            start = first + draw * s.batch + (self.rank * self.per_draw + i) * micro
+            x, y = self.stream.batch(start, start + micro)  # (m, C, H, W), (m,)
+            with self._reduce(j == last):
+                with self._autocast():
+                    loss = F.cross_entropy(self.forward(x), y)
+                (loss * self.weights[draw]).backward()
+            loss_sum += loss.detach()
+        self.loss_sum += loss_sum
+        self.loss_count += last + 1
+        bad = torch.where(loss_sum.isfinite(), torch.inf, float(self.step))
+        torch.minimum(self.first_bad, bad, out=self.first_bad)
+        if self.device.type == "cpu":
+            self.check_finite()
+        share = optim.multiplier(s.schedule, self.spec.clock(self.step + 0.5))
+        for group in self.optimizer.param_groups:
+            group["lr"] = s.hyper.lr * share
+        self.optimizer.step()
+        self.step += 1
+
+    def check_finite(self) -> None:
+        bad = float(self.first_bad)
+        if bad != torch.inf:
+            raise TrainError(
+                f"the loss is not finite at step {bad:.0f} ({self.spec.samples(int(bad))} samples): the run stops; "
+                "checkpoint.pt is the last good state. Lower the learning rate or lengthen the warm-up"
+            )
+
+    def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+        """Gradients are reduced over ranks once a step, with its last micro-batch."""
+        if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not now:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
+
+    def _autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.science.precision == "bfloat16")
+
+    # ---- records ----
+
+    def _record(self, kind: str, **metrics: float) -> dict[str, Any]:
+        s = self.science
+        t = rules.continuous_time(s.hyper, self.step, _family(s.family))
+        return {"kind": kind, "step": self.step, "samples": self.spec.samples(self.step), "t": t, **metrics}
+
+    def train_record(self) -> dict[str, Any]:
+        """Mean loss of the samples since the last record, over all ranks; what they were trained with."""
+        grads = [p.grad for p in self.net.parameters() if p.grad is not None]
+        total = _sum_over_ranks(self.loss_sum)
+        self.check_finite()
+        loss = float(total) / (self.loss_count * self.world)
+        window = self.loss_count * self.world * self.science.micro_batch
+        self.loss_sum.zero_()
+        self.loss_count = 0
+        return self._record(
+            "train",
+            loss=loss,
+            window=window,
+            lr=self.optimizer.param_groups[0]["lr"],
+            gradient_norm=float(nn.utils.get_total_norm(grads)),
+            seconds=round(self.seconds, 3),
+        )
+
+    @torch.no_grad()
+    def evaluate(self) -> dict[str, Any]:
+        """Test loss and accuracy of the current weights, each rank taking its share of the test set."""
+        s = self.science
+        if models.has_batch_norm(self.net):
+            n = -(-s.measure.statistics_samples // s.micro_batch)  # micro-batches, over all ranks
+            fixed = self._statistics_stream
+            mine = range(self.rank, n, self.world)
+            batches = (fixed.batch(i * s.micro_batch, (i + 1) * s.micro_batch)[0] for i in mine)
+            with self._autocast():
+                buffers = models.recompute_statistics(self.net, batches)
+            for b in buffers:
+                b.copy_(_sum_over_ranks(b.double() * len(mine)) / n)
+        self.net.eval()
+        sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, count
+        size = len(self.stream.test_labels)
+        for start in range(self.rank * EVALUATION_BATCH, size, self.world * EVALUATION_BATCH):
+            x, y = self.stream.test_batch(start, min(start + EVALUATION_BATCH, size))
+            with self._autocast():
+                logits = self.net(x)
+            loss = F.cross_entropy(logits.float(), y, reduction="sum")
+            sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))]).double()
+        self.net.train()
+        loss, correct, count = _sum_over_ranks(sums).tolist()
+        weight_norm = float(nn.utils.get_total_norm([p.detach() for p in self.net.parameters()]))
+        return self._record("eval", loss=loss / count, accuracy=correct / count, weight_norm=weight_norm)
+
+    @property
+    def _statistics_stream(self) -> data.Stream:
+        """The same training samples for every seed, batch size and world size."""
+        stream = object.__new__(data.Stream)
+        stream.__dict__.update(self.stream.__dict__, seed=0, purpose="statistics")
+        return stream
+
+    # ---- checkpoints ----
+
+    def save(self, records_size: int) -> None:
+        """The whole state, written aside and renamed; the one before is kept as checkpoint.prev.pt."""
+        loss_sum = _sum_over_ranks(self.loss_sum)  # float64 sums of float32 losses: exact, so any split of it is
+        if self.rank:
+            return
+        state = {
+            "run_id": self.spec.run_id,
+            "step": self.step,
+            "net": self.net.state_dict(),
+            "optimizer": self.optimizer.state_dict(),
+            "loss_sum": loss_sum,
+            "loss_count": self.loss_count,
+            "records_size": records_size,
+            "seconds": self.seconds,
+        }
+        path = self.run_dir / "checkpoint.pt"
+        aside = self.run_dir / f".checkpoint.pt.{os.getpid()}"
+        try:
+            with open(aside, "wb") as f:
+                torch.save(state, f)
+                f.flush()
+                os.fsync(f.fileno())
+            if path.exists():
+                os.replace(path, self.run_dir / "checkpoint.prev.pt")
+            os.replace(aside, path)
+        finally:
+            aside.unlink(missing_ok=True)
+
+    def restore(self) -> int:
+        """Go on from the newest checkpoint that is whole; returns the size of its records (0: from the start)."""
+        for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+            state = _load_checkpoint(self.run_dir / name, self.device)
+            if state is None:
+                continue
+            if state["run_id"] != self.spec.run_id:
+                raise TrainError(f"{self.run_dir / name} belongs to run {state['run_id']}")
+            self.net.load_state_dict(state["net"])
+            self.optimizer.load_state_dict(state["optimizer"])
+            self.step, self.seconds, self.loss_count = state["step"], state["seconds"], state["loss_count"]
+            if self.rank == 0:  # the sum over ranks is what counts
+                self.loss_sum.copy_(state["loss_sum"])
+            return int(state["records_size"])
+        return 0
+
+
+def _load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The checkpoint, or None if it is absent, cut or altered (the archive's checksums tell)."""
+    try:
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return state
+    except FileNotFoundError:
+        return None
+    except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
+        print(f"{path} is damaged ({type(e).__name__}); using the one before", file=sys.stderr)
+        return None
+
+
+# ---- a run ----
+
+
+def run(run_dir: Path) -> str:
+    """Run what `run_dir/run.json` says, or go on with it, to its end. Every rank calls this.
+
+    Returns:
+        How it ended: `finished` or `failed` (the reason is in result.json).
+
+    Raises:
+        records.BusyError: another process works on it.
+    """
+    spec = records.read_spec(run_dir)
+    world, rank = _world()
+    with records.lock(run_dir) if rank == 0 else contextlib.nullcontext():
+        previous = records.read_json(run_dir / "result.json")
+        if previous is not None and previous["status"] == "finished":
+            return "finished"
+        if world > 1:
+            dist.barrier()
+        try:
+            _train(spec, run_dir)
+        except (TrainError, data.DataError, models.ModelError, OSError, torch.OutOfMemoryError, RuntimeError) as e:
+            if isinstance(e, RuntimeError) and world > 1 and not isinstance(e, TrainError):
+                raise  # most likely another rank died: its own message counts
+            reason = f"{e}" if isinstance(e, TrainError | ValueError) else f"{type(e).__name__}: {e}"
+            with contextlib.suppress(OSError):
+                records.write_json(run_dir / "result.json", {"status": "failed", "reason": reason, **_environment()})
+            print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
+            if world > 1:
+                raise SystemExit(1) from e  # the others wait in a collective; the launcher ends them
+            return "failed"
+    return "finished"
+
+
+def _train(spec: RunSpec, run_dir: Path) -> None:
+    s = spec.science
+    _reset_peak_memory()
+    trainer = Trainer(spec, run_dir)
+    size = trainer.restore()
+    rank0 = trainer.rank == 0
+    (run_dir / "result.json").unlink(missing_ok=True)
+    writer = records.Writer(run_dir, spec, size) if rank0 else None
+    place = spec.placement
+    if rank0:
+        arm = spec.arms[0]
+        print(
+            f"{s.model['name']} on {s.dataset['name']}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, "
+            f"seed {s.seed}  [{run_dir}]\n"
+            f"batch {s.batch} = micro-batch {s.micro_batch} × accumulation {place.accumulation // spec.draws}"
+            f" × world size {place.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
+            f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {trainer.step}" if trainer.step else "")
+        )
+    beat = max(1, s.steps // 1000)  # how often ranks agree on a checkpoint
+    saved = time.monotonic()
+    with tqdm(
+        total=spec.samples(s.steps), initial=spec.samples(trainer.step), unit="samples", unit_scale=True,
+        disable=None if rank0 else True, dynamic_ncols=True, leave=False,
+    ) as bar:  # fmt: skip
+        started = time.monotonic()
+        while trainer.step < s.steps:
+            trainer.train_step()
+            k = trainer.step
+            if _crosses(k, s.measure.train_records, s.steps):
+                trainer.seconds += time.monotonic() - started
+                record = trainer.train_record()
+                if writer:
+                    writer.write(record)
+                    bar.set_postfix(loss=f"{record['loss']:.4f}", refresh=False)
+                started = time.monotonic()
+            trainer.optimizer.zero_grad(set_to_none=True)
+            bar.update(spec.samples(1))
+            if _crosses(k, s.measure.evaluations, s.steps):
+                trainer.seconds += time.monotonic() - started
+                record = trainer.evaluate()
+                if writer:
+                    writer.write(record)
+                    if bar.disable:
+                        print(
+                            f"{record['samples']:>12,} samples  test loss {record['loss']:.4f}"
+                            f"  accuracy {record['accuracy']:.2%}  {_rate(trainer):,.0f} samples/s", flush=True,
+                        )  # fmt: skip
+                started = time.monotonic()
+            if k % beat == 0 and k < s.steps:
+                due = time.monotonic() - saved > 60 * place.checkpoint_minutes
+                if _any_rank(due):
+                    trainer.seconds += time.monotonic() - started
+                    trainer.check_finite()
+                    trainer.save(writer.sync() if writer else 0)
+                    saved = started = time.monotonic()
+    trainer.check_finite()
+    trainer.save(writer.sync() if writer else 0)
+    if writer:
+        metrics = final_metrics(records.read_records(run_dir))
+        result = {
+            "status": "finished",
+            "metrics": metrics,
+            "seconds": round(trainer.seconds, 3),
+            "samples_per_second": round(_rate(trainer), 2),
+            "peak_memory_bytes": _peak_memory(trainer.device),
+            **_environment(),
+        }
+        writer.close({f"final/{k}": v for k, v in metrics.items()})
+        records.write_json(run_dir / "result.json", result)
+        print(
+            f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, accuracy "
+            f"{metrics['test_accuracy']:.2%} after {spec.samples(s.steps):,} samples; {_rate(trainer):,.0f} samples/s, "
+            f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            flush=True,
+        )
+
+
+def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The last record of each kind, under the names of result.json."""
+    train = next(r for r in reversed(rows) if r["kind"] == "train")
+    test = next(r for r in reversed(rows) if r["kind"] == "eval")
+    return {
+        "train_loss": train["loss"],
+        "test_loss": test["loss"],
+        "test_accuracy": test["accuracy"],
+        "weight_norm": test["weight_norm"],
+    }
+
+
+def _crosses(step: int, count: int, steps: int) -> bool:
+    """Whether one of `count` marks, evenly spaced in samples up to the end, lies in this step."""
+    return step * count // steps > (step - 1) * count // steps
+
+
+def _rate(trainer: Trainer) -> float:
+    return trainer.spec.samples(trainer.step) / max(trainer.seconds, 1e-9)
+
+
+def build_net(spec: RunSpec) -> nn.Module:
+    s = spec.science
+    height, width, channels = s.dataset["shape"]
+    return models.build(s.model, (height, width, channels), s.dataset["classes"], s.seed, s.freeze_last)
+
+
+def preflight(specs: list[RunSpec]) -> None:
+    """Load every data set and build every network of the list once: what cannot work is known before the first run.
+
+    Raises:
+        data.DataError, models.ModelError: with what was given and what is allowed.
+    """
+    seen = set()
+    for spec in specs:
+        s = spec.science
+        key = repr((s.model, s.dataset, spec.dataset_path, s.freeze_last))
+        if key in seen:
+            continue
+        seen.add(key)
+        data.load(s.dataset, spec.dataset_path)
+        with torch.no_grad(), torch.device("cpu"):
+            net = build_net(spec).eval()
+            height, width, channels = s.dataset["shape"]
+            try:
+                net(torch.zeros(1, channels, height, width))
+            except RuntimeError as e:
+                raise models.ModelError(
+                    f"model {s.model} cannot take {height} x {width} x {channels} images: {e}"
+                ) from e
+
+
+# ---- ranks and devices ----
+
+
+def _family(name: str) -> rules.Family:
+    return "adaptive" if name == "adaptive" else "sgd"
+
+
+def _world() -> tuple[int, int]:
+    """(world size, rank)."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def _device() -> torch.device:
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+        return device
+    return torch.device("cpu")
+
+
+def _sum_over_ranks(x: Tensor) -> Tensor:
+    """A new tensor: the sum of every rank's `x`."""
+    x = x.clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def _any_rank(flag: bool) -> bool:
+    if not dist.is_initialized():
+        return flag
+    return bool(_sum_over_ranks(torch.tensor(float(flag), device=_device())) > 0)
+
+
+def _reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux: the high-water mark of resident memory starts anew
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def _peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, else this process's resident high-water mark."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except OSError:
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def _environment() -> dict[str, Any]:
+    packages = ("scalerun", "torch", "torchvision", "timm", "numpy")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    here = Path(__file__).resolve().parent
+    git = subprocess.run(
+        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
+    )
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "versions": versions,
+        "commit": git.stdout.strip() or None,
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "world_size": _world()[0],
+    }
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the group that torchrun's or srun's environment describes; nothing to do for a single process."""
+    world = int(os.environ.get("WORLD_SIZE", 1))
+    if world == 1:
+        yield
+        return
+    device = _device()
+    dist.init_process_group(
+        "nccl" if device.type == "cuda" else "gloo", device_id=device if device.index is not None else None
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
+
+
+def run_all(run_dirs: list[Path], log: bool) -> bool:
+    """Run each directory that is neither finished nor held by somebody else.
+
+    Several workers may be given one list: the locks share it out. With `log`, a run's output goes to its log.txt.
+
+    Returns:
+        Whether every run that was done here finished.
+    """
+    good = True
+    for run_dir in run_dirs:
+        world, rank = _world()
+        free = torch.tensor(0.0)
+        if rank == 0:
+            free.fill_(float(records.state(run_dir) in ("waiting", "interrupted", "failed")))
+        if world > 1:
+            free = free.to(_device())
+            dist.broadcast(free, 0)
+        if not free:
+            continue
+        with _output_to(run_dir / "log.txt") if log and rank == 0 else contextlib.nullcontext():
+            try:
+                good &= run(run_dir) == "finished"
+            except records.BusyError:
+                continue
+            except PlanError as e:
+                print(e, file=sys.stderr)
+                good = False
+    return good
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    with open(path, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        yield
+
+
+if __name__ == "__main__":  # a worker: python -m scaling_exps.train RUN_DIR ...
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    with process_group():
+        raise SystemExit(0 if run_all([Path(a) for a in sys.argv[1:]], log=True) else 1)
