@@ -1,0 +1,362 @@
+"""The fork test: how large may the batch be from here on? Measured, beside what the noise scale predicts.
+
+From one checkpoint, branches at kappa = 1/2, 1, 2, 4, 8 train on for the same number of samples: weights as they are,
+hyperparameters by the rule, second moments and step counts carried over by `scale`, learning rate held at its value at
+the fork. Every repeat reads a data order of its own, new to the run; within a repeat all branches read the same one,
+so that their differences are the batch size's and not the data's. The loss is that of the training distribution on
+fixed samples that no branch trains on in this order.
+
+The fork batch is the largest at which the loss exceeds the kappa = 1 branch's by no more than the tolerance:
+where the mean difference, linear in log2 kappa between branches, crosses it; its interval is where the two ends of
+the 95% t-intervals of the difference (paired, n = repeats) cross it. (Branching: Merrill et al. 2025, 2505.23971, read
+second-hand; they reset the optimizer's state and warm up again, here it is carried over.)
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import math
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from scaling_exps import records
+from scaling_exps.library import scale
+from scaling_exps.plan import RunSpec
+from scaling_exps.rules import Hyper, RuleError
+
+KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
+PROBE = 1024  # samples on which the loss is taken
+NOISE_BATCHES = 64  # micro-batches of the noise-scale estimate
+
+
+class ForkError(ValueError):
+    """The run cannot be forked as asked; the message says what is needed."""
+
+
+@dataclass(frozen=True)
+class Branch:
+    """One batch size: losses over repeats, and the paired difference from kappa = 1."""
+
+    kappa: float
+    batch: int
+    hyper: Hyper
+    losses: tuple[float, ...]
+    difference: float  # mean, relative to the base's mean loss
+    low: float  # 95% t-interval of it
+    high: float
+    verdict: str  # within | beyond | undecided
+
+
+@dataclass(frozen=True)
+class Noise:
+    """Gradient-noise scale at the fork, in examples: tr(covariance) / |grad f|^2, with a jackknife 95% interval."""
+
+    scale: float | None  # None: not enough data, the mean gradient is not told from zero
+    low: float | None
+    high: float | None
+    batches: int
+    micro_batch: int
+
+
+@dataclass(frozen=True)
+class Fork:
+    run_id: str
+    rule: str
+    step: int
+    samples_at_fork: int
+    samples: int  # of each branch
+    repeats: int
+    tolerance: float
+    branches: tuple[Branch, ...]
+    batch: float  # the fork batch
+    low: float
+    high: float | None  # None: no branch is surely beyond the tolerance
+    noise: Noise
+
+
+def fork(
+    run_dir: Path,
+    *,
+    kappas: Sequence[float] = KAPPAS,
+    repeats: int = 4,
+    samples: int | None = None,
+    tolerance: float = 0.02,
+    rule: str | None = None,
+) -> Fork:
+    """Branch off the newest checkpoint in `run_dir`, which is only read.
+
+    Args:
+        kappas: batch sizes as multiples of the run's; 1 is added.
+        repeats: data orders, >= 2.
+        samples: length of a branch; a multiple of every batch. None is 32 steps of the largest.
+        tolerance: of the loss, relative to that of kappa = 1.
+        rule: how hyperparameters move; None is the optimizer's own.
+
+    Raises:
+        ForkError: no checkpoint, a batch that is no whole number, a length that is no multiple of every batch.
+        RuleError: the rule refuses one of the batches; nothing has been trained then.
+    """
+    from scaling_exps import train
+
+    spec = records.read_spec(run_dir)
+    base_batch = spec.science.batch
+    if spec.science.svag != 1:
+        raise ForkError(f"{run_dir} is a SVAG run (svag={spec.science.svag}); fork a plain one")
+    if repeats < 2:
+        raise ForkError(f"repeats={repeats} must be >= 2: an interval needs a spread")
+    if not 0 < tolerance < math.inf:
+        raise ForkError(f"tolerance={tolerance} must be > 0 (a share of the loss)")
+    kappas = sorted({*kappas, 1.0})
+    batches = {k: round(k * base_batch) for k in kappas}
+    if bad := [k for k in kappas if k <= 0 or batches[k] != k * base_batch]:
+        raise ForkError(f"kappa={bad} times batch {base_batch} is no whole batch; choose other multiples")
+    longest = math.lcm(*batches.values())
+    samples = samples if samples is not None else -(-32 * max(batches.values()) // longest) * longest
+    if samples < 1 or samples % longest:
+        raise ForkError(
+            f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
+        )
+    state, device = None, train._device()
+    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
+        state = state or train._load_checkpoint(run_dir / name, device)
+    if state is None:
+        raise ForkError(f"{run_dir} has no checkpoint: train it first, or for longer than checkpoint.minutes")
+    branches = {k: _Branching(spec, run_dir, state, batches[k], samples, rule, k == 1) for k in kappas}
+    noise = noise_scale(branches[1.0].trainer(None, 0))
+    losses = {k: [b.loss(noise.scale, r) for r in range(repeats)] for k, b in branches.items()}
+    reference = sum(losses[1.0]) / repeats
+    table = []
+    for k, b in branches.items():
+        mean, half = _interval([x - y for x, y in zip(losses[k], losses[1.0], strict=True)])
+        low, high = (mean - half) / reference, (mean + half) / reference
+        verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "undecided"
+        table.append(
+            Branch(
+                k, b.spec.science.batch, b.spec.science.hyper, tuple(losses[k]), mean / reference, low, high, verdict
+            )
+        )
+    return Fork(
+        run_id=spec.run_id,
+        rule=rule or "the optimizer's own",
+        step=state["step"],
+        samples_at_fork=spec.samples(state["step"]),
+        samples=samples,
+        repeats=repeats,
+        tolerance=tolerance,
+        branches=tuple(table),
+        batch=_crossing(table, "difference", tolerance)[0],
+        low=_crossing(table, "high", tolerance)[0],
+        high=(lambda c: c[0] if c[1] else None)(_crossing(table, "low", tolerance)),
+        noise=noise,
+    )
+
+
+class _Branching:
+    """One batch size of the fork: what it runs, and how to start it at the checkpoint."""
+
+    def __init__(
+        self,
+        spec: RunSpec,
+        run_dir: Path,
+        state: dict[str, Any],
+        batch: int,
+        samples: int,
+        rule: str | None,
+        base: bool,
+    ) -> None:
+        from scaling_exps import optim
+
+        s = spec.science
+        self.base_batch, self.state, self.run_dir, self.rule = s.batch, state, run_dir, rule
+        share = optim.multiplier(s.schedule, spec.clock(state["step"]))
+        micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
+        held = replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
+        self.spec = replace(
+            spec,
+            science=replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held),
+            placement=replace(
+                spec.placement, world_size=1, compile=False, micro_batch=micro, accumulation=batch // micro
+            ),
+        )
+        group = self.trainer(None, 0).optimizer.param_groups[0]  # refuses here, before anything is trained
+        betas = group.get("betas", group.get("beta", group.get("momentum")))
+        self.spec = replace(
+            self.spec,
+            science=replace(
+                self.spec.science,
+                hyper=Hyper(
+                    s.hyper.lr * share * group["lr"] / self._lr,
+                    tuple(betas) if isinstance(betas, tuple | list) else (betas,),
+                    group.get("eps", s.hyper.eps),
+                    group["weight_decay"],
+                ),
+            ),
+        )
+
+    def trainer(self, noise: float | None, repeat: int) -> Any:
+        """A Trainer at the checkpoint, its optimizer moved to this batch, on the data order of `repeat`."""
+        from scaling_exps import data, train
+
+        t = train.Trainer(self.spec, self.run_dir)
+        t.net.load_state_dict(self.state["net"])
+        t.optimizer.load_state_dict(self.state["optimizer"])
+        self._lr = t.optimizer.param_groups[0]["lr"]
+        s = self.spec.science
+        scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
+        images = data.load(s.dataset, self.spec.dataset_path)
+        t.stream = data.Stream(images, s.dataset, s.seed, t.device, purpose=f"fork/{repeat}")
+        return t
+
+    def loss(self, noise: float | None, repeat: int) -> float:
+        """Train the branch; the loss at its end."""
+        t = self.trainer(noise, repeat)
+        while t.step < self.spec.science.steps:
+            t.train_step()
+            t.optimizer.zero_grad(set_to_none=True)
+        t.check_finite()
+        return _probe(t)
+
+
+def _probe(t: Any) -> float:
+    """Mean training loss on fixed samples, weights as they are."""
+    import torch
+    from torch.nn import functional as F
+
+    from scaling_exps import data
+
+    t.evaluate()  # leaves evaluation statistics where the network has any
+    s = t.science
+    stream = data.Stream(data.load(s.dataset, t.spec.dataset_path), s.dataset, s.seed, t.device, purpose="fork/probe")
+    t.net.eval()
+    total = 0.0
+    with torch.no_grad():
+        for start in range(0, PROBE, 256):
+            x, y = stream.batch(start, start + 256)
+            total += float(F.cross_entropy(t.net(x).float(), y, reduction="sum"))
+    return total / PROBE
+
+
+def noise_scale(t: Any) -> Noise:
+    """tr(Sigma) / |grad f|^2 at the trainer's weights, from NOISE_BATCHES micro-batches of b examples each:
+
+        tr Sigma = b (sum |g_i|^2 - n |g|^2) / (n - 1),   |grad f|^2 = |g|^2 - tr Sigma / (n b)
+
+    with g the mean of the g_i: both are unbiased. The ratio is of the two means; its interval is the
+    jackknife's, in the logarithm. Two passes, because n gradients of a large network do not fit.
+    """
+    import torch
+    from torch.nn import functional as F
+
+    n, b = NOISE_BATCHES, t.science.micro_batch
+    params = [p for p in t.net.parameters() if p.requires_grad]
+
+    def gradient(i: int) -> Any:
+        x, y = t.stream.batch(i * b, (i + 1) * b)
+        grads = torch.autograd.grad(F.cross_entropy(t.net(x), y), params)
+        return torch.cat([g.flatten() for g in grads]).double()
+
+    mean = gradient(0) * 0
+    squares = []
+    for i in range(n):
+        g = gradient(i)
+        mean += g / n
+        squares.append(float(g @ g))
+    products = [float(gradient(i) @ mean) for i in range(n)]
+    norm = float(mean @ mean)
+
+    def ratio(total: float, norm: float, n: int) -> float:
+        trace = b * (total - n * norm) / (n - 1)
+        signal = norm - trace / (n * b)
+        return trace / signal if signal > 0 and trace > 0 else math.nan
+
+    value = ratio(sum(squares), norm, n)
+    without = [
+        ratio(sum(squares) - q, (n * n * norm - 2 * n * p + q) / (n - 1) ** 2, n - 1)
+        for q, p in zip(squares, products, strict=True)
+    ]
+    if not all(map(math.isfinite, (value, *without))):
+        return Noise(None, None, None, n, b)
+    logs = [math.log(x) for x in without]
+    center = sum(logs) / n
+    error = math.sqrt((n - 1) / n * sum((x - center) ** 2 for x in logs))
+    return Noise(value, value * math.exp(-1.96 * error), value * math.exp(1.96 * error), n, b)
+
+
+def _interval(differences: list[float]) -> tuple[float, float]:
+    """(mean, half-width of its 95% t-interval)."""
+    from scipy import stats
+
+    n = len(differences)
+    mean = sum(differences) / n
+    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
+    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+
+
+def _crossing(table: list[Branch], which: str, tolerance: float) -> tuple[float, bool]:
+    """(batch, whether it crossed): where `which` first exceeds the tolerance beyond kappa = 1; else the largest."""
+    upward = [b for b in table if b.kappa >= 1]
+    for here, there in itertools.pairwise(upward):
+        a, z = getattr(here, which), getattr(there, which)
+        if z > tolerance:
+            share = (tolerance - a) / (z - a) if z > a else 0.0
+            return here.batch * (there.batch / here.batch) ** min(1.0, max(0.0, share)), True
+    return float(upward[-1].batch), False
+
+
+def render(f: Fork) -> str:
+    """The result as a table for people."""
+    lines = [
+        f"fork of run {f.run_id} at step {f.step} ({f.samples_at_fork:,} samples), rule: {f.rule}; "
+        f"{f.samples:,} samples a branch, {f.repeats} data orders",
+        f"{'batch':>7} {'kappa':>6} {'loss':>9}   difference from kappa = 1, 95% interval",
+    ]
+    for b in f.branches:
+        loss = sum(b.losses) / len(b.losses)
+        difference = f"{b.difference:+8.2%}  [{b.low:+.2%}, {b.high:+.2%}]"
+        lines.append(f"{b.batch:>7} {b.kappa:>6g} {loss:>9.5f}   {difference}  {b.verdict}")
+    top = f.branches[-1].batch
+    high = f"{f.high:.0f}" if f.high is not None else f"more than {top}"
+    lines.append(f"largest batch within {f.tolerance:.1%} of the loss: {f.batch:.0f}, interval {f.low:.0f} to {high}")
+    n = f.noise
+    if n.scale is None or n.low is None or n.high is None:
+        lines.append(f"gradient-noise scale: not enough data in {n.batches} micro-batches of {n.micro_batch}")
+    else:
+        lines.append(f"gradient-noise scale at the fork: {n.scale:.0f} examples, interval {n.low:.0f} to {n.high:.0f}")
+        apart = n.low > (f.high or math.inf) or n.high < f.low
+        lines.append("the two " + ("DISAGREE: their intervals are apart" if apart else "do not contradict each other"))
+    return "\n".join(lines)
+
+
+def main(argv: Sequence[str]) -> int:
+    """`scalerun fork RUN_DIR`: 0, or 2 with one message where the run or the request is at fault."""
+    parser = argparse.ArgumentParser(prog="scalerun fork", description=__doc__.splitlines()[0])
+    parser.add_argument("run_dir", type=Path, help="directory of a run that has a checkpoint; it is only read")
+    parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")
+    parser.add_argument("--repeats", type=int, default=4, help="data orders (default 4)")
+    parser.add_argument("--samples", type=int, help="length of a branch (default: 32 steps of the largest batch)")
+    parser.add_argument("--tolerance", type=float, default=0.02, help="share of the loss (default 0.02)")
+    parser.add_argument("--rule", help="default: the optimizer's own, see docs/rules.md")
+    parser.add_argument("--json", action="store_true", help="the result, for machines")
+    try:
+        a = parser.parse_args(argv)
+    except SystemExit as e:
+        return int(e.code or 0)
+    try:
+        kappas = [float(k) for k in a.kappa.split(",")]
+    except ValueError:
+        print(f"scalerun fork: --kappa {a.kappa!r} must be numbers with commas between, as 0.5,1,2", file=sys.stderr)
+        return 2
+    try:
+        result = fork(
+            a.run_dir, kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
+        )
+    except (ForkError, RuleError, ValueError) as e:
+        print(f"scalerun fork: {e}", file=sys.stderr)
+        return 2
+    print(json.dumps(asdict(result), indent=1) if a.json else render(result))
+    return 0
