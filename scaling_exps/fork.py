@@ -15,6 +15,7 @@ second-hand; they reset the optimizer's state and warm up again, here it is carr
 from __future__ import annotations
 
 import argparse
+import copy
 import itertools
 import json
 import math
@@ -27,7 +28,7 @@ from typing import Any
 from scaling_exps import records
 from scaling_exps.library import scale
 from scaling_exps.plan import RunSpec
-from scaling_exps.rules import Hyper, RuleError
+from scaling_exps.rules import Hyper
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken
@@ -126,7 +127,7 @@ def fork(
         state = state or train._load_checkpoint(run_dir / name, device)
     if state is None:
         raise ForkError(f"{run_dir} has no checkpoint: train it first, or for longer than checkpoint.minutes")
-    branches = {k: _Branching(spec, run_dir, state, batches[k], samples, rule, k == 1) for k in kappas}
+    branches = {k: _Branching(spec, run_dir, state, batches[k], samples, rule) for k in kappas}
     noise = noise_scale(branches[1.0].trainer(None, 0))
     losses = {k: [b.loss(noise.scale, r) for r in range(repeats)] for k, b in branches.items()}
     reference = sum(losses[1.0]) / repeats
@@ -140,6 +141,7 @@ def fork(
                 k, b.spec.science.batch, b.spec.science.hyper, tuple(losses[k]), mean / reference, low, high, verdict
             )
         )
+    sure, crossed = _crossing(table, "low", tolerance)
     return Fork(
         run_id=spec.run_id,
         rule=rule or "the optimizer's own",
@@ -151,7 +153,7 @@ def fork(
         branches=tuple(table),
         batch=_crossing(table, "difference", tolerance)[0],
         low=_crossing(table, "high", tolerance)[0],
-        high=(lambda c: c[0] if c[1] else None)(_crossing(table, "low", tolerance)),
+        high=sure if crossed else None,
         noise=noise,
     )
 
@@ -167,13 +169,16 @@ class _Branching:
         batch: int,
         samples: int,
         rule: str | None,
-        base: bool,
     ) -> None:
         from scaling_exps import optim
 
         s = spec.science
         self.base_batch, self.state, self.run_dir, self.rule = s.batch, state, run_dir, rule
         share = optim.multiplier(s.schedule, spec.clock(state["step"]))
+        if share == 0:
+            raise ForkError(
+                f"{run_dir}: the schedule has brought the learning rate to 0 here; fork an earlier checkpoint"
+            )
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
         held = replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
         self.spec = replace(
@@ -204,7 +209,7 @@ class _Branching:
 
         t = train.Trainer(self.spec, self.run_dir)
         t.net.load_state_dict(self.state["net"])
-        t.optimizer.load_state_dict(self.state["optimizer"])
+        t.optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))  # torch would share the tensors
         self._lr = t.optimizer.param_groups[0]["lr"]
         s = self.spec.science
         scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
@@ -355,7 +360,7 @@ def main(argv: Sequence[str]) -> int:
         result = fork(
             a.run_dir, kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
         )
-    except (ForkError, RuleError, ValueError) as e:
+    except ValueError as e:  # ForkError, RuleError, and what reading the run refuses
         print(f"scalerun fork: {e}", file=sys.stderr)
         return 2
     print(json.dumps(asdict(result), indent=1) if a.json else render(result))

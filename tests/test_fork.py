@@ -1,0 +1,167 @@
+"""The fork test, run small for real: one digits run, branches off its checkpoint; the noise scale on a known case."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from conftest import prepare, specs, work
+
+from scaling_exps import fork as module
+from scaling_exps.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
+from scaling_exps.rules import RULES, Hyper, RuleError
+
+
+@pytest.fixture(scope="module")
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Batch 4, 256 steps on real digits."""
+    (spec,) = specs("recipe.samples=1024", "measure.evaluations=1")
+    folder = prepare(tmp_path_factory.mktemp("fork"), spec)
+    work(folder)
+    return folder
+
+
+@pytest.fixture(autouse=True)
+def _one_thread():
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def content(folder: Path) -> dict[str, str]:
+    return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
+
+
+def test_fork(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(run_dir)
+    result = fork(run_dir, repeats=2, samples=64)
+    assert content(run_dir) == before  # it is only read
+    assert [b.batch for b in result.branches] == [2, 4, 8, 16, 32]
+    base = result.branches[1]
+    assert (base.difference, base.low, base.high) == (0, 0, 0)
+    assert base.losses[0] != base.losses[1]  # a data order of its own for each repeat
+    for b in result.branches:
+        want = RULES["sqrt"].scale(base.hyper, b.kappa)
+        assert (b.hyper.lr, *b.hyper.betas) == pytest.approx((want.lr, *want.betas))
+        assert b.hyper.eps == pytest.approx(want.eps)
+        assert b.low <= b.difference <= b.high
+    assert result.low <= result.batch <= (result.high or 32)
+    assert main([str(run_dir), "--repeats", "2", "--samples", "64", "--kappa", "2", "--json"]) == 0
+    again = json.loads(capsys.readouterr().out)
+    assert [tuple(b["losses"]) for b in again["branches"]] == [b.losses for b in result.branches[1:3]]  # to the bit
+    text = module.render(result)
+    assert "largest batch within" in text
+    assert "gradient-noise scale" in text
+
+
+def test_the_fork_sees_a_missing_rule(run_dir: Path) -> None:
+    """This early the loss still falls: eight times the batch on an unscaled rate has moved far less."""
+    late = {
+        rule: fork(run_dir, kappas=[8], repeats=2, samples=512, rule=rule, tolerance=0.01) for rule in ("sqrt", "none")
+    }
+    difference = {rule: f.branches[-1].difference for rule, f in late.items()}
+    print(difference)
+    assert difference["none"] > 0.02, difference
+    assert difference["sqrt"] < 0.01, difference
+    assert late["none"].batch < late["sqrt"].batch == 32
+
+
+def test_a_branch_starts_where_the_checkpoint_is(run_dir: Path) -> None:
+    from scaling_exps import records, train
+
+    state = train._load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu"))
+    assert state is not None
+    spec = records.read_spec(run_dir)
+    for batch in (16, 4):  # and the first must leave nothing behind for the second
+        t = _Branching(spec, run_dir, state, batch, 64, None).trainer(None, 0)
+        for name, value in t.net.state_dict().items():
+            torch.testing.assert_close(value, state["net"][name], rtol=0, atol=0)
+        moved = t.optimizer.state_dict()["state"]
+        for i, old in state["optimizer"]["state"].items():
+            torch.testing.assert_close(moved[i]["exp_avg_sq"], old["exp_avg_sq"] * 4 / batch, rtol=1e-6, atol=0)
+        order = t.stream.indices(0, 64)
+    plain = train.Trainer(spec, run_dir).stream.indices(1024, 1024 + 64)
+    assert not torch.equal(order, plain)  # fresh data
+
+
+def test_noise_scale_on_a_known_case() -> None:
+    """Two classes, weight 0, label 1 only: one example's gradient is -x / 2. x ~ N(mu, I) in 40 dimensions with
+    |mu|^2 = 1: the scale is 40. 64 x 16 examples tell it to about 20%."""
+
+    class Net(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(40))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return torch.stack([torch.zeros(len(x)), x @ self.w], 1)
+
+    def trainer(norm: float) -> SimpleNamespace:
+        def batch(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
+            g = torch.Generator().manual_seed(start)
+            x = torch.randn(stop - start, 40, generator=g)
+            x[:, 0] += norm
+            return x, torch.ones(stop - start, dtype=torch.long)
+
+        return SimpleNamespace(net=Net(), science=SimpleNamespace(micro_batch=16), stream=SimpleNamespace(batch=batch))
+
+    known = noise_scale(trainer(1.0))
+    assert known.scale == pytest.approx(40, rel=0.3)
+    assert known.low < 40 < known.high
+    assert known.high / known.low < 3
+    nothing = noise_scale(trainer(0.0))  # no mean gradient: no number is made up
+    assert nothing.scale is None or nothing.high > 1000
+
+
+def branch(kappa: float, difference: float, half: float) -> Branch:
+    h = Hyper(1e-3, (0.9,), 0, 0)
+    return Branch(kappa, round(kappa * 100), h, (), difference, difference - half, difference + half, "")
+
+
+def test_the_crossing_is_interpolated_in_the_logarithm() -> None:
+    table = [branch(0.5, 0.3, 0.1), branch(1, 0, 0), branch(2, 0.0, 0.01), branch(4, 0.04, 0.01)]
+    assert _crossing(table, "difference", 0.02) == (pytest.approx(100 * 2**1.5), True)
+    assert _crossing(table, "low", 0.02)[0] > _crossing(table, "high", 0.02)[0]
+    assert _crossing(table, "difference", 0.05) == (400.0, False)
+    assert _crossing([branch(1, 0, 0), branch(2, 0.1, 0)], "difference", 0.02)[0] == pytest.approx(100 * 2**0.2)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"repeats": 1}, "repeats=1"),
+        ({"tolerance": 0}, "tolerance=0"),
+        ({"kappas": [0.3]}, "no whole batch"),
+        ({"samples": 100}, "a multiple of every batch"),
+        ({"kappas": [100]}, "beta_map=power"),
+        ({"rule": "linear_momentum"}, "allowed here"),
+    ],
+)
+def test_refusals(run_dir: Path, settings: dict, message: str) -> None:
+    with pytest.raises((ForkError, RuleError), match=message):
+        fork(run_dir, **settings)
+
+
+def test_command_refuses_with_one_message(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_bytes((run_dir / "run.json").read_bytes())
+    for argv, message in [
+        ([str(tmp_path)], "has no checkpoint"),
+        ([str(tmp_path / "none")], "no readable run.json"),
+        ([str(run_dir), "--kappa", "1,big"], "must be numbers"),
+    ]:
+        assert main(argv) == 2
+        err = capsys.readouterr().err
+        assert message in err
+        assert err.count("\n") == 1
+
+
+def test_interval_is_students() -> None:
+    mean, half = module._interval([0.0, 2.0])
+    assert mean == 1
+    assert half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-4)
