@@ -142,6 +142,7 @@ def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
     [
         (lambda: RULES["opt_sgd"].scale(SGD, 2, base_batch=256), "noise_scale"),
         (lambda: RULES["opt_sgd"].scale(SGD, 2, noise_scale=256), "base_batch"),
+        (lambda: RULES["sqrt"].scale(ADAM, 1e5, beta_map="power"), "smaller batch"),  # 0.9^100000 is 0 to a float
         (lambda: RULES["sqrt"].scale(ADAM, 0), "kappa"),
         (lambda: RULES["sqrt"].scale(ADAM, math.nan), "kappa"),
         (lambda: RULES["sqrt"].scale(ADAM, 2, duration=-1), "duration"),

@@ -109,7 +109,10 @@ class Move:
         if beta == 0 or clock == 1:
             return beta
         if (beta_map or self.beta_map) == "power":
-            return float(beta**clock)
+            new = float(beta**clock)
+            if new < 1e-300:  # on its way to 0.0, which would mean "no moving average" from there on
+                raise RuleError(f"rule {rule!r} maps beta={beta:g} to {beta:g}^{clock:g} = 0: use a smaller batch")
+            return new
         new = round(1 - clock * (1 - beta), 15)
         if new <= 0:
             limit = self.kappa / clock / (1 - beta)
