@@ -351,6 +351,22 @@ def test_lightning_builds_our_optimizer(tmp_path: Path) -> None:
     assert line == f"OURS {ours(done.scaled.hyper)!r} 32 4 1000"
 
 
+def test_torchtitan_reads_our_numbers(tmp_path: Path) -> None:
+    pytest.importorskip("torchtitan.config", reason="torchtitan <= 0.2 (with TOML) and tyro are not installed")
+    from torchtitan.config import ConfigManager
+
+    done = convert(TITAN, "torchtitan", "torchtitan", 256, devices=64)
+    (tmp_path / "new.toml").write_text(done.text)
+    config = ConfigManager().parse_args(["--job.config_file", str(tmp_path / "new.toml")])
+    o = config.optimizer
+    assert (o.lr, o.beta1, o.beta2, o.eps, o.weight_decay) == ours(done.scaled.hyper)
+    assert (config.training.global_batch_size, config.training.steps, config.lr_scheduler.warmup_steps) == (
+        256,
+        250,
+        50,
+    )
+
+
 def test_deepspeed_reads_our_numbers(tmp_path: Path) -> None:
     pytest.importorskip("deepspeed", reason="deepspeed is not installed: its schema cannot be asked")
     from deepspeed.runtime.config import DeepSpeedConfig

@@ -10,24 +10,30 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prepare, specs, work
+from conftest import prepare, specs
 
 from scaling_exps import fork as module
+from scaling_exps import records, train
 from scaling_exps.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
 from scaling_exps.rules import RULES, Hyper, RuleError
 
 
 @pytest.fixture(scope="module")
 def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Batch 4, 256 steps on real digits."""
-    (spec,) = specs("recipe.samples=1024", "measure.evaluations=1")
+    """Batch 4, 128 steps on real digits."""
+    (spec,) = specs("recipe.samples=512", "measure.evaluations=1")
     folder = prepare(tmp_path_factory.mktemp("fork"), spec)
-    work(folder)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # see test_scale
+    assert train.run(folder) == "finished"
+    torch.set_num_threads(threads)
     return folder
 
 
 @pytest.fixture(autouse=True)
-def _one_thread():
+def _small(monkeypatch: pytest.MonkeyPatch):
+    monkeypatch.setattr(module, "PROBE", 512)
+    monkeypatch.setattr(module, "NOISE_BATCHES", 32)
     before = torch.get_num_threads()
     torch.set_num_threads(1)
     yield
@@ -73,8 +79,6 @@ def test_the_fork_sees_a_missing_rule(run_dir: Path) -> None:
 
 
 def test_a_branch_starts_where_the_checkpoint_is(run_dir: Path) -> None:
-    from scaling_exps import records, train
-
     state = train._load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu"))
     assert state is not None
     spec = records.read_spec(run_dir)
@@ -86,13 +90,13 @@ def test_a_branch_starts_where_the_checkpoint_is(run_dir: Path) -> None:
         for i, old in state["optimizer"]["state"].items():
             torch.testing.assert_close(moved[i]["exp_avg_sq"], old["exp_avg_sq"] * 4 / batch, rtol=1e-6, atol=0)
         order = t.stream.indices(0, 64)
-    plain = train.Trainer(spec, run_dir).stream.indices(1024, 1024 + 64)
+    plain = train.Trainer(spec, run_dir).stream.indices(512, 512 + 64)
     assert not torch.equal(order, plain)  # fresh data
 
 
 def test_noise_scale_on_a_known_case() -> None:
     """Two classes, weight 0, label 1 only: one example's gradient is -x / 2. x ~ N(mu, I) in 40 dimensions with
-    |mu|^2 = 1: the scale is 40. 64 x 16 examples tell it to about 20%."""
+    |mu|^2 = 1: the scale is 40. 32 x 32 examples tell it to about 20%."""
 
     class Net(torch.nn.Module):
         def __init__(self) -> None:
@@ -109,7 +113,7 @@ def test_noise_scale_on_a_known_case() -> None:
             x[:, 0] += norm
             return x, torch.ones(stop - start, dtype=torch.long)
 
-        return SimpleNamespace(net=Net(), science=SimpleNamespace(micro_batch=16), stream=SimpleNamespace(batch=batch))
+        return SimpleNamespace(net=Net(), science=SimpleNamespace(micro_batch=32), stream=SimpleNamespace(batch=batch))
 
     known = noise_scale(trainer(1.0))
     assert known.scale == pytest.approx(40, rel=0.3)

@@ -125,6 +125,22 @@ def test_gain_rules_have_the_limits_of_a_noise_scale() -> None:
     assert large == pytest.approx(1)  # far above it: nothing to gain
 
 
+@pytest.mark.parametrize("batch", [8, 64, 1024])
+def test_opt_sgd_is_the_best_single_step_on_a_quadratic(batch: int) -> None:
+    """E f(theta - lr g) at f = |theta|^2 / 2, g = theta + z / sqrt(B): minimised over lr on a fine grid. H = I, so
+    the noise scale is tr Sigma / |G|^2 = 300 / 3."""
+    theta, trace, base_batch = (1.0, -1.0, 1.0), 300.0, 16
+
+    def best(b: int) -> float:
+        signal = sum(x * x for x in theta)
+        grid = [k / 20000 for k in range(1, 20000)]
+        return min(grid, key=lambda lr: (1 - lr) ** 2 * signal / 2 + lr**2 * trace / b / 2)
+
+    base = Hyper(best(base_batch), (0.0,), 0.0, 0.0)
+    got = RULES["opt_sgd"].scale(base, batch / base_batch, base_batch=base_batch, noise_scale=100)
+    assert got.lr == pytest.approx(best(batch), rel=1e-3)
+
+
 def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
     with pytest.raises(RuleError, match="The largest legal batch is 2559") as e:
         RULES["sqrt"].scale(ADAM, 16, base_batch=256)
@@ -162,6 +178,14 @@ def test_page_is_up_to_date() -> None:
     assert (ROOT / "docs" / "rules.md").read_text() == markdown(list(RULES.values())), (
         "run: python -m scaling_exps.rules.document > docs/rules.md"
     )
+
+
+def test_page_s_code_runs(capsys: pytest.CaptureFixture[str]) -> None:
+    code = (ROOT / "docs" / "rules.md").read_text().split("```python\n")[1].split("```")[0]
+    scope: dict = {}
+    exec(code, scope)
+    assert capsys.readouterr().out == "{'lr': 0.002, 'betas': (0.6, 0.96)}\n"
+    assert scope["optimizer"].param_groups[0]["lr"] == pytest.approx(2e-3)
 
 
 @pytest.mark.parametrize("module", [scaling_exps.rules.contract, table, laws])

@@ -33,6 +33,26 @@ Decoupled (AdamW: a shrink by η·λ a step) it needs a rule that says so; those
 
 **Momentum of SGD** is in torch's form, buf → μ·buf + g. **Gradient clipping by norm** is outside every rule: where
 noise dominates, the same clip rate needs c/√κ (derived here).
+
+## In your own trainer
+
+```python
+import torch
+from scaling_exps import scale
+
+# numbers, or a dict with these names: batch, lr, betas or momentum, eps, weight_decay, ema, steps, warmup_steps
+print(scale(lr=1e-3, betas=(0.9, 0.99), base_batch=256, batch=1024, rule="sqrt"))
+# a live optimizer whose batch grows in mid-run: hyperparameters, second moments and step counts move together
+optimizer = torch.optim.AdamW([torch.zeros(2, requires_grad=True)], lr=1e-3)
+scale(optimizer, base_batch=256, batch=1024)
+```
+
+A recipe of another trainer (`plain`, `hf`, `lightning`, `timm`, `torchtitan`, `deepspeed`), only its scaled lines
+changed: `scalerun convert in.yaml --from hf --to hf --batch 8192`. How large the batch may be from a checkpoint on:
+`scalerun fork RUN_DIR`.
+
+**A rule of your own** is a subclass of `scaling_exps.rules.Rule` (or a row of exponents, `Powers`); the entry-point group
+`scalerun.rules` names an instance of it, and `scaling_exps.laws.check(rule)` tests the laws.
 """
 
 
