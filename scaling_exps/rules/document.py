@@ -51,8 +51,8 @@ A recipe of another trainer (`plain`, `hf`, `lightning`, `timm`, `torchtitan`, `
 changed: `scalerun convert in.yaml --from hf --to hf --batch 8192`. How large the batch may be from a checkpoint on:
 `scalerun fork RUN_DIR`.
 
-**A rule of your own** is a subclass of `scaling_exps.rules.Rule` (or a row of exponents, `Powers`); the entry-point group
-`scalerun.rules` names an instance of it, and `scaling_exps.laws.check(rule)` tests the laws.
+**A rule of your own** is a subclass of `scaling_exps.rules.Rule` (or a row of exponents, `Powers`); the entry-point
+group `scalerun.rules` names an instance of it, and `scaling_exps.laws.check(rule)` tests the laws.
 """
 
 
