@@ -109,6 +109,8 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
         trainer = train.Trainer(spec, Path("unused"))
         losses.append(trainer.evaluate()["loss"])
     assert losses[0] == losses[1]
+    assert torch.equal(trainer.statistics.indices(0, 64), trainer.stream.sibling(0, "statistics").indices(0, 64))
+    assert not torch.equal(trainer.statistics.indices(0, 64), trainer.stream.indices(0, 64))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
