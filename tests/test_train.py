@@ -109,6 +109,8 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
         trainer = train.Trainer(spec, Path("unused"))
         losses.append(trainer.evaluate()["loss"])
     assert losses[0] == losses[1]
+    assert torch.equal(trainer.statistics.indices(0, 64), trainer.stream.sibling(0, "statistics").indices(0, 64))
+    assert not torch.equal(trainer.statistics.indices(0, 64), trainer.stream.indices(0, 64))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -357,3 +359,18 @@ def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     process.send_signal(signal.SIGINT)
     assert process.wait(timeout=20) != 0
     assert records.state(run_dir) == "interrupted"
+
+
+def test_records_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
+    """A run that goes on from its last but one checkpoint, with all later records already written."""
+    (spec,) = specs("batch=8", "checkpoint.minutes=1e-9")
+    run_dir = prepare(tmp_path, spec)
+    assert train.run(run_dir) == "finished"
+    before, final = rows(run_dir), weights(run_dir)
+    with open(run_dir / "records.jsonl", "a") as f:
+        f.write('{"kind": "tr')  # and the line that the crash cut
+    (run_dir / "result.json").unlink()
+    os.replace(run_dir / "checkpoint.prev.pt", run_dir / "checkpoint.pt")
+    assert train.run(run_dir) == "finished"
+    assert rows(run_dir) == before
+    assert all(torch.equal(final[k], v) for k, v in weights(run_dir).items())
