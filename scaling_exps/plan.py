@@ -438,7 +438,7 @@ def print_plan(specs: list[RunSpec]) -> None:
         formulas = {
             **rule.formulas(),
             "steps": f"{longer}steps/κ",
-            "warmup_steps": "same share of the run",
+            "warmup_steps": "same samples" if not longer else "δ·samples",
             "samples": "δ·samples" if longer else "same",
         }
         for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):

@@ -106,19 +106,24 @@ def test_noise_scale_on_a_known_case() -> None:
         def forward(self, x: torch.Tensor) -> torch.Tensor:
             return torch.stack([torch.zeros(len(x)), x @ self.w], 1)
 
-    def trainer(norm: float) -> SimpleNamespace:
+    def trainer(norm: float, micro: int = 32, seed: int = 0) -> SimpleNamespace:
         def batch(start: int, stop: int) -> tuple[torch.Tensor, torch.Tensor]:
-            g = torch.Generator().manual_seed(start)
+            g = torch.Generator().manual_seed(start + 10_000 * seed)
             x = torch.randn(stop - start, 40, generator=g)
             x[:, 0] += norm
             return x, torch.ones(stop - start, dtype=torch.long)
 
-        return SimpleNamespace(net=Net(), science=SimpleNamespace(micro_batch=32), stream=SimpleNamespace(batch=batch))
+        return SimpleNamespace(
+            net=Net(), science=SimpleNamespace(micro_batch=micro), stream=SimpleNamespace(batch=batch)
+        )
 
     known = noise_scale(trainer(1.0))
     assert known.scale == pytest.approx(40, rel=0.3)
     assert known.low < 40 < known.high
     assert known.high / known.low < 3
+    # 32 x 2 examples: without the correction of |g|^2 the median would be 25
+    few = sorted(x for seed in range(40) if (x := noise_scale(trainer(1.0, 2, seed)).scale) is not None)
+    assert 32 < few[len(few) // 2] < 52, few
     nothing = noise_scale(trainer(0.0))  # no mean gradient: no number is made up
     assert nothing.scale is None or nothing.high > 1000
 
