@@ -40,9 +40,10 @@ def run(
     first: int = 0,
     k0: int = 0,
     weights: tuple[float, ...] = (1.0,),
+    unit: float | None = None,
     draw: Draw | None = None,
 ) -> Array:
-    """States (observations, 3 d, paths) = theta, m, u = v/sigma^2 of the real optimizer classes.
+    """States (observations, 3 d, paths) = theta, m, u = v/unit^2 of the real optimizer classes.
 
     Args:
         hyper, sigma: from `Problem.discretise`, then perhaps through a rule.
@@ -50,11 +51,13 @@ def run(
         paths, first: paths first .. first+paths-1.
         k0: Adam's step counter at the start, `start_step`.
         weights: of the independent draws of one step (`rules.svag_weights`).
+        unit: noise scale of u, and of the start v = unit^2 u0; sigma if left out (sigma ell under SVAG).
         draw: (x, step) -> g, instead of the oracle's own draws (common random numbers with an SDE).
     """
     o, (x0, m0, u0) = problem.oracle, problem.start
+    unit = sigma if unit is None else unit
     x = torch.tensor(np.tile(x0, (paths, 1))).requires_grad_()  # (N, d) float64
-    full = [torch.tensor(np.tile(a, (paths, 1))) for a in (m0, sigma**2 * u0)]
+    full = [torch.tensor(np.tile(a, (paths, 1))) for a in (m0, unit**2 * u0)]
     optimizer: torch.optim.Optimizer
     if problem.algorithm == "rmsprop":
         optimizer = optim.build("paper_rmsprop", [x], hyper)
@@ -69,7 +72,7 @@ def run(
     for k in range(steps + 1):
         if k in observe:
             m, v = (optimizer.state[x].get(name, full[i]) for i, name in enumerate("mv"))
-            out.append(torch.cat([x.detach(), m, v / sigma**2], 1).numpy().T.copy())
+            out.append(torch.cat([x.detach(), m, v / unit**2], 1).numpy().T.copy())
         if k == steps:
             break
         at = x.detach().numpy()
@@ -95,9 +98,11 @@ def run_fused(
     seed: int,
     k0: int = 0,
     weights: tuple[float, ...] = (1.0,),
+    unit: float | None = None,
 ) -> Array:
     """As `run`, on a quadratic, for blocks of LANES paths: (observations, 6 d, paths); the twin's states last."""
     o, (x0, m0, u0) = problem.oracle, problem.start
+    unit = sigma if unit is None else unit
     d = o.dim
     out = np.empty((len(observe), 6 * d, blocks * LANES))
     kernels.discrete(
@@ -107,12 +112,13 @@ def run_fused(
         np.ascontiguousarray(o.root(np.zeros((1, d)))),
         x0,
         m0,
-        sigma**2 * u0,
+        unit**2 * u0,
         hyper.lr,
         float(hyper.betas[0]),
         float(hyper.betas[-1]),
         hyper.eps,
         sigma,
+        unit,
         k0,
         np.array(weights, float),
         KINDS.index(o.noise.kind),

@@ -98,12 +98,13 @@ class Twin:
 
 
 def frozen_twin(
-    problem: Problem, hyper: Hyper, sigma: float, variance: float, steps: int, k0: int, observe: Array
+    problem: Problem, hyper: Hyper, sigma: float, unit: float, variance: float, steps: int, k0: int, observe: Array
 ) -> Twin:
     """Freeze v_k at its mean without the gradient's share; then (theta, m) is linear in the draws.
 
     Args:
         hyper, sigma: of the run that is observed (a scaled or SVAG run has its own).
+        unit: the noise scale in u = v / unit^2 (sigma ell under SVAG).
         variance: of the summed draw, sum of squared SVAG weights (1 without SVAG).
         steps, k0: number of steps, and the step counter at the start (Adam's bias corrections).
         observe: (n,) increasing step numbers, 0 .. steps.
@@ -115,14 +116,14 @@ def frozen_twin(
     beta2 = hyper.betas[-1] if not sgd else 1.0
     S = o.root(np.zeros((1, d)))
     noise = sigma**2 * variance * (S @ S.T)
-    v_known, v = sigma**2 * u0, sigma**2 * u0
+    v_known, v = unit**2 * u0, unit**2 * u0
     p = 2 * d if adam else d
     mu, C = np.concatenate([x0, m0])[:p], np.zeros((p, p))
     factors = np.empty((steps, d))
     moments = []
     for k in range(steps + 1):
         if k in observe:
-            moments.append(Moments(mu, C, v / sigma**2))
+            moments.append(Moments(mu, C, v / unit**2))
         if k == steps:
             break
         if sgd:

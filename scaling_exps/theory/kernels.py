@@ -177,12 +177,33 @@ def _update(algo, lr, beta1, beta2, eps, bias1, bias2, frozen, X, M, V, G):
 
 @njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract"})
 def discrete(
-    algo, H, b, S, x0, m0, v0, lr, beta1, beta2, eps, sigma, k0, weights, kind, shape, frozen, observe, seed, first, out
+    algo,
+    H,
+    b,
+    S,
+    x0,
+    m0,
+    v0,
+    lr,
+    beta1,
+    beta2,
+    eps,
+    sigma,
+    unit,
+    k0,
+    weights,
+    kind,
+    shape,
+    frozen,
+    observe,
+    seed,
+    first,
+    out,
 ):
     """Walk out.shape[2] paths of one optimizer on g = H x + b + sigma sum_j weights_j S xi_j.
 
     frozen (steps, d): the step factors of the twin that sees the same draws but never its own v; its moments
-    are known exactly, which makes it the control variate. out (observations, 6 d, paths), u = v / sigma^2.
+    are known exactly, which makes it the control variate. out (observations, 6 d, paths), u = v / unit^2.
     """
     d = H.shape[0]
     zero = np.zeros(d)
@@ -205,7 +226,7 @@ def discrete(
                         for k in range(LANES):
                             out[seen, r, block * LANES + k] = X[twin, i, k]
                             out[seen, r + d, block * LANES + k] = M[twin, i, k]
-                            out[seen, r + 2 * d, block * LANES + k] = V[twin, i, k] / (sigma * sigma)
+                            out[seen, r + 2 * d, block * LANES + k] = V[twin, i, k] / (unit * unit)
                 seen += 1
             if step == steps:
                 break

@@ -16,7 +16,9 @@ from typing import Any
 
 import numpy as np
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
+from scaling_exps import rules
 from scaling_exps.rules import Hyper
 from scaling_exps.theory import discrete, exact, sde
 from scaling_exps.theory.keyed import LANES
@@ -84,7 +86,8 @@ class Run:
     """One discrete optimizer to be measured: what is executed, and how many steps cover the horizon."""
 
     hyper: Hyper
-    sigma: float
+    sigma: float  # noise scale of one draw
+    unit: float  # noise scale that u = v / unit^2 refers to: sigma, or sigma ell under SVAG
     steps: int
     k0: int = 0
     weights: tuple[float, ...] = (1.0,)
@@ -114,7 +117,24 @@ class Measurement:
 def plain_run(problem: Problem, step: float) -> Run:
     """The optimizer at `step` of time a step, without rule or SVAG."""
     hyper, sigma = problem.discretise(step)
-    return Run(hyper, sigma, problem.steps(step), discrete.start_step(problem, step))
+    return Run(hyper, sigma, sigma, problem.steps(step), discrete.start_step(problem, step))
+
+
+def scaled_run(problem: Problem, base: Run, rule: rules.Rule, kappa: float) -> Run:
+    """`base` moved to kappa times its batch by a rule: sigma/sqrt(kappa), steps/kappa (equal data)."""
+    sigma = base.sigma / math.sqrt(kappa)
+    steps = base.steps / kappa
+    if steps != round(steps) or base.k0 / kappa != round(base.k0 / kappa):
+        raise ValueError(f"kappa={kappa} was given for {base.steps} steps from {base.k0}; allowed: common divisors")
+    return Run(rule.scale(base.hyper, kappa), sigma, sigma, round(steps), round(base.k0 / kappa))
+
+
+def svag_run(problem: Problem, base: Run, ell: int) -> Run:
+    """SVAG at `ell` through `rules`: two draws of the same sigma, their sum as noisy as sigma sqrt(stretch)."""
+    hyper, stretch = rules.svag(base.hyper, ell, problem.family)
+    unit = base.sigma * math.sqrt(stretch)
+    weights = rules.svag_weights(ell, problem.family)
+    return Run(hyper, base.sigma, unit, base.steps * stretch, base.k0 * stretch, weights)
 
 
 def measure(
@@ -141,7 +161,7 @@ def measure(
     if np.abs(fractions - observe).max() > 1e-6:
         raise ValueError(f"times {list(times)} were given for {run.steps} steps; allowed: whole numbers of steps")
     variance = sum(w * w for w in run.weights)
-    twin = exact.frozen_twin(problem, run.hyper, run.sigma, variance, run.steps, run.k0, observe)
+    twin = exact.frozen_twin(problem, run.hyper, run.sigma, run.unit, variance, run.steps, run.k0, observe)
     reference = np.stack([g.expectation(m) for m in exact.sde_moments(problem, times)])  # (T, nf)
     controls = _Controls(problem)
     known = [controls.expectation(m) for m in twin.moments]
@@ -162,6 +182,7 @@ def measure(
             seed=seed,
             k0=run.k0,
             weights=run.weights,
+            unit=run.unit,
         )
         for t, s in enumerate(sums):
             rows = np.concatenate([g(states[t, : 3 * d]) - reference[t][:, None], controls(states[t, 3 * d :], known[t])])
@@ -211,7 +232,8 @@ class _Sums:
     def add(self, rows: Array) -> None:
         self.n += rows.shape[1]
         self.one += rows.sum(1)
-        self.two += rows @ rows.T
+        with threadpool_limits(1, "blas"):  # BLAS threads beside numba's fight for the cores: 30 times slower
+            self.two += rows @ rows.T
 
     def regress(self, nf: int) -> tuple[Array, Array]:
         """(mean of the first nf rows, corrected by the others whose mean is 0; its standard error)."""
@@ -274,7 +296,7 @@ def paired(
     hyper, sigma = problem.discretise(step)
     k0, n = discrete.start_step(problem, step), problem.steps(step)
     observe = [problem.steps(step, float(t)) for t in times]
-    d, rows = problem.oracle.dim, []
+    d = problem.oracle.dim
     g = functions(problem)
     sums = [_Sums(len(g.names)) for _ in times]
     for first in range(0, paths, chunk):
