@@ -8,7 +8,8 @@ asking for further paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 
 import numpy as np
 import torch
@@ -69,21 +70,33 @@ def run(
     else:
         optimizer = optim.build("sgd", [x], hyper)
     out = []
-    for k in range(steps + 1):
-        if k in observe:
-            m, v = (optimizer.state[x].get(name, full[i]) for i, name in enumerate("mv"))
-            out.append(torch.cat([x.detach(), m, v / unit**2], 1).numpy().T.copy())
-        if k == steps:
-            break
-        at = x.detach().numpy()
-        if draw is not None:
-            g = draw(at, k)
-        else:
-            n = len(weights)
-            g = sum(w * o.draw(at, sigma, seed, first, k * n + j) for j, w in enumerate(weights))
-        x.grad = torch.from_numpy(np.ascontiguousarray(g))
-        optimizer.step()
+    with one_torch_thread():
+        for k in range(steps + 1):
+            if k in observe:
+                m, v = (optimizer.state[x].get(name, full[i]) for i, name in enumerate("mv"))
+                out.append(torch.cat([x.detach(), m, v / unit**2], 1).numpy().T.copy())
+            if k == steps:
+                break
+            at = x.detach().numpy()
+            if draw is not None:
+                g = draw(at, k)
+            else:
+                n = len(weights)
+                g = sum(w * o.draw(at, sigma, seed, first, k * n + j) for j, w in enumerate(weights))
+            x.grad = torch.from_numpy(np.ascontiguousarray(g))
+            optimizer.step()
     return np.stack(out)
+
+
+@contextmanager
+def one_torch_thread() -> Iterator[None]:
+    """Small tensors, many steps: torch's threads beside numba's cost more than they give. Restored on exit."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def run_fused(

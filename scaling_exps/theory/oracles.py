@@ -79,7 +79,9 @@ class Noise:
         skewed = self.kind == "exponential"
         undefined = heavy and self.dof <= 3
         return (
-            Condition("bounded moments", not heavy, f"E|z|^p infinite for p >= {self.dof:g}" if heavy else "all moments"),
+            Condition(
+                "bounded moments", not heavy, f"E|z|^p infinite for p >= {self.dof:g}" if heavy else "all moments"
+            ),
             Condition(
                 "low skewness",
                 not (skewed or undefined),
@@ -299,7 +301,9 @@ class Logistic:
         return (
             Condition("smooth f and Sigma^(1/2)", True, "smooth; Sigma(x) from per-example gradients"),
             Condition("bounded moments", True, "finitely many examples"),
-            Condition("low skewness", True, "mean of B examples: E z^3 = O(1/sqrt(B)), small in practice for sigma < 1"),
+            Condition(
+                "low skewness", True, "mean of B examples: E z^3 = O(1/sqrt(B)), small in practice for sigma < 1"
+            ),
         )
 
 

@@ -1,12 +1,12 @@
 """What is held fixed while the step shrinks: an oracle, an optimizer, the SDE's constants, a start, a horizon.
 
-    symbol      name        meaning, paper section 4
-    sigma0      sigma0      sigma eta (adaptive), sigma sqrt(eta) (SGD)
-    eps0        eps0        eps eta
-    c_i         c1, c2      (1 - beta_i) / eta^2
-    eta_e       step        time of one optimizer step: eta^2 (adaptive), eta (SGD)
-    u           u0          v / sigma^2
-    t0          t0          Adam's start; the horizon is counted from it
+symbol      name        meaning, paper section 4
+sigma0      sigma0      sigma eta (adaptive), sigma sqrt(eta) (SGD)
+eps0        eps0        eps eta
+c_i         c1, c2      (1 - beta_i) / eta^2
+eta_e       step        time of one optimizer step: eta^2 (adaptive), eta (SGD)
+u           u0          v / sigma^2
+t0          t0          Adam's start; the horizon is counted from it
 """
 
 from __future__ import annotations

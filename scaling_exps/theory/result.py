@@ -77,10 +77,14 @@ class Result:
         known = [f.passed for f in self.fits if f.passed is not None]
         return bool(known) and all(known)
 
-    def add(self, m: Measurement, optimizer: str, noise: str, arm: str, eta2: float, ell: int = 1, kappa: float = 1) -> None:
+    def add(
+        self, m: Measurement, optimizer: str, noise: str, arm: str, eta2: float, ell: int = 1, kappa: float = 1
+    ) -> None:
         self.rows += [Row(self.check, optimizer, noise, arm, eta2, ell, kappa, n, e, s) for n, e, s in m.worst()]
 
-    def series(self, optimizer: str, noise: str, arm: str, function: str) -> tuple[list[float], list[float], list[float]]:
+    def series(
+        self, optimizer: str, noise: str, arm: str, function: str
+    ) -> tuple[list[float], list[float], list[float]]:
         """(x, error, standard error) of one line of the figure."""
         key = (optimizer, noise, arm, function)
         rows = [r for r in self.rows if (r.optimizer, r.noise, r.arm, r.function) == key]
@@ -108,7 +112,7 @@ class Result:
             x, error, se = (a[skip_first:] for a in self.series(optimizer, noise, arm, function))
             f = fit_order([a + shift for a in x], error, se)
             inside = abs(f.slope - expected) <= tolerance
-            passed = None if not f.resolved else inside is not control
+            passed = None if not f.resolved else bool(inside) is not control
             name = {"eta2": "eta^2", "ell": "ell", "kappa": "kappa - 1" if shift else "kappa"}[self.axis]
             self.fits.append(
                 Verdict(
@@ -137,11 +141,21 @@ def show(results: Sequence[Result], console: Any) -> None:
         for line in r.conditions:
             console.print("  " + line, highlight=False, markup=False)
         table = Table(box=None, pad_edge=False)
-        for c in ("optimizer", "noise", "arm", "function", "quantity", "measured", "95% interval", "expected", "verdict"):
+        for c in (
+            "optimizer",
+            "noise",
+            "arm",
+            "function",
+            "quantity",
+            "measured",
+            "95% interval",
+            "expected",
+            "verdict",
+        ):
             table.add_column(c, justify="right" if c in ("measured", "95% interval", "expected") else "left")
         for f in r.fits:
-            bound = ">= " if f.quantity.startswith("ratio") else ""
-            pm = f" ± {f.tolerance:g}" if f.tolerance else ""
+            bound = ">= " if f.quantity.startswith("ratio to") else ""
+            pm = f" ± {f.tolerance:.2g}" if f.tolerance else ""
             verdict = "noise wins" if f.passed is None else "pass" if f.passed else "FAIL"
             if f.control:
                 verdict = "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: it holds"

@@ -95,7 +95,7 @@ def simulate(
 
 
 def _plain(problem: Problem, level: int, observe: Array, paths: int, seed: int, first: int) -> Array:
-    o, d, dt = problem.oracle, problem.oracle.dim, 2.0**-level
+    o, dt = problem.oracle, 2.0**-level
     s0, e0, c1, c2 = problem.sigma0, problem.eps0, problem.c1, problem.c2
     x, m, u = (np.tile(a, (paths, 1)) for a in problem.start)
     out = []

@@ -185,7 +185,9 @@ def measure(
             unit=run.unit,
         )
         for t, s in enumerate(sums):
-            rows = np.concatenate([g(states[t, : 3 * d]) - reference[t][:, None], controls(states[t, 3 * d :], known[t])])
+            rows = np.concatenate(
+                [g(states[t, : 3 * d]) - reference[t][:, None], controls(states[t, 3 * d :], known[t])]
+            )
             s.add(rows)
         done += blocks * LANES
         if done & (done - 1) and done < 4 * CHUNK:
@@ -304,8 +306,7 @@ def paired(
         draw = discrete.coupled_draw(problem, sigma, step, seed, first, size)
         rows = discrete.run(problem, hyper, sigma, n, observe, paths=size, seed=seed, first=first, k0=k0, draw=draw)
         fine = [
-            sde.simulate(problem, step / 2**r, times, paths=size, seed=seed, first=first)
-            for r in (refine, refine + 1)
+            sde.simulate(problem, step / 2**r, times, paths=size, seed=seed, first=first) for r in (refine, refine + 1)
         ]
         for t, s in enumerate(sums):
             s.add(g(rows[t, : 3 * d]) - 2 * g(fine[1][t]) + g(fine[0][t]))
