@@ -82,7 +82,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
     parser = argparse.ArgumentParser(
         prog="scalerun theory",
-        description="Measure what the paper predicts: orders of weak error, SVAG, the scaling rule, and where they break.",
+        description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
         epilog="checks: " + "; ".join(f"{n}: {(f.__doc__ or '').splitlines()[0]}" for n, f in CHECKS.items()),
     )
     parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all); also check=NAME")

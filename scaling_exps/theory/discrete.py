@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-any-return"
+
 """The optimizers on an oracle, over many paths at once.
 
 `run` drives the very classes that train networks (`optim.PaperRMSprop`, `optim.PaperAdam`, `torch.optim.SGD`).

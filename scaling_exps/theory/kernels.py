@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def,no-any-return"
+
 """Fused loops over paths for quadratic oracles: f(x) = x.Hx/2 + b.x, noise z = S xi with S = Sigma^(1/2).
 
 Coordinates are few and paths are many, so a kernel keeps LANES paths in cache, walks them through all steps,

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-untyped-def,no-any-return"
+
 """Random numbers that are functions of (seed, purpose, path, index), and a Brownian path made of them.
 
 Nothing here has a state. A draw is a hash (splitmix64 in counter form): 64 bits at
@@ -67,7 +69,7 @@ def block_keys(seed, purpose, block, out):
 @njit(inline="always", error_model="numpy")
 def _log(x):
     """ln x for x in (0, 1), relative error below 1e-14, without a call so that loops vectorise."""
-    b = _bits(x)
+    b = _bits(x)  # type: ignore[call-arg, var-annotated]
     m = _float((b & _MANTISSA) | _EXP0)  # [1/2, 1)
     e = float(np.int64(b >> _S52) - 1022)
     low = m < _SQRT_HALF

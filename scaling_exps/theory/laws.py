@@ -10,7 +10,7 @@ import torch
 from scaling_exps import optim
 from scaling_exps.rules import RULES, Hyper
 from scaling_exps.theory import discrete, exact, weak
-from scaling_exps.theory.keyed import LANES, draws
+from scaling_exps.theory.keyed import LANES, MAX_DIM, draws
 from scaling_exps.theory.oracles import Linear, describe
 from scaling_exps.theory.orders import TIMES, reference
 from scaling_exps.theory.problem import Problem
@@ -135,8 +135,8 @@ def decoupled_decay(seed: int = 0, paths: int = 1 << 13) -> Result:
             r.rows.append(Row(r.check, "adamw", "gaussian", arm, 0.0, 1, kappa, "mean of theta", float(gap.max()), se))
             change = float(x[-1].var() / truth[-1].var() - 1)
             r.rows.append(
-                Row(r.check, "adamw", "gaussian", arm, 0.0, 1, kappa, "variance of theta, relative", abs(change), 2 / math.sqrt(paths))
-            )  # fmt: skip
+                Row(r.check, "adamw", "gaussian", arm, 0.0, 1, kappa, "variance, relative", abs(change), 2 / paths**0.5)
+            )
     for kappa in (4, 16):
         error = {x.arm: x for x in r.rows if x.kappa == kappa and x.function == "mean of theta"}
         kept = error["lambda x sqrt(kappa)"]
@@ -161,8 +161,9 @@ def _adamw(hyper: Hyper, sigma: float, steps: int, marks: np.ndarray, paths: int
     observe, out = set(np.round(marks * steps).astype(int).tolist()), []
     with discrete.one_torch_thread():
         for k in range(steps):
-            noise = draws("gaussian", 0.0, seed, 0, paths, 1, k)[:, 0]
-            x.grad = x.detach() + sigma * torch.from_numpy(noise)
+            if k % MAX_DIM == 0:  # a block of steps at once, as the coordinates of one draw
+                noise = torch.from_numpy(draws("gaussian", 0.0, seed, 0, paths, min(MAX_DIM, steps - k), k).T.copy())
+            x.grad = x.detach() + sigma * noise[k % MAX_DIM]
             optimizer.step()
             if k + 1 in observe:
                 out.append(x.detach().numpy().copy())

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-any-return"
+
 """Noisy gradient oracles: (f, Sigma, Z_sigma), of which a query at x returns g = grad f(x) + sigma z.
 
     x        parameters of many paths at once        (N, d) float64

@@ -1,3 +1,5 @@
+# mypy: disable-error-code="no-any-return"
+
 """Weak error: |E g(x_k) - E g(X_t)| for a set of test functions g, with standard errors, and its order.
 
 The SDE's side is exact on quadratics (`exact.sde_moments`). The discrete side is Monte Carlo, with the frozen
@@ -15,6 +17,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 from scipy import stats
 from threadpoolctl import threadpool_limits
 
@@ -259,7 +262,7 @@ class Fit:
     resolved: bool  # at least three points rose above the noise
 
 
-def fit(x: Array, error: Array, se: Array, *, threshold: float = 4.0, floor: float = 0.02) -> Fit:
+def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0, floor: float = 0.02) -> Fit:
     """The order of an error: its slope on log-log axes over the points that rise above the noise.
 
     Args:
