@@ -116,7 +116,7 @@ def _against(r: Result, kappa: float, name: str, measured: float, se: float, clo
     )
 
 
-def decoupled_decay(seed: int = 0, paths: int = 1 << 13) -> Result:
+def decoupled_decay(seed: int = 0, paths: int = 1 << 12) -> Result:
     """AdamW (the class that trains networks) under sqrt, with lambda fixed, x sqrt(kappa), x kappa."""
     r = Result("decoupled_decay", "AdamW under sqrt keeps its law with lambda x sqrt(kappa)", "kappa")
     base, steps, sigma = Hyper(5e-3, (0.99, 0.999), 1e-8, 0.1), 2048, 10.0
