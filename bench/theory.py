@@ -151,6 +151,7 @@ def main() -> None:
             start = time.perf_counter()
             means[name] = go(turn + 1)
             times[name].append(time.perf_counter() - start)
+            print(f"turn {turn + 1}: {name} {times[name][-1]:.3f} s", file=sys.stderr, flush=True)
     work = args.paths * args.steps / 1e6
     rows = {
         name: {

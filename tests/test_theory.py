@@ -6,6 +6,7 @@ import doctest
 import json
 import math
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -296,3 +297,11 @@ def test_doctests(module):
     found = doctest.testmod(module)
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_the_example_of_the_docs_page_runs(capsys):
+    page = (Path(__file__).parents[1] / "docs" / "theory.md").read_text()
+    block = page.split("## Your own oracle")[1].split("\n`paired`")[0]
+    code = "\n".join(line[4:] for line in block.splitlines() if line.startswith("    "))
+    exec(code.replace("paths=4096", "paths=256"), {})
+    assert capsys.readouterr().out.count("theta[0]") == 3 * 2  # theta[0] and its square, three steps

@@ -193,8 +193,6 @@ def measure(
             )
             s.add(rows)
         done += blocks * LANES
-        if done & (done - 1) and done < 4 * CHUNK:
-            continue
         delta, se = (np.stack(a) for a in zip(*(s.regress(len(g.names)) for s in sums), strict=True))
         result = Measurement(g.names, np.asarray(times, float), delta, se, done)
         if all(s <= target * e for _, e, s in result.worst()) or done * per_path >= budget:
@@ -281,8 +279,9 @@ def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0
     slope = float(np.sum(w * (a - centre) * b) / ss)
     residual = b - np.average(b, weights=w) - slope * (a - centre)
     chi2 = float(np.sum(w * residual**2)) / (n - 2)
-    half = float(stats.t.ppf(0.975, n - 2) * math.sqrt(min(chi2, 1.0) / ss) if chi2 < 1 else 0)
-    half = max(half, 1.96 * math.sqrt(max(chi2, 1.0) / ss) if chi2 >= 1 else 1.96 / math.sqrt(ss))
+    half = 1.96 * math.sqrt(max(chi2, 1.0) / ss)
+    if chi2 < 1:  # few points: their scatter, by Student's t, where that is wider
+        half = max(half, float(stats.t.ppf(0.975, n - 2)) * math.sqrt(chi2 / ss))
     return Fit(slope, (slope - half, slope + half), n, True)
 
 
