@@ -133,7 +133,7 @@ def report(results: Sequence[Result], seed: int) -> dict[str, object]:
         "seconds": round(sum(r.seconds for r in results), 2),
         "versions": {"python": platform.python_version(), **versions},
         "checks": [r.json() for r in results],
-        "rows": [vars(row) for r in results for row in r.rows],
+        "rows": [row.json() for r in results for row in r.rows],
         "fits": [f.json() for r in results for f in r.fits],
     }
 

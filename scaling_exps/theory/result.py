@@ -27,6 +27,9 @@ class Row:
     error: float
     standard_error: float
 
+    def json(self) -> dict[str, Any]:
+        return {k: _number(v) for k, v in vars(self).items()}
+
 
 @dataclass(frozen=True)
 class Verdict:
