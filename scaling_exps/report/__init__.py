@@ -1,8 +1,8 @@
 """Directories of runs -> verdicts, tables, figures, one page. Reads records and nothing else.
 
 A run is compared with the base run of its own seed: both saw the same examples in the same order, so the seed's luck
-cancels in the difference. `runs` reads, `verdict` judges, `charts` arranges, `figures` and `page` draw, `tables` prints,
-`dashboard` does the same in wandb.
+cancels in the difference. `runs` reads, `verdict` judges, `charts` arranges, `figures` and `page` draw, `tables`
+prints, `dashboard` does the same in wandb.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def _show(rows: list[Row], found: Collection, out: Path, refresh: float | None, 
     for gone in found.missing:
         print(f"not in the table: {gone}", file=sys.stderr)
     charts = _charts.charts(rows)
-    path = page.write(rows, found.missing, charts, out, max(1, round(refresh)) if refresh else None)
+    path = page.write(rows, found.missing, charts, out, max(1, round(refresh)) if refresh else None, given)
     print(f"page: {path}")
     for file in figures.draw(charts, out, ("png", "pdf") if pdf else ("png",)):
         print(f"figure: {file}")
@@ -95,5 +95,3 @@ def _margins(words: list[str]) -> dict[str, float] | None:
         except ValueError:
             raise ReportError(f"--margin {word!r}: give METRIC=VALUE, for example train_loss=0.05") from None
     return given or None
-
-

@@ -115,7 +115,8 @@ def _curves(setting: str, rows: list[Row]) -> list[Chart]:
         x = "samples seen"
         made.append(Chart("curves", setting, f"batch {batch}", x, "train loss", tuple(_loss(here)), batch))
         test = tuple(_evals(here, metric))
-        made.append(Chart("curves", setting, f"batch {batch}", x, f"test {metric}", test, batch, percent=metric == "accuracy"))  # fmt: skip
+        share = metric == "accuracy"
+        made.append(Chart("curves", setting, f"batch {batch}", x, f"test {metric}", test, batch, percent=share))
     return made
 
 
@@ -176,7 +177,8 @@ def _gap(setting: str, rows: list[Row]) -> list[Chart]:
         band = None if margin is None else (0.0 if metric == "trajectory" else -margin, margin)
         y = name if metric == "trajectory" else f"Δ {name}"
         traces = tuple(_against_batch([r for r in rows if r.role != "base"], value))
-        made.append(Chart("gap", setting, y, "batch", y, traces, None, log_x=True, percent=metric == "test_accuracy", band=band))  # fmt: skip
+        share = metric == "test_accuracy"
+        made.append(Chart("gap", setting, y, "batch", y, traces, log_x=True, percent=share, band=band))
     return made
 
 
@@ -202,14 +204,18 @@ def _hyper(setting: str, rows: list[Row]) -> list[Chart]:
 def _cost(setting: str, rows: list[Row]) -> list[Chart]:
     def read(key: str) -> Callable[[Row], tuple[float, float, float] | None]:
         def value(row: Row) -> tuple[float, float, float] | None:
-            got = [v for r in row.runs if isinstance(v := r.result.get(key), int | float) and math.isfinite(v) and v > 0]
+            got = [
+                v for r in row.runs if isinstance(v := r.result.get(key), int | float) and math.isfinite(v) and v > 0
+            ]
             return (sum(got) / len(got), min(got), max(got)) if got else None
 
         return value
 
     wanted = (("samples_per_second", "throughput, samples/s"), ("seconds", "time of a run, s"))
     return [
-        Chart("cost", setting, name, "batch", name, tuple(_against_batch(rows, read(key))), None, log_x=True, log_y=True)
+        Chart(
+            "cost", setting, name, "batch", name, tuple(_against_batch(rows, read(key))), None, log_x=True, log_y=True
+        )
         for key, name in wanted
     ]
 
@@ -294,6 +300,7 @@ _COLOURS = {
 _MORE = (("#5a6b00", "#c3d94a"), ("#00748a", "#5fd4e8"), ("#a01030", "#ff8098"), ("#555555", "#bbbbbb"))
 _SEQUENCE = ("#440154", "#414487", "#2a788e", "#1a8a5a", "#5d8f1a", "#9a7b00", "#b5541c", "#a01050")
 _SEQUENCE_DARK = ("#c79bff", "#8fa8ff", "#5fc8e0", "#4fd9a0", "#a8dd58", "#f0d24a", "#ff9c66", "#ff7fb0")
+
 
 def colours(arms: Iterable[str], batches: Iterable[int]) -> dict[str, tuple[str, str]]:
     """arm -> (on light, on dark). Arms called `batch N` take a sequence in the order of their size."""

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from scaling_exps.report.charts import GROUPS, Chart, colours, dash
 
@@ -48,14 +49,18 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
     spots = [axes[i % 2][i // 2] for i in range(len(charts))] if across and rows == 2 else list(axes.flat)
     arms = [t.arm for c in charts for t in c.traces]
     palette = colours(arms, [t.batch for c in charts for t in c.traces if t.batch])
-    handles = {}
+    handles: dict[str, Any] = {}
     for i_chart, (axis, chart) in enumerate(zip(spots, charts, strict=False)):
         for i, trace in enumerate(chart.traces):
             colour = palette[trace.arm][0]
             style = {"color": colour, "linestyle": _DASHES[dash(trace.arm)], "lw": 1.5}
             if group == "hyper":  # rules share values: a line under another shows at its sides
-                style |= {"lw": 1.5 + 1.3 * (len(chart.traces) - 1 - i), "alpha": 0.85}
-            x = [v * 1.025 ** (i - len(chart.traces) / 2) for v in trace.x] if trace.points else trace.x
+                style |= {"lw": 1.5 + 0.9 * (len(chart.traces) - 1 - i)}
+            x = (
+                [v * 1.025 ** (i - len(chart.traces) / 2) for v in trace.x]
+                if trace.points and group != "hyper"
+                else trace.x
+            )
             (line,) = axis.plot(x, trace.y, marker="o" if trace.points else None, ms=4, **style)
             handles.setdefault(trace.arm, line)
             if trace.low is not None and trace.high is not None:
@@ -66,7 +71,11 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
         if chart.band:
             patch = axis.axhspan(*chart.band, color="#888888", alpha=0.18, lw=0, zorder=0)
             handles.setdefault("counts as equal", patch)  # type: ignore[arg-type]
-        axis.set(xlabel=chart.x, ylabel="" if chart.title == chart.y else chart.y, title="" if across and i_chart % 2 else chart.title)
+        axis.set(
+            xlabel=chart.x,
+            ylabel="" if chart.title == chart.y else chart.y,
+            title="" if across and i_chart % 2 else chart.title,
+        )
         axis.title.set_fontsize(10)
         if chart.log_x:
             axis.set_xscale("log")
@@ -95,8 +104,8 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
     note = spread.get(group, "mean ± sd over seeds")
     figure.suptitle(f"{GROUPS[group]}\n{setting}" + (f"  ({note})" if note else ""), fontsize=10)
     figure.legend(
-        list(handles.values()), list(handles), loc="outside lower center", ncols=min(len(handles), 2 * columns),
-        fontsize=9, frameon=False,
+        handles=list(handles.values()), labels=list(handles), loc="outside lower center",
+        ncols=min(len(handles), 2 * columns), fontsize=9, frameon=False,
     )  # fmt: skip
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not once for each file

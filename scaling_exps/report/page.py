@@ -29,13 +29,21 @@ from scaling_exps.report.verdict import ALPHA, Row, reading
 _FORMATS = {"test_accuracy": "{:+.2%}", "weight_norm": "{:+.2f}"}
 
 
-def write(rows: list[Row], missing: list[Missing], charts: list[Chart], out: Path, refresh: int | None = None) -> Path:
+def write(
+    rows: list[Row],
+    missing: list[Missing],
+    charts: list[Chart],
+    out: Path,
+    refresh: int | None = None,
+    late: bool = False,
+) -> Path:
     """Write `out/index.html`.
 
     Args:
         rows, missing, charts: what the page shows.
         out: its folder; links to the runs' records are relative to it.
         refresh: seconds after which the page loads itself anew (while watching), or None.
+        late: the margins were given with the report, not fixed before the runs; the page says so.
     """
     out.mkdir(parents=True, exist_ok=True)
     template = (Path(__file__).parent / "page.html").read_text(encoding="utf-8")
@@ -44,6 +52,7 @@ def write(rows: list[Row], missing: list[Missing], charts: list[Chart], out: Pat
         "SUMMARY": _summary(rows, missing),
         "FILTERS": _filters(rows),
         "VERDICTS": _verdicts(rows),
+        "MARGINS": _margins(rows, late),
         "READING": "".join(f"<p>{_e(line)}</p>" for line in reading(rows)),
         "CHARTS": _sections(charts),
         "RECIPES": _recipes(rows, out),
@@ -64,7 +73,8 @@ def write(rows: list[Row], missing: list[Missing], charts: list[Chart], out: Pat
 
 def _plotly() -> str:
     found = importlib.util.find_spec("plotly")
-    assert found is not None and found.submodule_search_locations, "plotly is a dependency"
+    assert found is not None, "plotly is a dependency"
+    assert found.submodule_search_locations
     raw = (Path(next(iter(found.submodule_search_locations))) / "package_data" / "plotly.min.js").read_bytes()
     return base64.b64encode(gzip.compress(raw, 6, mtime=0)).decode()
 
@@ -128,6 +138,19 @@ def _attributes(row: Row) -> str:
     return f'data-setting="{_e(row.setting)}" data-rule="{_e(row.rule)}" data-batch="{row.batch}"'
 
 
+def _why(power: str) -> str:
+    """Of `no power: ...` the reason; of `told apart: a, b` the number."""
+    kind, _, names = power.partition(": ")
+    if kind == "no power":
+        return names
+    count = len(names.split(", "))
+    return f"{count} control{'s' * (count > 1)} told apart"
+
+
+def _head(metric: str) -> str:
+    return NAMES[metric] if metric == "trajectory" else f"Δ {NAMES[metric]}"
+
+
 def _number(metric: str, value: float) -> str:
     return "–" if not math.isfinite(value) else _FORMATS.get(metric, "{:+.4f}").format(value)
 
@@ -137,33 +160,44 @@ def _verdicts(rows: list[Row]) -> str:
     shown = [m for m in NAMES if any(m in r.gaps for r in rows)]
     for setting in dict.fromkeys(r.setting for r in rows):
         mine = [r for r in rows if r.setting == setting]
-        heads = "".join(f'<th scope="col">{_e(NAMES[m] if m == "trajectory" else "Δ " + NAMES[m])}</th>' for m in shown)
+        heads = "".join(f'<th scope="col">{_e(_head(m))}</th>' for m in shown)
         body = []
         for r in mine:
             if r.role == "base":
-                cells = "".join(f"<td>{_level(m, r)}</td>" for m in shown)
+                cells = "".join(f'<td data-label="{_e(NAMES[m])}">{_level(m, r)}</td>' for m in shown)
             else:
-                cells = "".join(f"<td>{_cell(r, m)}</td>" for m in shown)
+                cells = "".join(f'<td data-label="{_e(_head(m))}">{_cell(r, m)}</td>' for m in shown)
             seeds = f'<div class="small">{r.seeds_needed} seeds would decide</div>' if r.seeds_needed else ""
             by = [NAMES[t.metric] for t in r.tests if t.verdict == "different"] if r.verdict == "different" else []
-            seeds += f'<div class="small">by {_e(", ".join(by))}</div>' if by else ""
+            seeds += f'<div class="small why">by {_e(", ".join(by))}</div>' if by else ""
             power = "no power" if r.power.startswith("no power") else "yes" if r.power else ""
-            title = f'<div class="small">{_e(r.power.removeprefix("no power: "))}</div>' if r.power else ""
-            remarks = "".join(f'<div class="small remark">{_e(x)}</div>' for x in r.remarks)
+            title = f'<div class="small why">{_e(_why(r.power))}</div>' if r.power else ""
+            remarks = "".join(f'<div class="small why">{_e(x)}</div>' for x in r.remarks)
             body.append(
                 f'<tr class="{r.role}" {_attributes(r)}><th scope="row"><span class="swatch" data-arm="{_e(r.rule)}">'
                 f"</span>{_e(r.rule)}{' <span class=small>(control)</span>' if r.role == 'control' else ''}</th>"
-                f"<td>{r.batch}</td><td>{r.kappa:g}</td><td>{len(r.seeds)}</td>"
-                f'<td><span class="verdict {r.verdict.replace(" ", "-")}">{_e(r.verdict)}</span>{seeds}{remarks}</td>'
-                f'<td><span class="{power.replace(" ", "-")}">{power}</span>{title}</td>{cells}</tr>'
+                f'<td class="arm" data-label="batch">{r.batch}</td><td class="arm" data-label="κ">{r.kappa:g}</td>'
+                f'<td class="arm" data-label="seeds">{len(r.seeds)}</td>'
+                f'<td class="verdict-cell"><span class="verdict {r.verdict.replace(" ", "-")}">{_e(r.verdict)}</span>'
+                f"{seeds}{remarks}</td>"
+                f'<td data-label="power"><span class="{power.replace(" ", "-")}">{power}</span>{title}</td>{cells}</tr>'
             )
         made.append(
             f'<div class="scroll" tabindex="0" role="region" aria-label="Verdicts, {_e(setting)}" '
-            f'data-setting="{_e(setting)}"><table><caption>{_e(setting)}</caption><thead><tr><th scope="col">arm</th>'
+            f'data-setting="{_e(setting)}"><table class="verdicts"><caption>{_e(setting)}</caption><thead><tr>'
+            f'<th scope="col">arm</th>'
             f'<th scope="col">batch</th><th scope="col">κ</th><th scope="col">n</th><th scope="col">verdict</th>'
             f'<th scope="col">power</th>{heads}</tr></thead><tbody>{"".join(body)}</tbody></table></div>'
         )
     return "".join(made)
+
+
+def _margins(rows: list[Row], late: bool) -> str:
+    if not any(t.margin is not None for r in rows for t in r.tests):
+        return "<b>No margin was fixed for these runs, so nothing is judged.</b>"
+    if late:
+        return "<b>The margins were given with this report, not fixed before the runs.</b>"
+    return "The margins were fixed before the runs, with their experiment."
 
 
 def _level(metric: str, row: Row) -> str:
@@ -181,7 +215,7 @@ def _cell(row: Row, metric: str) -> str:
         return "–"
     text = f"{_number(metric, test.difference)}"
     if math.isfinite(test.low):
-        text += f'<div class="small">[{_number(metric, test.low)}, {_number(metric, test.high)}]</div>'
+        text += f'<div class="small interval">[{_number(metric, test.low)}, {_number(metric, test.high)}]</div>'
     if test.margin is not None:
         margin = _number(metric, test.margin).lstrip("+")
         sign = {"equivalent": "within", "different": "beyond", "inconclusive": "around"}.get(test.verdict, "margin")
@@ -203,8 +237,9 @@ def _sections(charts: list[Chart]) -> str:
                 f'<div class="plot" role="img" aria-label="{_e(_spoken(c))}"></div></figure>'
                 for i, c in here
             )
+            pairs = " pairs" if group in ("curves", "paper") else ""
             made.append(
-                f'<section class="charts" data-setting="{_e(setting)}"><h3>{_e(title)}</h3>'
+                f'<section class="charts{pairs}" data-setting="{_e(setting)}"><h3>{_e(title)}</h3>'
                 f'<p class="small">{_e(setting)}</p><div class="grid">{boxes}</div></section>'
             )
     return "".join(made)

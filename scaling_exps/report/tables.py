@@ -21,7 +21,7 @@ _SHORT = {"test_accuracy": "accuracy", "train_loss": "train loss", "test_loss": 
 def _form(metric: str, value: float, sign: str = "+") -> str:
     if not math.isfinite(value):
         return "–"
-    return format(value, f"{sign}.2%" if metric == "test_accuracy" else f"{sign}.2f" if metric == "weight_norm" else f"{sign}.4f")  # fmt: skip
+    return format(value, sign + {"test_accuracy": ".2%", "weight_norm": ".2f"}.get(metric, ".4f"))
 
 
 def show(rows: list[Row]) -> None:
@@ -46,7 +46,7 @@ def show(rows: list[Row]) -> None:
         console.print(grid)
         margins = {t.metric: t.margin for r in mine for t in r.tests if t.margin is not None}
         said = ", ".join(f"{NAMES[m]} {_form(m, v, '')}" for m, v in margins.items() if v is not None)
-        print(f"  base row: mean ± sd; others: mean difference to the base of the same seed [{1 - 2 * ALPHA:.0%} interval]")
+        print(f"  base row: mean ± sd; others: mean difference to the base of that seed [{1 - 2 * ALPHA:.0%} interval]")
         print(f"  margins: {said}" if said else "  no margin was fixed for these runs, so nothing is judged (--margin)")
         for r in mine:
             for remark in r.remarks:
@@ -110,7 +110,8 @@ def as_csv(rows: list[Row], missing: list[Missing]) -> str:
             t = r.gaps.get(metric)
             tested = (t.difference, t.low, t.high, t.margin, t.verdict) if t else (None,) * 5
             n = t.n if t else len(r.seeds)
-            line = (r.setting, r.rule, r.role, r.batch, r.kappa, n, metric, mean, sd, *tested, r.verdict, r.seeds_needed, r.power)  # fmt: skip
+            arm = (r.setting, r.rule, r.role, r.batch, r.kappa, n)
+            line = (*arm, metric, mean, sd, *tested, r.verdict, r.seeds_needed, r.power)
             out.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in line])
     for m in missing:
         out.writerow(["", "", "missing", *[""] * 11, m.state, "", str(m)])
@@ -140,8 +141,9 @@ def as_latex(rows: list[Row], missing: list[Missing]) -> str:
         for r in mine:
             if r.role == "rule" and r.tests:
                 made.append(
-                    f"% {_tex(r.rule)} at $B={r.batch}$ ($\\kappa={r.kappa:g}$, $n={len(r.seeds)}$ seeds) is {r.verdict} "
-                    f"to the base run (two one-sided paired $t$ tests, $\\alpha={ALPHA:g}$, margins: {said or 'none fixed'})."
+                    f"\\textsf{{{_tex(r.rule)}}} at $B={r.batch}$ ($\\kappa={r.kappa:g}$, $n={len(r.seeds)}$ seeds), "
+                    f"against the base run: {r.verdict} (two one-sided paired $t$ tests, $\\alpha={ALPHA:g}$, "
+                    f"margins: {said or 'none fixed'})."
                 )
     return "\n".join(made)
 
@@ -149,9 +151,14 @@ def as_latex(rows: list[Row], missing: list[Missing]) -> str:
 def _tex(text: str, prefix: str = "") -> str:
     if prefix and not text.startswith("|"):
         text = f"{prefix} {text}"
-    for plain, tex in (("\\", r"\textbackslash "), ("_", r"\_"), ("%", r"\%"), ("&", r"\&"), ("#", r"\#"), ("Δ", r"$\Delta$"), ("ℓ", r"$\ell$"), ("|", r"$|$")):  # fmt: skip
-        text = text.replace(plain, tex)
-    return text
+    special = {
+        "\\": r"\textbackslash ",
+        "Δ": r"$\Delta$",
+        "ℓ": r"$\ell$",
+        "|": "$|$",
+        **{c: "\\" + c for c in "_%&#{}$"},
+    }
+    return "".join(special.get(c, c) for c in text)
 
 
 def _tex_level(row: Row, metric: str) -> str:

@@ -254,16 +254,16 @@ def compare(found: Collection, margins: dict[str, float] | None = None) -> list[
     rows = []
     for cell in dict.fromkeys([*cells, *lost]):
         setting, rule, batch = cell
-        members, gone = sorted(cells.get(cell, []), key=lambda m: m[0].spec.science.seed), lost.get(cell, [])
-        here = {r.spec.science.seed for r, _ in members} | {g.spec.science.seed for g in gone if g.spec}
-        remarks = [f"seed {g.spec.science.seed} {g.state}" for g in gone if g.spec]
+        members, out = sorted(cells.get(cell, []), key=lambda m: m[0].spec.science.seed), lost.get(cell, [])
+        here = {r.spec.science.seed for r, _ in members} | {g.spec.science.seed for g in out if g.spec}
+        remarks = [f"seed {g.spec.science.seed} {g.state}" for g in out if g.spec]
         if away := sorted(expected[setting] - here):
             remarks.append(f"seed {', '.join(map(str, away))} not run")
         seeds = [r.spec.science.seed for r, _ in members]
         if len(set(seeds)) < len(seeds):
             remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
             members = [m for i, m in enumerate(members) if seeds.index(seeds[i]) == i]
-        rows.append(_row(names[setting], rule, batch, members, gone, absent.get(cell), by_id, margins, remarks))
+        rows.append(_row(names[setting], rule, batch, members, out, absent.get(cell), by_id, margins, remarks))
     order = {name: i for i, name in enumerate(names.values())}
     roles = {"base": 0, "rule": 1, "control": 2}
     rows.sort(key=lambda r: (order[r.setting], r.role != "base", r.batch, roles[r.role], r.rule))
@@ -383,15 +383,18 @@ def reading(rows: list[Row]) -> list[str]:
         ]
         lines.append(text + (f", others, as multiples of that: {', '.join(others)}" if others else ""))
         if mine.power.startswith("no power"):
-            lines.append(f"  {mine.power}: nothing here could have lost, so this speaks neither for the rule nor against")
+            lines.append(
+                f"  {mine.power}: nothing here could have lost, so this speaks neither for the rule nor against"
+            )
         control = next((r for r in here if r.rule == "linear_scaled" and "weight_norm" in r.gaps), None)
         if control is None or "weight_norm" not in mine.gaps:
             continue
         gap, ours = ({k: r.gaps[k].difference for k in r.gaps} for r in (control, mine))
         lines.append(
             f"  linear_scaled (lr x κ with betas and eps scaled) isolates the exponent: trajectory gap "
-            f"{gap['trajectory']:.4f} against {mine.rule}'s {own:.4f}, final train loss {gap['train_loss']:+.4f} against "
-            f"{ours['train_loss']:+.4f}, weight norm {gap['weight_norm']:+.2f} against {ours['weight_norm']:+.2f}: "
+            f"{gap['trajectory']:.4f} against {mine.rule}'s {own:.4f}, final train loss {gap['train_loss']:+.4f} "
+            f"against {ours['train_loss']:+.4f}, weight norm {gap['weight_norm']:+.2f} "
+            f"against {ours['weight_norm']:+.2f}: "
             + (
                 "it is another run, not this one at a larger batch"
                 if abs(gap["weight_norm"]) > 2 * abs(ours["weight_norm"])
