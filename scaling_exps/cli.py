@@ -9,6 +9,7 @@ import json
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 COMMANDS = ("plan", "status", "report", "dashboard", "sync")
 
@@ -66,7 +67,7 @@ def _dispatch(words: list[str]) -> int:
     return 0 if launch.launch(specs, configs[0]) else 1
 
 
-_DIRS = ("dirs", {"nargs": "*", "help": "folders of runs (default: runs)"})
+_DIRS: tuple[str, dict[str, Any]] = ("dirs", {"nargs": "*", "help": "folders of runs (default: runs)"})
 
 
 def _report(words: list[str]) -> int:
@@ -130,7 +131,7 @@ def _sync(words: list[str]) -> int:
     return dashboard.sync([Path(d) for d in options.dirs] or [_runs_dir()], options.dry_run)
 
 
-def _options(command, words, arguments):  # type: ignore[no-untyped-def]
+def _options(command: str, words: list[str], arguments: list[tuple[str, dict[str, Any]]]) -> Any:
     import argparse
 
     parser = argparse.ArgumentParser(prog=f"scalerun {command}")

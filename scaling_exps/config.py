@@ -131,13 +131,12 @@ def compose(argv: list[str]) -> list[Config]:
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    configs: list[Config] = []
+    composed: list[dict[str, Any]] = []
 
     def collect(cfg: DictConfig) -> None:
-        raw = OmegaConf.to_container(cfg, resolve=True)
-        assert isinstance(raw, dict)
+        raw: Any = OmegaConf.to_container(cfg, resolve=True)
         raw["experiment"] = HydraConfig.get().runtime.choices.get("experiment")
-        configs.append(_typed(Config, raw, ""))
+        composed.append(raw)
 
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
@@ -147,7 +146,7 @@ def compose(argv: list[str]) -> list[Config]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
-        except (HydraException, OmegaConfBaseException) as e:
+        except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
             raise ConfigError(_explain(e)) from e
         finally:
             sys.argv = saved[0]
@@ -155,7 +154,7 @@ def compose(argv: list[str]) -> list[Config]:
                 del os.environ["HYDRA_FULL_ERROR"]
             else:
                 os.environ["HYDRA_FULL_ERROR"] = saved[1]
-    return configs
+    return [_typed(Config, raw, "") for raw in composed]
 
 
 def _explain(error: Exception) -> str:

@@ -7,6 +7,7 @@ decide who asks for which slice. Images stay on the device as uint8 and are augm
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import os
 from collections.abc import Callable
@@ -82,8 +83,15 @@ class Stream:
         self.columns = torch.arange(self.width, device=device).view(1, 1, -1)
         self._epoch = lru_cache(2)(self._make_epoch)
 
+    def sibling(self, seed: int, purpose: str) -> Stream:
+        """Another stream over the same images, which it shares."""
+        other = copy.copy(self)
+        other.seed, other.purpose = seed, purpose
+        other._epoch = lru_cache(2)(other._make_epoch)
+        return other
+
     def _make_epoch(self, epoch: int) -> tuple[Tensor, ...]:
-        """For every sample of one epoch: image, label, flat position of its crop's corner, flipped or not; (N,) each."""
+        """For every sample of one epoch: image, label, flat position of its crop's corner, flipped; (N,) each."""
         i = torch.arange(epoch * self.size, (epoch + 1) * self.size, device=self.device)
 
         def draw(what: str) -> Tensor:

@@ -136,7 +136,7 @@ def status(root: Path) -> list[dict[str, Any]]:
     """
     if not root.is_dir():
         raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    rows = []
+    rows: list[dict[str, Any]] = []
     for run_dir in sorted(p.parent for p in root.glob("*/run.json")):
         try:
             spec = records.read_spec(run_dir)

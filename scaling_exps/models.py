@@ -7,7 +7,7 @@ neither the batch size nor the world size.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -80,6 +80,8 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> list[Tens
         net(images)
     for norm in norms:
         norm.momentum = 0.0
+        if norm.num_batches_tracked is not None:
+            norm.num_batches_tracked.zero_()  # it has served; left alone it would tell how the work was split
     return [b for n in norms for b in (n.running_mean, n.running_var) if b is not None]
 
 
@@ -178,4 +180,9 @@ def _only_batch_norm(name: str, norm: str) -> None:
         raise ModelError(f"model.norm={norm!r}: {name} comes with batch normalisation only")
 
 
-NETWORKS = {"resnet8": _resnet8, "resnet56": _resnet56, "resnet50": _resnet50, "vgg16": _vgg16}
+NETWORKS: dict[str, Callable[..., nn.Module]] = {
+    "resnet8": _resnet8,
+    "resnet56": _resnet56,
+    "resnet50": _resnet50,
+    "vgg16": _vgg16,
+}

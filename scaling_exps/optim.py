@@ -154,7 +154,7 @@ def multiplier(schedule: Schedule, samples: float) -> float:
             return schedule.warmup_from ** (1 - share)
         return schedule.warmup_from + (1 - schedule.warmup_from) * share
     if schedule.decay == "milestones":
-        return schedule.gamma ** sum(samples >= m for m in schedule.milestones)
+        return float(schedule.gamma ** sum(samples >= m for m in schedule.milestones))
     if schedule.decay == "cosine":
         share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
         return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))

@@ -207,7 +207,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             known = runs.get(spec.run_id)
             if known is not None:
                 arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
-                spec = RunSpec(**{**{k: getattr(known, k) for k in known.__dataclass_fields__}, "arms": arms})
+                spec = replace(known, arms=arms)
             runs[spec.run_id] = spec
     if faults:
         raise PlanError("\n".join(faults))
@@ -325,7 +325,7 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (not 0 <= seed < 2**31, f"seed={seed} must lie between 0 and 2147483647"),
         (c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
         (given != 1, f"recipe.epochs={r.epochs}, recipe.samples={r.samples}: give exactly one, the other null"),
-        (given == 1 and not (math.isfinite(duration) and duration >= 1), "the recipe's duration must be at least one sample"),
+        (given == 1 and not (math.isfinite(duration) and duration >= 1), "the duration must be at least one sample"),
         (c.optimizer.name not in BETAS, f"unknown optimizer {c.optimizer.name!r}; allowed: {', '.join(BETAS)}"),
         (
             len(r.betas) != BETAS.get(c.optimizer.name, len(r.betas)),

@@ -170,7 +170,7 @@ class _Mirror:
             base = spec.run_id == arm.base_run_id
             job = "base" if base else f"{arm.rule} x{arm.kappa:g}"
             job += f" svag {science.svag}" if science.svag > 1 else ""
-            mode = os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline")
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
             if mode == "offline":
                 self.written = max((row["_step"] for row in read_mirror(run_dir)), default=-1)
             columns = {
@@ -277,7 +277,7 @@ def read_mirror(run_dir: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def _logged_in() -> bool:
+def logged_in() -> bool:
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))

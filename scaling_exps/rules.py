@@ -97,7 +97,7 @@ class Rule:
         if self.beta == 0 or beta == 0:  # beta = 0 means "no moving average": nothing to rescale
             return beta
         factor = kappa**self.beta
-        new = round(1 - factor * (1 - beta), 15)
+        new: float = round(1 - factor * (1 - beta), 15)
         if new <= 0:
             limit = (1 / (1 - beta)) ** (1 / self.beta)
             largest = "" if base_batch is None else f" (batch < {limit * base_batch:.6g})"

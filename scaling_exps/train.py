@@ -12,6 +12,7 @@ import platform
 import subprocess
 import sys
 import time
+import traceback
 import zipfile
 from collections.abc import Iterator
 from importlib.metadata import PackageNotFoundError, version
@@ -52,6 +53,7 @@ class Trainer:
             else net  # type: ignore[assignment]
         )
         self.stream = data.Stream(data.load(s.dataset, spec.dataset_path), s.dataset, s.seed, self.device)
+        self.statistics = self.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
         self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
         self.per_draw = s.batch // s.micro_batch // self.world  # micro-batches a draw on this rank
         self.weights = [r / self.per_draw for r in rules.svag_weights(s.svag, _family(s.family))]
@@ -95,7 +97,7 @@ class Trainer:
         if bad != torch.inf:
             raise TrainError(
                 f"the loss is not finite at step {bad:.0f} ({self.spec.samples(int(bad))} samples): the run stops; "
-                "checkpoint.pt is the last good state. Lower the learning rate, lengthen the warm-up, or look at the data"
+                "checkpoint.pt is the last good state. Lower the learning rate or lengthen the warm-up"
             )
 
     def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
@@ -138,9 +140,8 @@ class Trainer:
         s = self.science
         if models.has_batch_norm(self.net):
             n = -(-s.measure.statistics_samples // s.micro_batch)  # micro-batches, over all ranks
-            fixed = self._statistics_stream
             mine = range(self.rank, n, self.world)
-            batches = (fixed.batch(i * s.micro_batch, (i + 1) * s.micro_batch)[0] for i in mine)
+            batches = (self.statistics.batch(i * s.micro_batch, (i + 1) * s.micro_batch)[0] for i in mine)
             with self._autocast():
                 buffers = models.recompute_statistics(self.net, batches)
             for b in buffers:
@@ -158,13 +159,6 @@ class Trainer:
         loss, correct, count = _sum_over_ranks(sums).tolist()
         weight_norm = float(nn.utils.get_total_norm([p.detach() for p in self.net.parameters()]))
         return self._record("eval", loss=loss / count, accuracy=correct / count, weight_norm=weight_norm)
-
-    @property
-    def _statistics_stream(self) -> data.Stream:
-        """The same training samples for every seed, batch size and world size."""
-        stream = object.__new__(data.Stream)
-        stream.__dict__.update(self.stream.__dict__, seed=0, purpose="statistics")
-        return stream
 
     # ---- checkpoints ----
 
@@ -256,6 +250,8 @@ def run(run_dir: Path) -> str:
             reason = f"{e}" if isinstance(e, TrainError | ValueError) else f"{type(e).__name__}: {e}"
             with contextlib.suppress(OSError):
                 records.write_json(run_dir / "result.json", {"status": "failed", "reason": reason, **_environment()})
+            if not isinstance(e, TrainError | ValueError | OSError):
+                traceback.print_exc()  # nobody foresaw it: whoever mends it needs the place
             print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
             if world > 1:
                 raise SystemExit(1) from e  # the others wait in a collective; the launcher ends them
@@ -275,8 +271,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
     if rank0:
         arm = spec.arms[0]
         print(
-            f"{s.model['name']} on {s.dataset['name']}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, seed {s.seed}"
-            f"  [{run_dir}]\n"
+            f"{s.model['name']} on {s.dataset['name']}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, "
+            f"seed {s.seed}  [{run_dir}]\n"
             f"batch {s.batch} = micro-batch {s.micro_batch} × accumulation {place.accumulation // spec.draws}"
             f" × world size {place.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
             f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {trainer.step}" if trainer.step else "")

@@ -35,7 +35,7 @@ def publish(dirs: list[Path], out: Path, entity: str | None, project: str | None
         raise ReportError(f"no finished run under {', '.join(map(str, dirs))}: a dashboard of nothing")
     rows = verdict.compare(found)
     project = project or os.environ.get("WANDB_PROJECT", "scalerun")
-    offline = offline or os.environ.get("WANDB_MODE") == "offline" or not records._logged_in()
+    offline = offline or os.environ.get("WANDB_MODE") == "offline" or not records.logged_in()
     if not offline and entity is None:
         entity = _asked(lambda: _default_entity())
     workspace, article = build(rows, entity or "ENTITY", project)
@@ -191,7 +191,7 @@ def sync(dirs: list[Path], dry_run: bool) -> int:
             print(folder)
         print(f"{len(folders)} offline run(s) would be uploaded")
         return 0
-    if not records._logged_in():
+    if not records.logged_in():
         raise ReportError(
             f"{len(folders)} offline run(s) to upload, and nobody is logged in to wandb: `wandb login`, or set "
             "WANDB_API_KEY, then the same command again"

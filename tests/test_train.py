@@ -1,0 +1,361 @@
+"""The loop, run for real: invariances, exact resume, refusals. One and two processes."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import random
+import signal
+import subprocess
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, work, worker
+
+from scaling_exps import data, models, optim, records, rules, train
+
+
+def weights(run_dir: Path) -> dict[str, torch.Tensor]:
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    return {f"{part}.{k}": v for part in ("net",) for k, v in state[part].items()}
+
+
+def placed(spec, world: int):  # type: ignore[no-untyped-def]
+    total = spec.placement.world_size * spec.placement.accumulation
+    return replace(spec, placement=replace(spec.placement, world_size=world, accumulation=total // world))
+
+
+BN = [
+    "model.norm=batch",
+    "model.width=8",
+    "recipe.micro_batch=16",
+    "batch=64",
+    "recipe.batch=64",
+    "recipe.samples=1280",
+]
+
+
+def test_world_size_and_accumulation_do_not_matter(tmp_path: Path) -> None:
+    """20 steps of 4 micro-batches with BN: (1 process x 4), (2 x 2), (4 x 1). Fails if BN's evaluation statistics were
+    per rank, if ranks took the same slice, if accumulation summed instead of averaged."""
+    (spec,) = specs(*BN, "measure.evaluations=4", "measure.train_records=20")
+    assert spec.science.steps == 20
+    done = []
+    for world in (1, 2, 4):
+        run_dir = prepare(tmp_path / str(world), placed(spec, world))
+        work(run_dir, world)
+        done.append((rows(run_dir), weights(run_dir)))
+    for other in done[1:]:
+        for mine, theirs in zip(done[0][0], other[0], strict=True):
+            assert mine.keys() == theirs.keys()
+            for key in mine:
+                if key == "gradient_norm":
+                    assert theirs[key] == pytest.approx(mine[key], rel=1e-4)
+                else:
+                    assert theirs[key] == pytest.approx(mine[key], abs=1e-5), key
+        for name, tensor in done[0][1].items():
+            torch.testing.assert_close(other[1][name].double(), tensor.double(), rtol=0, atol=1e-5, msg=name)
+
+
+def test_the_loop_is_the_textbook_loop(tmp_path: Path) -> None:
+    """The same run by hand: mean loss over the whole batch, torch's Adam, lr from the schedule. With GroupNorm the
+    micro-batches must add up to exactly that."""
+    (spec,) = specs("batch=32", "recipe.micro_batch=8", "recipe.samples=320")
+    run_dir = prepare(tmp_path, spec)
+    work(run_dir)
+    s = spec.science
+    torch.set_num_threads(1)
+    net = models.build(s.model, (8, 8, 1), 10, s.seed, False)
+    images = data.load(s.dataset, None)
+    stream = data.Stream(images, s.dataset, s.seed, torch.device("cpu"))
+    optimizer = torch.optim.Adam(net.parameters(), s.hyper.lr, s.hyper.betas, s.hyper.eps)
+    for k in range(s.steps):
+        x, y = stream.batch(32 * k, 32 * (k + 1))
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(net(x), y).backward()
+        optimizer.param_groups[0]["lr"] = s.hyper.lr * optim.multiplier(s.schedule, 32 * (k + 0.5))
+        optimizer.step()
+    for name, tensor in net.state_dict().items():
+        torch.testing.assert_close(weights(run_dir)[f"net.{name}"], tensor, rtol=0, atol=2e-5)
+
+
+def test_same_command_same_bits(tmp_path: Path) -> None:
+    (spec,) = specs("batch=8", "dataset.label_noise=0.3")
+    a, b = prepare(tmp_path / "a", spec), prepare(tmp_path / "b", spec)
+    work(a)
+    work(b)
+    assert rows(a) == rows(b)
+    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+
+
+def test_evaluation_does_not_move_the_training(tmp_path: Path) -> None:
+    (few,), (many,) = specs(*BN, "measure.evaluations=1"), specs(*BN, "measure.evaluations=20")
+    a, b = prepare(tmp_path, few), prepare(tmp_path, many)
+    work(a)
+    work(b)
+    first, second = weights(a), weights(b)
+    assert all(torch.equal(first[k], second[k]) for k in first)  # BN's buffers, too: recomputed at the end
+
+
+def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
+    """Same weights, batches of 16 and of 64, same micro-batch: the same test loss to the bit."""
+    losses = []
+    for batch in (16, 64):
+        (spec,) = specs(*BN, f"batch={batch}")
+        trainer = train.Trainer(spec, Path("unused"))
+        losses.append(trainer.evaluate()["loss"])
+    assert losses[0] == losses[1]
+    assert torch.equal(trainer.statistics.indices(0, 64), trainer.stream.sibling(0, "statistics").indices(0, 64))
+    assert not torch.equal(trainer.statistics.indices(0, 64), trainer.stream.indices(0, 64))
+
+
+@pytest.mark.parametrize("processes", [1, 2])
+def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
+    """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
+    undisturbed run. Fails if any state were missing from the checkpoint or records were written twice."""
+    words = [
+        *BN,
+        "recipe.samples=19200",
+        "checkpoint.minutes=0.0005",
+        "measure.train_records=37",
+        "measure.evaluations=7",
+    ]
+    (spec,) = specs(*words)
+    spec = placed(spec, processes)
+    whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path / "broken", spec)
+    start = time.monotonic()
+    work(whole, processes)
+    length = time.monotonic() - start
+    draw = random.Random(processes)
+    kills = 0
+    for _ in range(10):
+        process = subprocess.Popen(
+            worker(broken, processes), env=ENVIRONMENT, cwd=ROOT,
+            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+        )  # fmt: skip
+        try:
+            process.wait(timeout=draw.uniform(0.4, 0.9) * length)
+        except subprocess.TimeoutExpired:
+            for pid in _family_of(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+            process.wait()
+            kills += 1
+        if (broken / "result.json").exists():
+            break
+        while records.holder(broken):  # the kernel is still burying them
+            time.sleep(0.02)
+        assert records.state(broken) in ("waiting", "interrupted")
+    else:
+        work(broken, processes)
+    assert kills > 0
+    assert rows(broken) == rows(whole)
+    first, second = weights(whole), weights(broken)
+    assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+def _family_of(pid: int) -> list[int]:
+    """The process and all below it (torchrun puts its ranks into sessions of their own)."""
+    children = subprocess.run(["pgrep", "-P", str(pid)], capture_output=True, text=True).stdout.split()
+    return [pid, *(p for child in children for p in _family_of(int(child)))]
+
+
+def _some_run(tmp_path: Path) -> tuple[Path, train.Trainer]:
+    (spec,) = specs("batch=8")
+    run_dir = prepare(tmp_path, spec)
+    trainer = train.Trainer(spec, run_dir)
+    for _ in range(3):
+        trainer.train_step()
+        trainer.optimizer.zero_grad()
+    return run_dir, trainer
+
+
+def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
+    run_dir, trainer = _some_run(tmp_path)
+    trainer.save(0)
+    trainer.train_step()
+    trainer.save(0)
+    path = run_dir / "checkpoint.pt"
+    whole = path.read_bytes()
+    for damaged in (whole[: len(whole) // 2], b"", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
+        path.write_bytes(damaged)
+        fresh = train.Trainer(trainer.spec, run_dir)
+        fresh.restore()
+        assert fresh.step == 3
+    path.write_bytes(whole)
+    fresh.restore()
+    assert fresh.step == 4
+
+
+def test_a_non_finite_loss_stops_the_run_before_the_update(tmp_path: Path) -> None:
+    (spec,) = specs("optimizer=sgd", "rule=none", "recipe.lr=1e20", "batch=8", "checkpoint.minutes=1e-9")
+    run_dir = prepare(tmp_path, spec)
+    assert train.run(run_dir) == "failed"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert "not finite at step" in result["reason"]
+    good = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    assert f"at step {good['step']} " in result["reason"]  # the newest checkpoint is the state just before
+    assert all(torch.isfinite(v).all() for v in good["net"].values())
+
+
+def test_svag_one_step_is_the_weighted_gradient() -> None:
+    """The step's gradient at svag = 2 is r1 g1 + r2 g2 of two draws. Fails if they shared samples, or with √(2l-1)."""
+    (spec,) = specs("batch=8", "recipe.micro_batch=4", "svag=2")
+    trainer = train.Trainer(spec, Path("unused"))
+    gradients = []
+    for start in (0, 8):
+        trainer.net.zero_grad()
+        x, y = trainer.stream.batch(start, start + 8)
+        torch.nn.functional.cross_entropy(trainer.net(x), y).backward()
+        gradients.append([p.grad.clone() for p in trainer.net.parameters()])
+    trainer.net.zero_grad()
+    trainer.train_step()
+    r1, r2 = (1 + 7**0.5) / 2, (1 - 7**0.5) / 2
+    for p, g1, g2 in zip(trainer.net.parameters(), *gradients, strict=True):
+        torch.testing.assert_close(p.grad, r1 * g1 + r2 * g2, rtol=1e-4, atol=1e-6)
+    assert rules.svag_weights(2, "adaptive") == (r1, r2)
+
+
+def test_a_second_launcher_is_told_who_holds_the_run(tmp_path: Path) -> None:
+    (spec,) = specs("batch=8")
+    run_dir = prepare(tmp_path, spec)
+    with records.lock(run_dir):
+        assert records.state(run_dir) == "running"
+        with pytest.raises(records.BusyError, match=r"is being run by process \d+ on "):
+            train.run(run_dir)
+    assert records.state(run_dir) == "waiting"
+    assert train.run(run_dir) == "finished"
+
+
+def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
+    (tmp_path / "records.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
+    assert records.read_records(tmp_path) == [{"kind": "train", "step": 1}]
+
+
+def test_networks_see_what_their_names_say() -> None:
+    for name, options, count in (
+        ("resnet56", {"width": 16, "norm": "batch"}, 853_018),  # He et al. 2016, table 6: 0.85M
+        ("resnet50", {"norm": "batch"}, 23_520_842),
+        ("vgg16", {"norm": "batch"}, 14_724_042),  # no biases before BN
+    ):
+        net = models.build({"name": name, **options}, (32, 32, 3), 10, 0, freeze_last=name == "vgg16")
+        assert sum(p.numel() for p in net.parameters()) == count, name
+        assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        if name == "vgg16":
+            last = net[-1].weight
+            assert not last.requires_grad and last.std().item() == pytest.approx(0.01, rel=0.05)
+    with pytest.raises(models.ModelError, match="allowed: batch, group"):
+        models.build({"name": "resnet8", "width": 8, "norm": "layer"}, (8, 8, 1), 10, 0, False)
+
+
+def test_initial_weights_are_of_the_seed_alone() -> None:
+    def first(seed: int) -> torch.Tensor:
+        return models.build({"name": "resnet8", "width": 8, "norm": "group"}, (8, 8, 1), 10, seed, False).conv.weight  # type: ignore[union-attr, return-value]
+
+    before = torch.random.get_rng_state()
+    a = first(0)
+    torch.rand(3)
+    assert torch.equal(a, first(0)) and not torch.equal(a, first(1))
+    torch.random.set_rng_state(before)
+    first(5)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+# ---- as a user ----
+
+
+def test_a_sweep_as_a_user_runs_it(tmp_path: Path) -> None:
+    words = [
+        w
+        for w in (
+            *BN,
+            "recipe.samples=640",
+            "batch=[32,64]",
+            "rule=[sqrt,none]",
+            "recipe.batch=32",
+            "launch.parallel=2",
+        )
+        if w != "batch=64" and w != "recipe.batch=64" and w != "recipe.samples=1280"
+    ]
+    words += ["recipe.epochs=null"]
+    done = scalerun(*words, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert {p.name for p in tmp_path.iterdir()} == {"runs"}
+    runs = list((tmp_path / "runs").iterdir())
+    assert len(runs) == 3  # kappa = 1 once
+    for run in runs:
+        assert {"run.json", "records.jsonl", "result.json", "checkpoint.pt", "wandb"} <= {p.name for p in run.iterdir()}
+        assert (run.stat().st_mode & 0o077) == 0  # private to the user
+        result = json.loads((run / "result.json").read_text())
+        assert result["status"] == "finished" and result["versions"]["torch"] == torch.__version__.split("+")[0]
+    again = scalerun(*words, cwd=tmp_path)
+    assert again.returncode == 0 and "3 finished already" in again.stdout
+    rows_json = json.loads(scalerun("status", "--json", cwd=tmp_path).stdout)
+    assert [r["state"] for r in rows_json] == ["finished"] * 3
+    table = json.loads(scalerun("report", "--json", cwd=tmp_path).stdout)
+    assert (table["rows"][0]["rule"], table["rows"][0]["batch"]) == ("base", 32)
+    drawn = scalerun("report", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert (tmp_path / "report" / "curves.png").stat().st_size > 20_000
+
+
+def test_two_devices_as_a_user_runs_them(tmp_path: Path) -> None:
+    done = scalerun(
+        "batch=64",
+        "recipe.batch=64",
+        "recipe.micro_batch=32",
+        "recipe.epochs=null",
+        "recipe.samples=256",
+        "launch.devices=2",
+        "logger=none",
+        cwd=tmp_path,
+    )
+    assert done.returncode == 0, done.stderr
+    (result,) = (tmp_path / "runs").glob("*/result.json")
+    assert json.loads(result.read_text())["world_size"] == 2
+
+
+def test_what_cannot_run_leaves_nothing(tmp_path: Path) -> None:
+    for words, says in (
+        (["dataset=cifar10", "dataset.path=nowhere"], "no train*.parquet"),
+        (["model.width=6"], "multiple of 4"),
+        (["dataset.train_size=5000"], "there are only 1437"),
+        (["runs_dir=/proc/runs"], "cannot write runs under /proc/runs"),
+    ):
+        done = scalerun(*words, cwd=tmp_path)
+        assert done.returncode == 2, (words, done.stderr)
+        assert says in done.stderr and "Traceback" not in done.stderr
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
+    (spec,) = specs("batch=8")
+    run_dir = prepare(tmp_path / "runs", spec)
+    raw = json.loads((run_dir / "run.json").read_text())
+    (run_dir / "run.json").write_text(json.dumps(raw | {"version": 0}))
+    words = [
+        "batch=8",
+        "model.width=4",
+        "recipe.epochs=null",
+        "recipe.samples=256",
+        "logger=none",
+        "measure.statistics_samples=64",
+    ]
+    done = scalerun(*words, cwd=tmp_path)
+    assert done.returncode == 2 and "version 0" in done.stderr, done.stderr
+    assert [p.name for p in run_dir.iterdir()] == ["run.json"]
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
+    (spec,) = specs("batch=4", "recipe.samples=40000")
+    run_dir = prepare(tmp_path, spec)
+    process = subprocess.Popen(worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    while not (run_dir / "records.jsonl").exists():
+        time.sleep(0.05)
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=20) != 0
+    assert records.state(run_dir) == "interrupted"
