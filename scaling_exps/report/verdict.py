@@ -87,6 +87,11 @@ def _quantile(p: float, df: int) -> float:
     return float(stdtrit(df, p))
 
 
+@functools.cache
+def _quantiles(p: float) -> Any:
+    return stdtrit(np.arange(ENOUGH, MOST + 1) - 1, p)
+
+
 def judge(metric: str, differences: Iterable[float], margin: float | None, family: int = 1) -> Test:
     """Test paired differences against a margin.
 
@@ -142,10 +147,10 @@ def seeds_needed(gap: float, sd: float, margin: float, family: int = 1) -> int |
     with np.errstate(divide="ignore", invalid="ignore"):
         se = np.maximum(sd / np.sqrt(n), 1e-300)
         if abs(gap) < margin:
-            q = stdtrit(n - 1, 1 - ALPHA)
+            q = _quantiles(1 - ALPHA)
             chance = stdtr(n - 1, (margin - gap) / se - q) + stdtr(n - 1, (margin + gap) / se - q) - 1
         else:
-            chance = stdtr(n - 1, (abs(gap) - margin) / se - stdtrit(n - 1, 1 - ALPHA / family))
+            chance = stdtr(n - 1, (abs(gap) - margin) / se - _quantiles(1 - ALPHA / family))
     good = np.flatnonzero(chance >= POWER)
     return int(n[good[0]]) if len(good) else None
 
