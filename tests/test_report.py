@@ -1,4 +1,4 @@
-"""From directories to the comparison: what is paired with what, what is listed, what a machine reads. No training here."""
+"""From directories to the comparison: what is paired with what, what is listed, what a machine reads. No training."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from conftest import ENVIRONMENT, ROOT
 
 from bench.report import fabricate
-from conftest import ENVIRONMENT, ROOT
 from scaling_exps import cli, config, plan, report
 from scaling_exps.report import charts, figures, page, runs, tables
 from scaling_exps.report.verdict import compare
@@ -45,8 +45,8 @@ def sweep(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_pairs_are_the_runs_of_a_seed(sweep: Path) -> None:
-    """The seeds differ by 0.05 from each other and the pairs by 0.01: fails if runs were compared across seeds, for then
-    the interval were several times as wide, or if the sign were turned (`none` is 0.2 worse at kappa = 4)."""
+    """The seeds differ by 0.05 from each other and the pairs by 0.01: fails if runs were compared across seeds, for
+    then the interval were several times as wide, or if the sign were turned (`none` is 0.2 worse at kappa = 4)."""
     rows = rows_of(sweep)
     near, far = row(rows, "sqrt", 16), row(rows, "none", 16)
     assert (near.verdict, far.verdict) == ("equivalent", "different")
@@ -67,8 +67,8 @@ def test_the_trajectory_is_exact_for_unequal_records(tmp_path: Path) -> None:
         lines, before = [], 0
         for samples in marks:
             loss = 1.0 + (0.25 if spec.science.batch == 16 else 0.0)
-            lines.append({"kind": "train", "step": samples // spec.science.batch, "samples": samples, "t": samples * 1e-6,
-                          "loss": loss, "window": samples - before})  # fmt: skip
+            clock = {"step": samples // spec.science.batch, "samples": samples, "t": samples * 1e-6}
+            lines.append({"kind": "train", **clock, "loss": loss, "window": samples - before})
             before = samples
         text = "".join(json.dumps(line) + "\n" for line in lines)
         (tmp_path / spec.run_id / "records.jsonl").write_text(text)
@@ -77,8 +77,8 @@ def test_the_trajectory_is_exact_for_unequal_records(tmp_path: Path) -> None:
 
 
 def test_the_final_train_loss_is_the_mean_of_the_last_tenth() -> None:
-    """Loss 5 until 90% of the samples and 1 after: the mean of the last tenth is 1. Fails with the last record alone only
-    if that differs, so the last record here is 0.5 and the one before 1.5."""
+    """Loss 5 until 90% of the samples and 1 after: the mean of the last tenth is 1. The last record alone
+    would say 0.5, the one before it 1.5."""
     import numpy as np
 
     x = np.array([0.0, 900.0, 950.0, 1000.0])

@@ -46,8 +46,9 @@ def test_power() -> None:
 
 @pytest.mark.parametrize("gap", [0.0, 0.5, 1.6])
 def test_the_seeds_named_do_decide(gap: float) -> None:
-    """The number promised has power 0.8. Simulated with that number: 800 repeats have se 1.4%; the shifted t that stands
-    for the noncentral one is off by a few percent more. Fails if sd and se, or margin - gap and margin, were confused."""
+    """The number promised has power 0.8. Simulated with that number: 800 repeats have se 1.4%; the shifted t that
+    stands for the noncentral one is off by a few percent more. Fails if sd and se, or margin - gap and margin, were
+    confused."""
     n = seeds_needed(gap, 0.5, 1.0)
     assert n is not None
     right = "equivalent" if gap < 1 else "different"
