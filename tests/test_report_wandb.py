@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,14 @@ def history(run_dir: Path) -> list[tuple[Any, ...]]:
     return sorted(found)
 
 
+def settled(read: Callable[[], list[Any]], expected: list[Any]) -> list[Any]:
+    """What `read` gives, once it is as long as expected: wandb's process may still write after `finish` returned."""
+    end = time.monotonic() + 20
+    while len(found := read()) < len(expected) and time.monotonic() < end:
+        time.sleep(0.05)
+    return found
+
+
 def ours(run_dir: Path) -> list[tuple[Any, ...]]:
     return sorted(
         (r["step"], r["samples"], r["t"], f"{r['kind']}/{k}", v)
@@ -42,7 +52,7 @@ def test_a_real_run_is_mirrored_exactly(tmp_path: Path) -> None:
     run_dir = prepare(tmp_path, spec)
     work(run_dir)
     assert len(rows(run_dir)) >= 12
-    assert history(run_dir) == ours(run_dir)
+    assert settled(lambda: history(run_dir), ours(run_dir)) == ours(run_dir)
 
 
 def record(kind: str, step: int, **metrics: float) -> dict[str, Any]:
@@ -63,13 +73,15 @@ def test_a_resumed_run_is_in_it_once(tmp_path: Path) -> None:
         first.write(r)
     first.file.close()
     first.mirror.run.finish()  # what wandb's own process does when ours is gone
+    steps = list(range(1, 61))
+    assert settled(lambda: [r["_step"] for r in records.read_mirror(run_dir)], steps) == steps
+    time.sleep(1.1)  # wandb names its folders by the second
     second = records.Writer(run_dir, spec, size)
     for r in line[30:]:
         second.write(r)
     second.write(record("eval", 100, loss=0.5))
     second.close({"final/test_loss": 0.5})
-    assert len(list(run_dir.glob("wandb/offline-run-*"))) >= 1
-    assert history(run_dir) == ours(run_dir)
+    assert settled(lambda: history(run_dir), ours(run_dir)) == ours(run_dir)
     assert len(ours(run_dir)) == 301
 
 
@@ -113,11 +125,11 @@ def test_a_torn_offline_file_is_read_up_to_the_tear(tmp_path: Path) -> None:
     for s in range(1, 301):
         writer.write(record("train", s, loss=1 / s, window=4, **{f"x{i}": float(i) for i in range(20)}))
     writer.close({})
+    steps = list(range(1, 301))
+    assert settled(lambda: [r["_step"] for r in records.read_mirror(run_dir)], steps) == steps
     (file,) = run_dir.glob("wandb/offline-run-*/*.wandb")
     raw = file.read_bytes()
     assert len(raw) > 2 * 32768  # so that records cross blocks
-    steps = [r["_step"] for r in records.read_mirror(run_dir)]
-    assert steps == list(range(1, 301))
     for end in (len(raw) // 2, 32768 + 3, 32768, 100, 8, 0):
         file.write_bytes(raw[:end])
         cut = [r["_step"] for r in records.read_mirror(run_dir)]
