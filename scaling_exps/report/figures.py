@@ -105,7 +105,7 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
     figure.suptitle(f"{GROUPS[group]}\n{setting}" + (f"  ({note})" if note else ""), fontsize=10)
     figure.legend(
         handles=list(handles.values()), labels=list(handles), loc="outside lower center",
-        ncols=min(len(handles), 2 * columns), fontsize=9, frameon=False,
+        ncols=min(len(handles), 3 * columns), fontsize=9, frameon=False,
     )  # fmt: skip
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not once for each file

@@ -139,12 +139,12 @@ def _attributes(row: Row) -> str:
 
 
 def _why(power: str) -> str:
-    """Of `no power: ...` the reason; of `told apart: a, b` the number."""
+    """Of `no power: ...` the reason; of `told apart: a, b` how many were."""
     kind, _, names = power.partition(": ")
     if kind == "no power":
         return names
     count = len(names.split(", "))
-    return f"{count} control{'s' * (count > 1)} told apart"
+    return f"{count} control{'s' * (count > 1)}"
 
 
 def _head(metric: str) -> str:
