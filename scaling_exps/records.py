@@ -211,7 +211,10 @@ class _Mirror:
         if record["step"] <= self.written:
             return
         clock = {k: record[k] for k in ("samples", "t")}
-        metrics = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t")}
+        place = "/".join(
+            str(record[k]) for k in ("kind", "method") if k in record
+        )  # two estimates of noise at one step
+        metrics = {f"{place}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t", "method")}
         try:
             self.run.log(clock | metrics, step=record["step"])
         except Exception as e:

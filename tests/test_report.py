@@ -167,6 +167,7 @@ def test_one_seed_and_a_missing_base(tmp_path: Path) -> None:
     """Fails if one seed got a verdict, or if an arm without its base vanished."""
     specs = fabricate(tmp_path, DEMO, seeds=(0,), batches=(4, 16))
     assert row(rows_of(tmp_path), "sqrt", 16).verdict == "too few seeds"
+    assert "NaN" not in tables.as_json(rows_of(tmp_path), [])  # which has no spread to tell
     base = next(s for s in specs if s.science.batch == 4)
     (tmp_path / base.run_id).rename(tmp_path.parent / f"{tmp_path.name}-elsewhere")
     alone = row(rows_of(tmp_path), "sqrt", 16)
@@ -260,7 +261,8 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
     for spec in specs:
         with open(tmp_path / spec.run_id / "records.jsonl", "a") as f:
             f.write(
-                json.dumps({"kind": "noise", "step": 1, "samples": 160, "t": 1e-4, "trace": 8.0, "signal": 0.5}) + "\n"
+                json.dumps({"kind": "noise", "step": 1, "samples": 160, "t": 1e-4, "trace": 8.0, "gradient_sq": 0.5})
+                + "\n"
             )
     made = charts.charts(rows_of(tmp_path))
     ratio = next(c for c in made if c.group == "noise" and "κ r" in c.title)

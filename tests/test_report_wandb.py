@@ -41,10 +41,10 @@ def settled(read: Callable[[], list[Any]], expected: list[Any]) -> list[Any]:
 
 def ours(run_dir: Path) -> list[tuple[Any, ...]]:
     return sorted(
-        (r["step"], r["samples"], r["t"], f"{r['kind']}/{k}", v)
+        (r["step"], r["samples"], r["t"], "/".join([r["kind"], *([r["method"]] if "method" in r else []), k]), v)
         for r in records.read_records(run_dir)
         for k, v in r.items()
-        if k not in ("kind", "step", *CLOCK)
+        if k not in ("kind", "step", "method", *CLOCK)
     )
 
 
@@ -136,7 +136,8 @@ def test_wandb_reads_and_uploads_exactly_our_records(
     first.close({})
     time.sleep(1.1)  # wandb names its folders by the second
     second = records.Writer(run_dir, spec, size)
-    for r in [*lines[12:], record("eval", 20, loss=0.5, accuracy=0.9)]:
+    noise = [record("noise", 20, trace=2.0) | {"method": m} for m in ("free", "full")]
+    for r in [*lines[12:], record("eval", 20, loss=0.5, accuracy=0.9), *noise]:
         second.write(r)
     second.close({"final/test_loss": 0.5})
     settled(lambda: history(run_dir), ours(run_dir))

@@ -29,8 +29,6 @@ NAMES = {
     "trajectory": "|Δ train loss|, mean over training",
     "weight_norm": "weight norm",
 }
-# noise records: what other names the two sides of the ratio may carry
-TRACE, SIGNAL = ("trace", "tr_sigma", "trace_sigma"), ("signal", "gradient_squared", "grad_squared")
 
 
 @dataclass(frozen=True)
@@ -225,9 +223,11 @@ def _noise(setting: str, rows: list[Row]) -> list[Chart]:
 
     def series(run: Run, pick: Callable[[float, float, int], float]) -> tuple[list[float], list[float]]:
         xs, ys = [], []
+        methods = {row.get("method") for row in run.noise}
+        chosen = "full" if "full" in methods else next(iter(methods), None)  # the free estimate where that is all
         for row in run.noise:
-            trace, signal = (next((row[k] for k in keys if _positive(row.get(k))), None) for keys in (TRACE, SIGNAL))
-            if trace and signal:
+            trace, signal = row.get("trace", 0), row.get("gradient_sq", 0)
+            if row.get("method") == chosen and _positive(trace) and _positive(signal):
                 xs.append(row["clock"])
                 ys.append(pick(trace, signal, run.spec.science.batch))
         return xs, ys

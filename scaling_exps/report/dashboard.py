@@ -84,7 +84,10 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
     batches = sorted({r.batch for r in rows if r.role != "base"}) or sorted({r.batch for r in rows})
     metrics = [m for m in verdict.METRICS if any(m in r.metrics for r in rows)]
     accuracy = any("accuracy" in run.evals for r in rows for run in r.runs)
-    noise = sorted({k for r in rows for run in r.runs for row in run.noise for k in row} - _CLOCK)
+    measured = [row for r in rows for run in r.runs for row in run.noise]
+    noise = sorted(
+        {"/".join([*([row["method"]] if "method" in row else []), k]) for row in measured for k in _NOISE & set(row)}
+    )
 
     def over_samples(title: str, metric: str, by: str = "rule") -> Any:
         return wr.LinePlot(
@@ -138,7 +141,7 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
     return workspace, article
 
 
-_CLOCK = {"kind", "step", "samples", "t", "clock"}
+_NOISE = {"trace", "gradient_sq", "kappa_r", "b_noise"}  # of a noise record, what gets a panel
 
 
 def _near(rows: list[verdict.Row], batch: int) -> str:
