@@ -55,20 +55,21 @@ def fabricate(
         common = random.Random(f"seed {spec.science.seed}")  # what the runs of a seed share
         lines, total = [], 17240
         seed_loss, mine = common.gauss(0, 0.05), draw.gauss(0, spread)
-        window = max(1, total // records)
+        window, unit = max(1, total // records), spec.draws * spec.stretch
         for i in range(1, records + 1):
             x = i / records
             y = 2.3 * math.exp(-2 * x) + 0.3 + seed_loss + common.gauss(0, 0.02) + (loss + mine) * min(1, 4 * x)
-            step, samples = max(1, round(i * spec.science.steps / records)), i * window
+            step, samples = max(1, round(i * spec.science.steps / records)), i * window * unit
+            t = i * window * 1e-6
             lines.append(
-                f'{{"kind": "train", "step": {step}, "samples": {samples}, "t": {samples * 1e-6}, "loss": {y}, '
-                f'"window": {window}, "lr": {spec.science.hyper.lr}, "gradient_norm": 1.5, "seconds": {i * 0.01}}}\n'
+                f'{{"kind": "train", "step": {step}, "samples": {samples}, "t": {t}, "loss": {y}, '
+                f'"window": {window * unit}, "lr": {spec.science.hyper.lr}, "gradient_norm": 1.5, "seconds": {i * 0.01}}}\n'
             )
             if i * 10 // records > (i - 1) * 10 // records:
                 now = 0.1 + 0.8 * x + accuracy * x + common.gauss(0, 0.005) + mine / 5
                 lines.append(
                     json.dumps(
-                        {"kind": "eval", "step": step, "samples": samples, "t": samples * 1e-6, "loss": y - 0.1,
+                        {"kind": "eval", "step": step, "samples": samples, "t": t, "loss": y - 0.1,
                          "accuracy": now, "weight_norm": 20 + norm * x}
                     ) + "\n"
                 )  # fmt: skip

@@ -266,7 +266,7 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
             )
     made = charts.charts(rows_of(tmp_path))
     ratio = next(c for c in made if c.group == "noise" and "κ r" in c.title)
-    assert {t.arm: t.y for t in ratio.traces} == {"base, batch 4": [0.25], "sqrt, batch 16": [1.0]}
+    assert {t.arm: t.y for t in ratio.traces} == {"batch 4": [0.25], "batch 16": [1.0]}
     overlay = next(c for c in made if c.group == "svag")
     assert {t.arm for t in overlay.traces} == {"base", "SVAG ℓ=2"}
 

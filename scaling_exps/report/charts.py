@@ -219,7 +219,10 @@ def _cost(setting: str, rows: list[Row]) -> list[Chart]:
 
 
 def _noise(setting: str, rows: list[Row]) -> list[Chart]:
-    """tr Σ / B against ‖∇f‖² over training, and their ratio κ r = B ‖∇f‖² / tr Σ: the rule needs it well below 1."""
+    """tr Σ / B against ‖∇f‖² over training, and their ratio κ r = B ‖∇f‖² / tr Σ: the rule needs it well below 1.
+
+    Of the base and the rule under test, a line for each batch, the first seed that was measured.
+    """
 
     def series(run: Run, pick: Callable[[float, float, int], float]) -> tuple[list[float], list[float]]:
         xs, ys = [], []
@@ -239,10 +242,10 @@ def _noise(setting: str, rows: list[Row]) -> list[Chart]:
         ("κ r = B ‖∇f‖² / tr Σ", lambda trace, signal, batch: batch * signal / trace),
     ):
         traces = []
-        for row in rows:
+        for row in sorted((r for r in rows if r.role != "control" and "SVAG" not in r.rule), key=lambda r: r.batch):
             xs, ys = series(row.runs[0], pick)
             if xs:
-                traces.append(Trace(f"{row.rule}, batch {row.batch}", xs, ys, batch=row.batch))
+                traces.append(Trace(f"batch {row.batch}", xs, ys, batch=row.batch))
         made.append(Chart("noise", setting, title, "samples seen", title, tuple(traces), log_y=True))
     return made
 
@@ -322,4 +325,6 @@ def colours(arms: Iterable[str], batches: Iterable[int]) -> dict[str, tuple[str,
 def dash(arm: str) -> str:
     """Colour is never the only sign: base and sqrt are solid, the others differ in dash as well."""
     fixed = {"none": "dot", "linear": "dash", "linear_scaled": "dashdot", "lr_only": "longdash"}
+    if "SVAG" in arm:
+        return {"2": "dash", "4": "dot"}.get(arm.rpartition("=")[2], "dashdot")
     return fixed.get(arm, "solid")

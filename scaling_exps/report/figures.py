@@ -103,9 +103,10 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
     spread = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "first seed"}
     note = spread.get(group, "mean ± sd over seeds")
     figure.suptitle(f"{GROUPS[group]}\n{setting}" + (f"  ({note})" if note else ""), fontsize=10)
+    fitting = int(figure.get_figwidth() * 11 / (max(map(len, handles)) + 6))  # about 11 letters an inch
     figure.legend(
         handles=list(handles.values()), labels=list(handles), loc="outside lower center",
-        ncols=min(len(handles), 3 * columns), fontsize=9, frameon=False,
+        ncols=max(1, min(len(handles), fitting)), fontsize=9, frameon=False,
     )  # fmt: skip
     figure.draw_without_rendering()
     figure.set_layout_engine("none")  # laid out once, not once for each file
