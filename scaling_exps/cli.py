@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("plan", "status", "report")
+COMMANDS = ("plan", "status", "cancel", "report")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -41,6 +41,13 @@ def _dispatch(words: list[str]) -> int:
         )
         rows = launch.status(Path(options.dir) if options.dir else _runs_dir())
         print(json.dumps(rows, indent=1)) if options.json else launch.print_status(rows)
+        return 0
+    if command == "cancel":
+        from scaling_exps import launch
+
+        options = _options("cancel", rest, [("dir", {"nargs": "?", "default": None})])
+        jobs = launch.cancel(Path(options.dir) if options.dir else _runs_dir())
+        print(f"cancelled {len(jobs)} job(s)" + (f": {', '.join(jobs)}" if jobs else ""))
         return 0
     if command == "report":
         from scaling_exps import report
