@@ -44,6 +44,9 @@ class Stopped(Exception):  # noqa: N818 (no error)
 
 
 AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
+# Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
+# 128 + a signal. So a run that failed is told from one whose process was killed, which is worth another start.
+FAILED = 200
 LOOK = 1.0  # seconds between two looks of the ranks at each other: does one want to save, or to stop?
 _signals: list[int] = []  # received; the handler does nothing else
 
@@ -283,7 +286,7 @@ def run(run_dir: Path) -> str:
                 traceback.print_exc()  # nobody foresaw it: whoever mends it needs the place
             print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
             if world > 1:
-                raise SystemExit(1) from e  # the others wait in a collective; the launcher ends them
+                raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
             return "failed"
     return "finished"
 
@@ -667,7 +670,7 @@ def work(run_dirs: list[Path], earlier: list[int] | None = None) -> int:
         earlier: signals that came before this module was there.
 
     Returns:
-        0: done. 1: a run failed. AGAIN: stopped by a signal, or a run of a SLURM job is held; start it again.
+        0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
     """
     _signals.extend(earlier or [])
     if "OMP_NUM_THREADS" in os.environ:

@@ -180,11 +180,12 @@ def _folder(root: Path) -> Path:
 
 # ---- submission ----
 
-# Runs in the job script, after srun. 75: the run was told to stop, and saved. Above 128: a process was killed.
+# Runs in the job script, after srun. 75: the run was told to stop, and saved. Above 128: a process was killed. 200:
+# the run failed, and would fail again (train.AGAIN, train.FAILED; srun reports the highest status of all tasks).
 # Only a job that still counts as running may be requeued: a cancelled one is on its way out.
 _AFTERWARDS = """\
 code=$?
-if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt REQUEUES ]; }; then
+if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -lt 200 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt REQUEUES ]; }; then
   job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
   job=${job:-$SLURM_JOB_ID}
   [ "$(squeue --noheader --array --jobs="$job" --format=%T)" = RUNNING ] && scontrol requeue "$job" && sleep 120
