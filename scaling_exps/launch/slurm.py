@@ -21,7 +21,7 @@ from scaling_exps.launch.directories import LaunchError
 from scaling_exps.plan import RunSpec
 
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
-_WORD = re.compile(r"[\w.,:;@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
+_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
 _SECRET = re.compile(r"\w*(API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*=", re.IGNORECASE)
 
 
@@ -112,7 +112,7 @@ def _check(root: Path, settings: SlurmLaunch) -> str:
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         value = getattr(settings, key)
         if value is not None and not _WORD.fullmatch(value):
-            faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:;@+=/&|()[]*!-")
+            faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-")
     for line in settings.setup:
         if not line.isprintable():
             faults.append(f"launch.setup: {line!r} must be one line")
