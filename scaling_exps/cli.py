@@ -11,8 +11,6 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("plan", "status", "report", "dashboard", "sync")
-
 
 def main(argv: list[str] | None = None) -> int:
     words = list(sys.argv[1:] if argv is None else argv)
@@ -31,42 +29,75 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
-    command = words[0] if words and words[0] in COMMANDS else None
-    rest = words[1:] if command else words
-    if command == "status":
-        from scaling_exps import launch
+    if words and words[0] in COMMANDS:
+        return COMMANDS[words[0]](words[1:])
+    return _run(words)
 
-        options = _options(
-            "status", rest, [("dir", {"nargs": "?", "default": None}), ("--json", {"action": "store_true"})]
-        )
-        rows = launch.status(Path(options.dir) if options.dir else _runs_dir())
-        print(json.dumps(rows, indent=1)) if options.json else launch.print_status(rows)
-        return 0
-    if command == "report":
-        return _report(rest)
-    if command == "dashboard":
-        return _dashboard(rest)
-    if command == "sync":
-        return _sync(rest)
 
+def _run(words: list[str]) -> int:
     from scaling_exps import config, plan
 
-    as_json = command == "plan" and "--json" in rest
-    configs = config.compose([w for w in rest if not (as_json and w == "--json")])
+    configs = config.compose(words)
     if not configs:  # --help, --cfg, --info: Hydra has answered
         return 0
     specs = plan.plan(configs)
-    if command == "plan":
-        if as_json:
-            print(json.dumps([row for spec in specs for row in plan.describe(spec)], indent=1))
-        else:
-            plan.print_plan(specs)
-        return 0
     from scaling_exps import launch
 
     return 0 if launch.launch(specs, configs[0]) else 1
 
 
+def _plan(words: list[str]) -> int:
+    from scaling_exps import config, plan
+
+    configs = config.compose([w for w in words if w != "--json"])
+    specs = plan.plan(configs) if configs else []
+    if "--json" in words:
+        print(json.dumps([row for spec in specs for row in plan.describe(spec)], indent=1))
+    elif specs:
+        plan.print_plan(specs)
+    return 0
+
+
+def _status(words: list[str]) -> int:
+    from scaling_exps import launch
+
+    options = _options("status", words, [_DIR, ("--json", {"action": "store_true", "help": "for machines"})])
+    rows = launch.status(Path(options.dir) if options.dir else _runs_dir())
+    if options.json:
+        print(json.dumps(rows, indent=1))
+    else:
+        launch.print_status(rows)
+    return 0
+
+
+def _cancel(words: list[str]) -> int:
+    from scaling_exps import launch
+
+    options = _options("cancel", words, [_DIR])
+    jobs = launch.cancel(Path(options.dir) if options.dir else _runs_dir())
+    print(f"cancelled {len(jobs)} job(s)" + (f": {', '.join(jobs)}" if jobs else ""))
+    return 0
+
+
+def _theory(words: list[str]) -> int:
+    from scaling_exps import theory
+
+    return theory.main(words)
+
+
+def _convert(words: list[str]) -> int:
+    from scaling_exps import convert
+
+    return convert.main(words)
+
+
+def _fork(words: list[str]) -> int:
+    from scaling_exps import fork
+
+    return fork.main(words)
+
+
+_DIR: tuple[str, dict[str, Any]] = ("dir", {"nargs": "?", "default": None, "help": "folder of runs (default: runs)"})
 _DIRS: tuple[str, dict[str, Any]] = ("dirs", {"nargs": "*", "help": "folders of runs (default: runs)"})
 
 
@@ -142,6 +173,19 @@ def _options(command: str, words: list[str], arguments: list[tuple[str, dict[str
 
 def _runs_dir() -> Path:
     return Path(os.environ.get("SCALERUN_RUNS", "runs"))
+
+
+COMMANDS = {
+    "plan": _plan,
+    "status": _status,
+    "cancel": _cancel,
+    "report": _report,
+    "dashboard": _dashboard,
+    "sync": _sync,
+    "theory": _theory,
+    "convert": _convert,
+    "fork": _fork,
+}
 
 
 if __name__ == "__main__":

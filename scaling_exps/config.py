@@ -73,6 +73,31 @@ class Launch:
 
 
 @dataclass
+class SlurmLaunch(Launch):
+    """What `launch=slurm` adds. null leaves a setting to the site's defaults."""
+
+    max_devices: int  # how many processes `devices: auto` may take for one run
+    devices_per_node: int
+    gpus: bool  # a GPU for each process
+    cpus_per_task: int
+    memory_gb: float | None  # of a node
+    minutes: int
+    signal_seconds: int  # how long before the time limit a run is told to save and requeue
+    requeues: int  # restarts up to which a run whose process was killed is requeued
+    array_parallelism: int
+    partition: str | None
+    account: str | None
+    qos: str | None
+    constraint: str | None
+    exclude: str | None
+    setup: list[str]  # lines of the job script, before srun
+    container: list[str]  # words put before python
+    python: str | None
+    node_local: list[str]  # folders that each node has for itself: code and runs must not lie there
+    wait: bool
+
+
+@dataclass
 class Measure:
     evaluations: int
     train_records: int
@@ -188,7 +213,8 @@ def _did_you_mean(close: list[str]) -> str:
 def _nearest_key(word: str) -> str:
     key = word.split("=")[0].split("@")[0]
     hints = {f.name: f.type for f in fields(Config)}
-    sub = {n: [f"{n}.{f.name}" for f in fields(globals()[str(t)])] for n, t in hints.items() if str(t) in globals()}
+    kinds = {n: globals()[str(t)] for n, t in hints.items() if str(t) in globals()} | {"launch": SlurmLaunch}
+    sub = {n: [f"{n}.{f.name}" for f in fields(kind)] for n, kind in kinds.items()}
     known = [*hints, *(k for keys in sub.values() for k in keys)]
     close = difflib.get_close_matches(key, known, 1, 0.5)
     section = key.split(".")[0]
@@ -218,6 +244,8 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r} must be a group of keys, or the name of an option of the group {key!r}")
+        if kind is Launch and value.get("name") == "slurm":
+            kind = SlurmLaunch
         return _typed(kind, value, key + ".")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from scaling_exps import rules
-from scaling_exps.config import Config
+from scaling_exps.config import Config, Launch, SlurmLaunch
 from scaling_exps.rules import Hyper
 
 VERSION = 1  # of run.json
@@ -270,7 +270,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
                 else ""
             )
         )
-    world = _world_size(config.launch.devices, batch // micro)
+    world = _world_size(config.launch, batch // micro)
     draws = 1 if config.svag == 1 else 2
     return RunSpec(
         science=mine,
@@ -363,6 +363,7 @@ def _check(c: Config, batch: int, seed: int) -> None:
             f"margin={ {k: v for k, v in asdict(c.margin).items() if v is not None} }: each must be > 0, or null",
         ),
         (not c.checkpoint.minutes > 0, f"checkpoint.minutes={c.checkpoint.minutes} must be > 0"),
+        *_slurm_faults(c.launch),
         (c.launch.parallel < 1, f"launch.parallel={c.launch.parallel} must be >= 1"),
         (not 0 <= c.dataset.label_noise <= 1, f"dataset.label_noise={c.dataset.label_noise} must lie in [0, 1]"),
         (c.dataset.train_size < 1 or c.dataset.test_size < 1, "dataset.train_size and dataset.test_size must be >= 1"),
@@ -371,7 +372,28 @@ def _check(c: Config, batch: int, seed: int) -> None:
         raise PlanError("; ".join(found))
 
 
-def _world_size(devices: int | str, micro_batches: int) -> int:
+def _slurm_faults(launch: Launch) -> list[tuple[bool, str]]:
+    if not isinstance(launch, SlurmLaunch):
+        return []
+    positive = ("max_devices", "devices_per_node", "cpus_per_task", "minutes", "array_parallelism")
+    return [
+        *((getattr(launch, k) < 1, f"launch.{k}={getattr(launch, k)} must be >= 1") for k in positive),
+        (launch.requeues < 0, f"launch.requeues={launch.requeues} must be >= 0"),
+        (
+            not 1 <= launch.signal_seconds < 60 * launch.minutes,
+            f"launch.signal_seconds={launch.signal_seconds} must lie between 1 and the time limit (60 launch.minutes)",
+        ),
+        (
+            launch.memory_gb is not None and not launch.memory_gb > 0,
+            f"launch.memory_gb={launch.memory_gb} must be > 0, or null",
+        ),
+    ]
+
+
+def _world_size(launch: Launch, micro_batches: int) -> int:
+    devices = launch.devices
+    if devices == "auto" and isinstance(launch, SlurmLaunch):  # the machine that submits is not the one that runs
+        return max(d for d in range(1, min(launch.max_devices, micro_batches) + 1) if micro_batches % d == 0)
     if devices == "auto":
         visible = os.environ.get("CUDA_VISIBLE_DEVICES")
         count = (

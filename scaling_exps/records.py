@@ -7,6 +7,8 @@ A run's directory:
     checkpoint.pt   the newest state, and checkpoint.prev.pt the one before
     result.json     how it ended
     log.txt         what a worker printed, when it had no terminal
+    jobs.jsonl      which jobs were submitted for it and which processes started on it: event, job, commit, time
+    code.patch      what the code that ran had over its commit, where the tree was not clean
     lock            held while a process works on the run; says who
 """
 
@@ -17,8 +19,9 @@ import json
 import os
 import socket
 import sys
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +86,26 @@ def state(run_dir: Path) -> str:
     if holder(run_dir) is not None:
         return "running"
     return "interrupted" if (run_dir / "records.jsonl").exists() else "waiting"
+
+
+def append_event(run_dir: Path, event: dict[str, Any]) -> None:
+    """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
+    line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
+    descriptor = os.open(run_dir / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
+    try:
+        os.write(descriptor, line.encode())
+    finally:
+        os.close(descriptor)
+
+
+def read_events(run_dir: Path) -> list[dict[str, Any]]:
+    """The lines of jobs.jsonl; what was cut by a crash is left out."""
+    events = []
+    with suppress(FileNotFoundError):
+        for line in (run_dir / "jobs.jsonl").read_text(errors="replace").splitlines():
+            with suppress(json.JSONDecodeError):
+                events.append(json.loads(line))
+    return events
 
 
 @contextmanager

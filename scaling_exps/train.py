@@ -7,14 +7,18 @@ step k:   g = Σ_i w_i ∇L_i over the micro-batches of its draws   (plain: w_i 
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import platform
+import re
+import signal
 import subprocess
 import sys
+import threading
 import time
 import traceback
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
@@ -33,6 +37,18 @@ EVALUATION_BATCH = 250  # test images at once; no result depends on it
 
 class TrainError(RuntimeError):
     """The run cannot go on; the message is the reason that `status` shows."""
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """A signal asked for it: the state is saved, the run goes on when it is started again."""
+
+
+AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
+# Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
+# 128 + a signal. So a run that failed is told from one whose process was killed, which is worth another start.
+FAILED = 200
+LOOK = 1.0  # seconds between two looks of the ranks at each other: does one want to save, or to stop?
+_signals: list[int] = []  # received; the handler does nothing else
 
 
 class Trainer:
@@ -192,9 +208,17 @@ class Trainer:
 
     def restore(self) -> int:
         """Go on from the newest checkpoint that is whole; returns the size of its records (0: from the start)."""
+        if self.rank == 0:  # what a killed process was writing
+            for rest in (*self.run_dir.glob(".checkpoint.pt.*"), *self.run_dir.glob(".*.json.*")):
+                rest.unlink(missing_ok=True)
+        written = self.run_dir / "records.jsonl"
+        available = written.stat().st_size if written.exists() else 0
         for name in ("checkpoint.pt", "checkpoint.prev.pt"):
             state = _load_checkpoint(self.run_dir / name, self.device)
             if state is None:
+                continue
+            if state["records_size"] > available:  # an older state, or the start, leads to the same records again
+                print(f"{written} is shorter than {name} says; going further back", file=sys.stderr)
                 continue
             if state["run_id"] != self.spec.run_id:
                 raise TrainError(f"{self.run_dir / name} belongs to run {state['run_id']}")
@@ -229,7 +253,7 @@ def run(run_dir: Path) -> str:
     """Run what `run_dir/run.json` says, or go on with it, to its end. Every rank calls this.
 
     Returns:
-        How it ended: `finished` or `failed` (the reason is in result.json).
+        How it ended: `finished`, `failed` (the reason is in result.json), or `stopped` by a signal.
 
     Raises:
         records.BusyError: another process works on it.
@@ -242,8 +266,16 @@ def run(run_dir: Path) -> str:
             return "finished"
         if world > 1:
             dist.barrier()
+        if rank == 0:
+            records.append_event(run_dir, {"event": "start", "job": _job(), "host": platform.node(), **_code(run_dir)})
         try:
             _train(spec, run_dir)
+        except Stopped:
+            if rank == 0:
+                print(
+                    f"run {spec.run_id} saved and stopped by a signal; it goes on when it is started again", flush=True
+                )
+            return "stopped"
         except (TrainError, data.DataError, models.ModelError, OSError, torch.OutOfMemoryError, RuntimeError) as e:
             if isinstance(e, RuntimeError) and world > 1 and not isinstance(e, TrainError):
                 raise  # most likely another rank died: its own message counts
@@ -254,7 +286,7 @@ def run(run_dir: Path) -> str:
                 traceback.print_exc()  # nobody foresaw it: whoever mends it needs the place
             print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
             if world > 1:
-                raise SystemExit(1) from e  # the others wait in a collective; the launcher ends them
+                raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
             return "failed"
     return "finished"
 
@@ -264,6 +296,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
     _reset_peak_memory()
     trainer = Trainer(spec, run_dir)
     size = trainer.restore()
+    if _max_over_ranks(trainer.step) != -_max_over_ranks(-trainer.step):
+        raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
     rank0 = trainer.rank == 0
     (run_dir / "result.json").unlink(missing_ok=True)
     writer = records.Writer(run_dir, spec, size) if rank0 else None
@@ -277,8 +311,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
             f" × world size {place.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
             f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {trainer.step}" if trainer.step else "")
         )
-    beat = max(1, s.steps // 1000)  # how often ranks agree on a checkpoint
-    saved = time.monotonic()
+    saved = looked = time.monotonic()
+    looked_at, look_at = trainer.step, trainer.step + 1  # steps
     with tqdm(
         total=spec.samples(s.steps), initial=spec.samples(trainer.step), unit="samples", unit_scale=True,
         disable=None if rank0 else True, dynamic_ncols=True, leave=False,
@@ -307,13 +341,26 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
                             f"  accuracy {record['accuracy']:.2%}  {_rate(trainer):,.0f} samples/s", flush=True,
                         )  # fmt: skip
                 started = time.monotonic()
-            if k % beat == 0 and k < s.steps:
-                due = time.monotonic() - saved > 60 * place.checkpoint_minutes
-                if _any_rank(due):
+            if k >= look_at and k < s.steps:
+                now = time.monotonic()
+                pace = (now - looked) / (k - looked_at)  # seconds a step
+                due, stop, pace = (
+                    _max_over_ranks(x) for x in (now - saved > 60 * place.checkpoint_minutes, len(_signals), pace)
+                )
+                if due or stop:
                     trainer.seconds += time.monotonic() - started
                     trainer.check_finite()
                     trainer.save(writer.sync() if writer else 0)
                     saved = started = time.monotonic()
+                if stop:
+                    if writer:
+                        writer.close({})
+                    if trainer.world > 1:
+                        dist.barrier()  # nobody leaves before the state is on the disk
+                    raise Stopped
+                # every rank takes the same numbers to the same next look; at most doubled: a first step may be slow
+                look_at = k + max(1, min(2 * (k - looked_at), int(LOOK / max(pace, 1e-9))))
+                looked, looked_at = now, k
     trainer.check_finite()
     trainer.save(writer.sync() if writer else 0)
     if writer:
@@ -402,7 +449,8 @@ def _world() -> tuple[int, int]:
 
 def _device() -> torch.device:
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        device = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
         torch.cuda.set_device(device)
         return device
     return torch.device("cpu")
@@ -416,10 +464,12 @@ def _sum_over_ranks(x: Tensor) -> Tensor:
     return x
 
 
-def _any_rank(flag: bool) -> bool:
+def _max_over_ranks(x: float) -> float:
     if not dist.is_initialized():
-        return flag
-    return bool(_sum_over_ranks(torch.tensor(float(flag), device=_device())) > 0)
+        return float(x)
+    tensor = torch.tensor(float(x), dtype=torch.float64, device=_device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
 
 
 def _reset_peak_memory() -> None:
@@ -449,23 +499,83 @@ def _environment() -> dict[str, Any]:
     for name in packages:
         with contextlib.suppress(PackageNotFoundError):
             versions[name] = version(name)
-    here = Path(__file__).resolve().parent
-    git = subprocess.run(
-        ["git", "-C", str(here), "describe", "--always", "--dirty", "--abbrev=40"], capture_output=True, text=True
-    )
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "versions": versions,
-        "commit": git.stdout.strip() or None,
+        **_code(None),
         "device": name,
         "threads": torch.get_num_threads(),
         "world_size": _world()[0],
     }
 
 
+@functools.cache
+def _tree() -> tuple[str | None, str]:
+    """The commit of the code that runs (`-dirty` where the tree is not clean), and the patch of the difference."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).resolve().parent), *words], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return ""
+        return done.stdout if done.returncode == 0 else ""
+
+    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
+    return commit, git("diff", "HEAD", "--", ".") if commit and commit.endswith("-dirty") else ""
+
+
+def _code(run_dir: Path | None) -> dict[str, Any]:
+    """What ran, for the record; with `run_dir`, the patch of a tree that is not clean is left there."""
+    commit, patch = _tree()
+    if not patch:
+        return {"commit": commit}
+    if run_dir is not None:
+        with open(os.open(run_dir / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+            f.write(patch)
+    return {"commit": commit, "patch": "code.patch"}
+
+
+def _job() -> str | None:
+    """The SLURM job that this process belongs to, as squeue names it; None outside of one."""
+    e = os.environ
+    if "SLURM_STEP_ID" not in e:
+        return None
+    array = e.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{e['SLURM_ARRAY_TASK_ID']}" if array else e.get("SLURM_JOB_ID")
+
+
+def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """What torch.distributed wants to know, out of a SLURM step's environment; None for a step of one task, or none.
+
+    The address is the first host of the step; the port follows from job, step and restart, so that jobs which share
+    a node do not meet.
+
+    >>> e = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    ...      "SLURM_STEP_NODELIST": "gpu[07-08,11],cpu1", "SLURM_JOB_ID": "41"}
+    >>> slurm_rank(e)["MASTER_ADDR"], slurm_rank(e)["RANK"], slurm_rank(e)["MASTER_PORT"]
+    ('gpu07', '3', '20287')
+    """
+    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    host = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment["SLURM_STEP_NODELIST"])
+    assert host is not None
+    salt = 7 * int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_RESTART_COUNT", 0))
+    return {
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": "".join(part or "" for part in host.groups()),
+        "MASTER_PORT": str(20000 + (salt + int(environment["SLURM_STEP_ID"])) % 12000),
+    }
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
     """Join the group that torchrun's or srun's environment describes; nothing to do for a single process."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(slurm_rank(os.environ) or {})
     world = int(os.environ.get("WORLD_SIZE", 1))
     if world == 1:
         yield
@@ -480,20 +590,54 @@ def process_group() -> Iterator[None]:
         dist.destroy_process_group()
 
 
-def run_all(run_dirs: list[Path], log: bool) -> bool:
+@contextlib.contextmanager
+def _handlers() -> Iterator[None]:
+    """SIGTERM, SIGUSR1 and SIGUSR2 leave a note, which the ranks read at a step's boundary."""
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
+    before = {n: signal.signal(n, lambda number, _: _signals.append(number)) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to save and stop."""
+    return bool(_signals)
+
+
+def run_all(run_dirs: list[Path], log: bool, patience: float = 0) -> bool:
     """Run each directory that is neither finished nor held by somebody else.
 
     Several workers may be given one list: the locks share it out. With `log`, a run's output goes to its log.txt.
 
+    Args:
+        patience: seconds to wait for a run that is held. A requeued job may start while its last process still dies.
+
     Returns:
         Whether every run that was done here finished.
     """
+    with _handlers():
+        return _run_all(run_dirs, log, patience)
+
+
+def _run_all(run_dirs: list[Path], log: bool, patience: float) -> bool:
     good = True
     for run_dir in run_dirs:
         world, rank = _world()
         free = torch.tensor(0.0)
         if rank == 0:
-            free.fill_(float(records.state(run_dir) in ("waiting", "interrupted", "failed")))
+            until = time.monotonic() + patience
+            while (state := records.state(run_dir)) == "running" and time.monotonic() < until:
+                time.sleep(0.2)
+            free.fill_(float(state in ("waiting", "interrupted", "failed")))
+            if patience and state == "running":
+                print(f"{run_dir} is held by {records.holder(run_dir)}", file=sys.stderr)
+                good = False
         if world > 1:
             free = free.to(_device())
             dist.broadcast(free, 0)
@@ -501,7 +645,10 @@ def run_all(run_dirs: list[Path], log: bool) -> bool:
             continue
         with _output_to(run_dir / "log.txt") if log and rank == 0 else contextlib.nullcontext():
             try:
-                good &= run(run_dir) == "finished"
+                how = run(run_dir)
+                good &= how == "finished"
+                if how == "stopped":
+                    break
             except records.BusyError:
                 continue
             except PlanError as e:
@@ -516,8 +663,29 @@ def _output_to(path: Path) -> Iterator[None]:
         yield
 
 
-if __name__ == "__main__":  # a worker: python -m scaling_exps.train RUN_DIR ...
+def work(run_dirs: list[Path], earlier: list[int] | None = None) -> int:
+    """A worker: join the group, run the directories, and tell by the exit status how it went.
+
+    Args:
+        earlier: signals that came before this module was there.
+
+    Returns:
+        0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
+    """
+    _signals.extend(earlier or [])
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with process_group():
-        raise SystemExit(0 if run_all([Path(a) for a in sys.argv[1:]], log=True) else 1)
+    with _handlers():
+        with process_group():
+            good = run_all(run_dirs, log=True, patience=60 if _job() else 0)
+            stopped = _max_over_ranks(len(_signals)) > 0 and not good
+            rank = _world()[1]
+        if stopped and _job():  # only rank 0 says so, last: srun ends the others as soon as one of them exits badly
+            if rank:
+                return 0
+            time.sleep(1)
+    return AGAIN if stopped else 0 if good else 1
+
+
+if __name__ == "__main__":  # a worker: python -m scaling_exps.train RUN_DIR ...
+    raise SystemExit(work([Path(a) for a in sys.argv[1:]]))

@@ -1,0 +1,47 @@
+"""Starting RunSpecs, and telling how they stand. A job is a directory; what is finished is skipped."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from scaling_exps.config import Config, SlurmLaunch
+from scaling_exps.launch.directories import LaunchError
+from scaling_exps.launch.overview import print_status, status
+from scaling_exps.plan import RunSpec
+
+__all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]
+
+
+def launch(specs: list[RunSpec], config: Config) -> bool:
+    """Bring every run of the list to its end, or hand it to SLURM; finished runs are skipped.
+
+    Args:
+        specs: the planned list, checked as a whole.
+        config: its `launch` group and `runs_dir` say where and how; they are the same for the whole list.
+
+    Returns:
+        Whether all of them are finished (SLURM without `launch.wait`: submitted).
+
+    Raises:
+        LaunchError, PlanError: the run folder or the cluster cannot be used; nothing was started.
+        data.DataError, models.ModelError: a data set or a network of the list cannot be had; nothing was started.
+    """
+    root = Path(config.runs_dir)
+    if isinstance(config.launch, SlurmLaunch):
+        from scaling_exps.launch import slurm
+
+        return slurm.launch(specs, root, config.launch)
+    from scaling_exps.launch import local
+
+    return local.launch(specs, root, config.launch)
+
+
+def cancel(root: Path) -> list[str]:
+    """Take every queued or running SLURM job of the runs under `root` back; returns the job ids.
+
+    Raises:
+        LaunchError: no such folder, or SLURM does not answer.
+    """
+    from scaling_exps.launch import slurm
+
+    return slurm.cancel(root)

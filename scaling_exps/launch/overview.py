@@ -1,0 +1,112 @@
+"""How the runs of a folder stand: their directories, joined with what SLURM says of their jobs."""
+
+from __future__ import annotations
+
+import sys
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from scaling_exps import records
+from scaling_exps.launch import directories, queue
+from scaling_exps.plan import PlanError
+
+
+def status(root: Path) -> list[dict[str, Any]]:
+    """One row for each run under `root`: run_id, model, rule, batch, seed, state, samples, total, job, detail.
+
+    State is one of finished, failed, running, queued, interrupted (it goes on when started again), waiting (never
+    started), unreadable.
+
+    Raises:
+        LaunchError: there is no such folder.
+    """
+    if not root.is_dir():
+        raise directories.LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
+    run_dirs = sorted(p.parent for p in root.glob("*/run.json"))
+    jobs = {run_dir: queue.last_job(run_dir) for run_dir in run_dirs}
+    in_queue: dict[str, queue.Entry] = {}
+    ended: dict[str, str] = {}
+    if any(jobs.values()):
+        try:
+            in_queue = queue.entries()
+            gone = [j.id for d, j in jobs.items() if j and j.id not in in_queue and records.state(d) != "finished"]
+            ended = queue.ended(gone)
+        except directories.LaunchError as e:
+            print(f"scalerun: {e}: shown is what the directories say", file=sys.stderr)
+    rows = []
+    for run_dir in run_dirs:
+        job = jobs[run_dir]
+        rows.append(_row(run_dir, job, in_queue.get(job.id) if job else None, ended.get(job.id, "") if job else ""))
+    return rows
+
+
+def _row(run_dir: Path, job: queue.Job | None, entry: queue.Entry | None, end: str) -> dict[str, Any]:
+    try:
+        spec = records.read_spec(run_dir)
+    except PlanError as e:
+        return {"run_id": run_dir.name, "state": "unreadable", "detail": str(e)}
+    rows = records.read_records(run_dir)
+    newest = rows[-1] if rows else {"samples": 0}
+    state, details = records.state(run_dir), []
+    if entry is not None and state != "finished":
+        state = "queued" if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
+    if job is not None:
+        times = job.starts if state == "queued" else job.starts - 1
+        if times > 0:
+            details.append(f"requeued {times} time{'s' if times > 1 else ''}")
+    if state == "queued" and entry is not None and entry.reason not in ("", "None"):
+        details.append(entry.reason)
+    if state == "running":
+        rate = _speed(rows)
+        if rate:
+            left = (spec.samples(spec.science.steps) - newest["samples"]) / rate
+            details += [f"{rate:,.0f} samples/s", f"{left / 60:.1f} min left"]
+    elif state != "finished" and entry is None:
+        if end and state != "failed":
+            state = "failed" if end not in ("COMPLETED", "CANCELLED") else state
+            details.append(f"SLURM: {end}")
+        why = directories.reason(run_dir)
+        details += [why] if why else []
+    return {
+        "run_id": spec.run_id,
+        "model": spec.science.model["name"],
+        "rule": "base" if spec.arms[0].kappa == 1 else "+".join(a.rule for a in spec.arms),
+        "batch": spec.science.batch,
+        "seed": spec.science.seed,
+        "state": state,
+        "samples": newest["samples"],
+        "total": spec.samples(spec.science.steps),
+        "job": job.id if job else None,
+        "detail": ", ".join(details),
+    }
+
+
+def _speed(rows: list[dict[str, Any]]) -> float:
+    timed = [r for r in rows if "seconds" in r]
+    return timed[-1]["samples"] / timed[-1]["seconds"] if timed and timed[-1]["seconds"] else 0.0
+
+
+def count(rows: list[dict[str, Any]]) -> str:
+    """`3 finished, 2 running`."""
+    return ", ".join(f"{n} {state}" for state, n in Counter(r["state"] for r in rows).items()) or "no runs"
+
+
+def print_status(rows: list[dict[str, Any]]) -> None:
+    from rich.console import Console
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table("run", "model", "rule", "batch", "seed", "state", "samples", "")
+    colours = {
+        "finished": "green", "running": "cyan", "queued": "blue",
+        "failed": "red", "unreadable": "red", "interrupted": "yellow",
+    }  # fmt: skip
+    for row in rows:
+        share = f"{row['samples'] / row['total']:.0%}" if row.get("total") else ""
+        cells = [str(row.get(k, "")) for k in ("run_id", "model", "rule", "batch", "seed", "state")]
+        cells[5] = f"[{colours.get(row['state'], 'white')}]{row['state']}[/]"
+        table.add_row(*cells, share, escape(row.get("detail", "")))
+    console = Console()
+    console.print(table)
+    console.print(count(rows))

@@ -1,0 +1,82 @@
+"""What SLURM says: squeue and sacct, read as values. No shell, and nothing but fixed words and job ids in argv."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from dataclasses import dataclass
+from pathlib import Path
+
+from scaling_exps import records
+from scaling_exps.launch.directories import LaunchError
+
+
+@dataclass(frozen=True)
+class Job:
+    """The last job of a run: its id, and how often it has started."""
+
+    id: str
+    starts: int
+
+
+@dataclass(frozen=True)
+class Entry:
+    """A job that is in the queue, running or not."""
+
+    state: str
+    reason: str
+
+
+def last_job(run_dir: Path) -> Job | None:
+    """The job that was last submitted for this run, or that last worked on it."""
+    events = records.read_events(run_dir)
+    ids = [str(e["job"]) for e in events if e.get("job")]
+    if not ids:
+        return None
+    return Job(ids[-1], sum(e.get("event") == "start" and e.get("job") == ids[-1] for e in events))
+
+
+def ask(*argv: str) -> str:
+    """Output of a SLURM command.
+
+    Raises:
+        LaunchError: the command is not there, or says no (its last line is quoted).
+    """
+    try:
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+    except FileNotFoundError:
+        raise LaunchError(
+            f"launch=slurm needs SLURM's commands, and {argv[0]!r} is not on this machine's PATH: "
+            "use a login node of the cluster, or launch=local"
+        ) from None
+    except subprocess.TimeoutExpired:
+        raise LaunchError(f"{argv[0]} gave no answer in 60 s: is the SLURM controller up?") from None
+    if done.returncode:
+        raise LaunchError(f"{argv[0]}: {last_line(done.stderr) or last_line(done.stdout)}")
+    return done.stdout
+
+
+def last_line(text: str) -> str:
+    return (text.strip().splitlines() or [""])[-1]
+
+
+def entries() -> dict[str, Entry]:
+    """Job id (`12`, or `12_3` in an array) -> entry, of this user's jobs."""
+    found = {}
+    for line in ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines():
+        job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
+        found[job] = Entry(state, reason)
+    return found
+
+
+def ended(jobs: list[str]) -> dict[str, str]:
+    """Job id -> final state (COMPLETED, CANCELLED, TIMEOUT, ...), as far as the accounting knows."""
+    jobs = [j for j in jobs if re.fullmatch(r"\d+(_\d+)?", j)]
+    if not jobs:
+        return {}
+    try:
+        text = ask("sacct", "-n", "-X", "-P", "--format=JobID,State", "--jobs", ",".join(jobs))
+    except LaunchError:  # a site without accounting: the directories have to do
+        return {}
+    lines = (line.split("|") for line in text.splitlines() if "|" in line)
+    return {job: state.split()[0] for job, state in lines if state.split()}

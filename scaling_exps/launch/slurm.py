@@ -1,0 +1,263 @@
+"""Runs on a SLURM cluster, through submitit: job arrays of equal resources, one srun task a device.
+
+What a job holds is the name of `work` and a run's directory. Everything else is read from that directory when the
+job starts, so that a requeued job, or one that was submitted twice, goes on with what is there.
+"""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+from scaling_exps import records
+from scaling_exps.config import SlurmLaunch
+from scaling_exps.launch import directories, queue
+from scaling_exps.launch.directories import LaunchError
+from scaling_exps.plan import RunSpec
+
+JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
+_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
+_SECRET = re.compile(r"\w*(API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*=", re.IGNORECASE)
+
+
+def work(run_dir: str) -> None:
+    """What a job's tasks call. Signals that come while torch is loaded are kept for the training loop."""
+    import signal
+
+    early: list[int] = []
+    for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2):
+        signal.signal(number, lambda n, _: early.append(n))
+    from scaling_exps import train
+
+    if code := train.work([Path(run_dir)], early):
+        raise SystemExit(code)
+
+
+def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
+    """Submit what is neither finished, nor queued, nor running; see `launch.launch`."""
+    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+        raise LaunchError(
+            "launch=slurm needs SLURM's commands, and srun and sbatch are not on this machine's PATH: "
+            "use a login node of the cluster, or launch=local"
+        )
+    root = root.absolute()
+    python = _check(root, settings)
+    queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
+    todo = [s for s in specs if directories.known_state(root / s.run_id) != "finished"]
+    finished = len(specs) - len(todo)
+    missing = [s for s in todo if not _in_hand(root / s.run_id, queued)]
+    for shape in {_shape(s.placement.world_size, settings) for s in missing}:
+        _try(_parameters(shape, settings))
+    dirs = directories.write(specs, root)
+    jobs: list[str] = []
+    if missing:
+        try:
+            with records.lock(_folder(root)):
+                queued = queue.entries()  # another launcher may have been faster
+                missing = [s for s in missing if not _in_hand(dirs[s.run_id], queued)]
+                jobs = _submit([dirs[s.run_id] for s in missing], root, settings, python)
+        except records.BusyError as e:
+            raise LaunchError(f"{e}: it submits runs of this folder now; try again when it is done") from e
+    print(
+        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(missing)} queued or running, "
+        f"{len(jobs)} submitted, under {root}/"
+    )
+    if jobs:
+        print(f"jobs: {', '.join(_ranges(jobs))}\nlogs: log.txt in each run's folder; {root / JOBS}/JOB_TASK_log.*")
+    if settings.wait:
+        return _follow(list(dirs.values()), root)
+    print("scalerun status shows how they stand; the same command again submits what is missing", flush=True)
+    return True
+
+
+def cancel(root: Path) -> list[str]:
+    """Cancel the queued and running jobs of every run under `root`; see `launch.cancel`."""
+    if not root.is_dir():
+        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
+    dirs = [p.parent for p in root.glob("*/run.json")]
+    last = {d: job for d in dirs if (job := queue.last_job(d)) is not None}
+    if not last:
+        return []
+    queued = queue.entries()
+    jobs = {d: job.id for d, job in last.items() if job.id in queued}
+    if jobs:
+        queue.ask("scancel", "--", *jobs.values())
+    return list(jobs.values())
+
+
+# ---- what is asked for ----
+
+
+def _in_hand(run_dir: Path, queued: dict[str, queue.Entry]) -> bool:
+    job = queue.last_job(run_dir)
+    return (job is not None and job.id in queued) or records.holder(run_dir) is not None
+
+
+def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
+    """(nodes, tasks a node): as few nodes as hold the processes, each with the same number."""
+    nodes = -(-world // settings.devices_per_node)
+    while world % nodes:
+        nodes += 1
+    return nodes, world // nodes
+
+
+def _check(root: Path, settings: SlurmLaunch) -> str:
+    """Refuse what a node could not reach and what a job script must not hold; returns the python of the nodes."""
+    faults = []
+    for key in ("partition", "account", "qos", "constraint", "exclude"):
+        value = getattr(settings, key)
+        if value is not None and not _WORD.fullmatch(value):
+            faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-")
+    for line in settings.setup:
+        if not line.isprintable():
+            faults.append(f"launch.setup: {line!r} must be one line")
+        if found := _SECRET.search(line):
+            faults.append(f"launch.setup: {found[0]!r}... would put a secret into the job script; keep it in ~/.netrc")
+    if not str(root).isprintable() or "%" in str(root) or "\\" in str(root):
+        faults.append(f"runs_dir={str(root)!r}: SLURM cannot write logs to a path with %, \\ or control characters")
+    python = settings.python or sys.executable
+    code = Path(__file__).resolve().parents[2]
+    if not settings.container and shutil.which(python) is None:
+        faults.append(
+            f"launch.python={python!r} is no program here; give the nodes' python, or null for {sys.executable}"
+        )
+    places = {"runs_dir": root, "the code": code}
+    if not settings.container:
+        places["python"] = Path(python).absolute()
+    for name, path in places.items():
+        for folder in settings.node_local:
+            if path.is_relative_to(folder) or path.resolve().is_relative_to(folder):
+                faults.append(
+                    f"{name} ({path}) lies in {folder}, which each node has for itself: move it to a shared file "
+                    f"system, or take {folder} out of launch.node_local={settings.node_local}"
+                )
+    if faults:
+        raise LaunchError("\n".join(faults))
+    return python
+
+
+def _parameters(shape: tuple[int, int], settings: SlurmLaunch) -> dict[str, Any]:
+    """sbatch's names, as submitit spells them, for what a run of this shape asks for."""
+    nodes, tasks = shape
+    asked = {
+        "job_name": "scalerun",
+        "nodes": nodes,
+        "ntasks_per_node": tasks,
+        "gpus_per_node": tasks if settings.gpus else None,
+        "cpus_per_task": settings.cpus_per_task,
+        "mem": None if settings.memory_gb is None else f"{max(1, round(settings.memory_gb * 1024))}M",
+        "time": settings.minutes,
+        **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
+    }
+    return {key: value for key, value in asked.items() if value is not None}
+
+
+def _try(parameters: dict[str, Any]) -> None:
+    """Ask SLURM whether it would take such a job, without submitting it."""
+    words = [f"--{key.replace('_', '-')}={value}" for key, value in parameters.items()]
+    try:
+        queue.ask("sbatch", "--test-only", *words, "--wrap=true")
+    except LaunchError as e:
+        asked = ", ".join(f"{k}={v}" for k, v in parameters.items() if k != "job_name")
+        raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {_offers()}") from e
+
+
+def _offers() -> str:
+    text = queue.ask("sinfo", "--noheader", "--format=%R (%D nodes, each %c CPUs, %m MB, gres %G, limit %l)")
+    return "; ".join(f"partition {line}" for line in text.splitlines())
+
+
+def _folder(root: Path) -> Path:
+    folder = root / JOBS
+    folder.mkdir(mode=0o700, exist_ok=True)
+    return folder
+
+
+# ---- submission ----
+
+# Runs in the job script, after srun. 75: the run was told to stop, and saved. Above 128: a process was killed. 200:
+# the run failed, and would fail again (train.AGAIN, train.FAILED; srun reports the highest status of all tasks).
+# Only a job that still counts as running may be requeued: a cancelled one is on its way out.
+_AFTERWARDS = """\
+code=$?
+if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -lt 200 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt REQUEUES ]; }; then
+  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+  job=${job:-$SLURM_JOB_ID}
+  [ "$(squeue --noheader --array --jobs="$job" --format=%T)" = RUNNING ] && scontrol requeue "$job" && sleep 120
+fi
+exit $code"""
+
+
+def _submit(run_dirs: list[Path], root: Path, settings: SlurmLaunch, python: str) -> list[str]:
+    """One job array for each shape (SLURM bounds an array's size); either all are submitted, or none."""
+    import submitit
+    from submitit.core import utils
+
+    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", queue.ask("scontrol", "show", "config"))
+    size = max(1, int(limit[1]) - 1) if limit else 1000
+    groups: dict[tuple[int, int], list[Path]] = {}
+    for run_dir in run_dirs:
+        groups.setdefault(_shape(records.read_spec(run_dir).placement.world_size, settings), []).append(run_dir)
+    command = shlex.join([*settings.container, python])
+    reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
+    guard = f'{reachable} || {{ echo "this node cannot reach the code: {_plain(command)}" >&2; exit 2; }}'
+    done: list[tuple[Path, str]] = []
+    for shape, members in groups.items():
+        executor = submitit.SlurmExecutor(folder=_folder(root) / "%j", max_num_timeout=1000, python=command)
+        executor.update_parameters(
+            **_parameters(shape, settings),
+            array_parallelism=settings.array_parallelism,
+            signal_delay_s=settings.signal_seconds,
+            setup=[*settings.setup, guard],
+            teardown=_AFTERWARDS.replace("REQUEUES", str(settings.requeues)).splitlines(),
+            srun_args=["--kill-on-bad-exit=1"],
+            additional_parameters={"requeue": True},
+        )
+        for i in range(0, len(members), size):
+            part = members[i : i + size]
+            try:
+                jobs = executor.map_array(work, [str(d) for d in part])
+            except (utils.FailedJobError, utils.FailedSubmissionError) as e:
+                if done:
+                    queue.ask("scancel", "--", *(job for _, job in done))
+                raise LaunchError(
+                    f"SLURM refused the submission, nothing is submitted: {queue.last_line(str(e))}"
+                ) from e
+            for run_dir, job in zip(part, jobs, strict=True):
+                records.append_event(run_dir, {"event": "submitted", "job": job.job_id})
+                done.append((run_dir, job.job_id))
+    return [job for _, job in done]
+
+
+def _plain(text: str) -> str:
+    """Fit to stand between double quotes of a shell."""
+    return re.sub(r"[^\w ./-]", "?", text)
+
+
+def _ranges(jobs: list[str]) -> list[str]:
+    """`12_0, 12_1, 12_2` -> `12_[0-2]`."""
+    arrays: dict[str, list[int]] = {}
+    for job in jobs:
+        array, _, index = job.partition("_")
+        arrays.setdefault(array, []).extend([int(index)] if index else [])
+    return [f"{a}_[{min(i)}-{max(i)}]" if i else a for a, i in arrays.items()]
+
+
+def _follow(run_dirs: list[Path], root: Path) -> bool:
+    """Show the table until no run of the list is queued or running; returns whether all are finished."""
+    from scaling_exps.launch import overview
+
+    wanted, before = {d.name for d in run_dirs}, ""
+    while True:
+        rows = [r for r in overview.status(root) if r["run_id"] in wanted]
+        if (now := overview.count(rows)) != before:
+            overview.print_status(rows) if sys.stdout.isatty() else print(now, flush=True)
+            before = now
+        if not any(r["state"] in ("queued", "running") for r in rows):
+            return all(r["state"] == "finished" for r in rows)
+        time.sleep(2)

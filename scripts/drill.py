@@ -1,0 +1,242 @@
+"""Failure drills: break runs on purpose, and compare what is left with a sweep that nobody disturbed.
+
+    python scripts/drill.py [--kills 100] [--out docs/reliability.md]
+
+Random kills go over sweeps of small runs (digits, ResNet-8 of width 4) in three places: in one process, in two
+processes under torchrun, and in two tasks on two nodes under SLURM (left out where SLURM is not installed, or not
+run by root). After each sweep every run must be finished, its weights and its records the same bits as those of the
+undisturbed sweep in that place; of a record, only `seconds` (wall clock) is not compared.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import contextlib
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scaling_exps import records  # noqa: E402
+
+SWEEP = [
+    "batch=[64,128]", "seed=[0,1,2]", "model.width=4", "recipe.micro_batch=32", "recipe.epochs=null",
+    "recipe.samples=12800", "logger=none", "measure.statistics_samples=64", "checkpoint.minutes=0.001",
+]  # fmt: skip
+PLACES = {
+    "one process": [],
+    "two processes": ["launch.devices=2"],
+    "SLURM, two nodes": [
+        "launch=slurm", "launch.devices=2", "launch.devices_per_node=1", "launch.gpus=false", "launch.cpus_per_task=1",
+        "launch.node_local=[]", "launch.requeues=1000", "launch.array_parallelism=2",
+    ],
+}  # fmt: skip
+FAULTS = {
+    "one process": {"SIGKILL": 3, "SIGTERM": 1},
+    "two processes": {"SIGKILL": 3, "SIGTERM": 1},
+    "SLURM, two nodes": {"SIGKILL": 3, "SIGTERM": 1, "SIGUSR2": 1, "requeue": 1},
+}
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
+
+
+def scalerun(place: str, runs: Path) -> subprocess.Popen[bytes]:
+    words = [*SWEEP, *PLACES[place], f"runs_dir={runs}"]
+    with open(runs.parent / f"{runs.name}.log", "ab") as log:
+        return subprocess.Popen(
+            [sys.executable, "-m", "scaling_exps.cli", *words], env=ENVIRONMENT, stdout=log, stderr=log
+        )
+
+
+def finished(runs: Path) -> bool:
+    dirs = [p.parent for p in runs.glob("*/run.json")]
+    return len(dirs) == 6 and all(records.state(d) == "finished" for d in dirs)
+
+
+def in_queue() -> list[str]:
+    argv = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
+    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
+
+
+def keep_going(place: str, runs: Path, launcher: subprocess.Popen[bytes] | None) -> subprocess.Popen[bytes] | None:
+    """The same command again, once the last one is through and something is missing."""
+    if launcher is not None and launcher.poll() is None:
+        return launcher
+    if finished(runs) or (place.startswith("SLURM") and in_queue()):
+        return None
+    return scalerun(place, runs)
+
+
+def victims(runs: Path) -> list[tuple[int, Path | None]]:
+    """Processes that train a run under `runs`: those that hold its lock, and their ranks."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
+            if str(runs) not in " ".join(words) or "torch.distributed.run" in words or "srun" in words[0]:
+                continue
+            if "scaling_exps.train" in words or "scaling_exps.cli" in words or "submitit.core._submit" in words:
+                found.append(int(folder.name))
+    return [(pid, None) for pid in found]
+
+
+def held(runs: Path) -> list[Path]:
+    return [p.parent for p in runs.glob("*/run.json") if records.holder(p.parent)]
+
+
+def strike(fault: str, runs: Path, chance: random.Random) -> bool:
+    """Do it to one process or job that is in the middle of a run; False if there was none."""
+    busy = held(runs)
+    if not busy:
+        return False
+    if fault == "requeue":
+        jobs = [str(e["job"]) for d in busy for e in records.read_events(d)[-1:] if e.get("job")]
+        return bool(jobs) and subprocess.run(["scontrol", "requeue", chance.choice(jobs)]).returncode == 0
+    pids = [pid for pid, _ in victims(runs)]
+    try:
+        os.kill(chance.choice(pids), getattr(signal, fault))
+    except (IndexError, ProcessLookupError):
+        return False
+    return True
+
+
+def difference(run_dir: Path, reference: Path) -> str:
+    """What differs between two runs of one id; empty if nothing does."""
+    import torch
+
+    rows = [
+        [{k: v for k, v in r.items() if k != "seconds"} for r in records.read_records(d)] for d in (run_dir, reference)
+    ]
+    if rows[0] != rows[1]:
+        return f"{run_dir.name}: records differ ({len(rows[0])} and {len(rows[1])})"
+    lines = (run_dir / "records.jsonl").read_text().splitlines()
+    if len(lines) != len(rows[0]):
+        return f"{run_dir.name}: a broken line in the records"
+    nets = [torch.load(d / "checkpoint.pt", weights_only=True) for d in (run_dir, reference)]
+    if nets[0]["step"] != nets[1]["step"]:
+        return f"{run_dir.name}: steps {nets[0]['step']} and {nets[1]['step']}"
+    for part in ("net", "optimizer"):
+        a, b = (list(tensors(n[part])) for n in nets)
+        if len(a) != len(b) or not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+            return f"{run_dir.name}: {part} differs"
+    return ""
+
+
+def tensors(value: Any) -> Iterator[Any]:
+    import torch
+
+    if isinstance(value, torch.Tensor):
+        yield value
+    elif isinstance(value, dict):
+        for v in value.values():
+            yield from tensors(v)
+    elif isinstance(value, list | tuple):
+        for v in value:
+            yield from tensors(v)
+
+
+def undisturbed(place: str, runs: Path) -> None:
+    launcher = scalerun(place, runs)
+    launcher.wait()
+    end = time.monotonic() + 300
+    while not finished(runs):
+        if time.monotonic() > end:
+            raise SystemExit(f"the undisturbed sweep did not finish: {(runs.parent / f'{runs.name}.log').read_text()}")
+        time.sleep(0.5)
+
+
+def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, until: float) -> dict[str, Any]:
+    """Sweeps in `place` until `kills` kills have hit a run in the middle, or `until` (time.monotonic) has come."""
+    reference = folder / "undisturbed"
+    undisturbed(place, reference)
+    counts: collections.Counter[str] = collections.Counter()
+    faults, runs_done, wrong, restarts, sweep = FAULTS[place], 0, [], 0, 0
+    while sum(counts.values()) < kills and time.monotonic() < until:
+        sweep += 1
+        runs = folder / f"sweep{sweep}"
+        launcher: subprocess.Popen[bytes] | None = scalerun(place, runs)
+        wait, end, next_at = 0.0, time.monotonic() + 600, None
+        while not finished(runs):
+            if time.monotonic() > end:
+                wrong.append(f"sweep {sweep} did not end in 600 s")
+                break
+            if sum(counts.values()) < kills and time.monotonic() < until and held(runs):
+                if next_at is None:  # a moment of the run that begins now
+                    wait = chance.uniform(0.0, 1.5)
+                    next_at = time.monotonic() + wait
+                elif time.monotonic() >= next_at:
+                    fault = chance.choices(list(faults), list(faults.values()))[0]
+                    counts[fault] += strike(fault, runs, chance)
+                    next_at = None
+            before = launcher
+            launcher = keep_going(place, runs, launcher)
+            restarts += launcher is not None and launcher is not before
+            time.sleep(0.05 if not place.startswith("SLURM") else 0.2)
+        if launcher is not None:
+            launcher.wait()
+        for run_dir in sorted(p.parent for p in runs.glob("*/run.json")):
+            runs_done += 1
+            if found := difference(run_dir, reference / run_dir.name):
+                wrong.append(found)
+        left = [p for p in runs.rglob("*") if p.name.startswith(".checkpoint")]
+        wrong += [f"left behind: {p}" for p in left]
+        print(f"{place}, sweep {sweep}: {dict(counts)}, {restarts} restarts, wrong: {wrong or 'nothing'}", flush=True)
+        shutil.rmtree(runs)
+    return {"place": place, "counts": counts, "sweeps": sweep, "runs": runs_done, "restarts": restarts, "wrong": wrong}
+
+
+@contextlib.contextmanager
+def cluster() -> Iterator[bool]:
+    """A SLURM cluster of two nodes; False where there cannot be one."""
+    if shutil.which("slurmctld") is None or os.geteuid() != 0:
+        yield False
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        directory = f"{folder}/slurm"
+        environment = {**os.environ, "PORT": "28817", "CPUS": "4"}
+        subprocess.run([ROOT / "tests/slurm/up.sh", directory], check=True, env=environment)
+        os.environ["SLURM_CONF"] = ENVIRONMENT["SLURM_CONF"] = f"{directory}/slurm.conf"
+        try:
+            yield True
+        finally:
+            subprocess.run([ROOT / "tests/slurm/down.sh", directory], check=False)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=100, help="in all places together (default: 100)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES))
+    parser.add_argument("--minutes", type=float, default=30, help="stop striking after so long (default: 30)")
+    parser.add_argument("--out", type=Path, help="a JSON lines file that gains one line a place")
+    options = parser.parse_args()
+    chance, until, good = random.Random(options.seed), time.monotonic() + 60 * options.minutes, True
+    for i, place in enumerate(options.places):
+        share = options.kills // len(options.places) + (i < options.kills % len(options.places))
+        here = cluster() if place.startswith("SLURM") else contextlib.nullcontext(True)
+        with tempfile.TemporaryDirectory() as folder, here as there:
+            if not there:
+                print(f"{place}: left out (SLURM is not installed, or this is not root)")
+                continue
+            row = kill_sweeps(place, share, Path(folder), chance, until)
+        good &= not row["wrong"]
+        if options.out:
+            import json
+
+            with open(options.out, "a") as f:
+                f.write(json.dumps(row) + "\n")
+    return 0 if good else 1
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

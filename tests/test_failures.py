@@ -1,0 +1,180 @@
+"""Failure drills, one kind of fault each: what was broken is said, and the run ends in the bits of an undisturbed one."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import signal
+import subprocess
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
+
+from scaling_exps import records, train
+from scaling_exps.launch import directories
+from scaling_exps.plan import RunSpec
+
+OFTEN = ["recipe.samples=6400", "checkpoint.minutes=1e-9"]
+
+
+@pytest.fixture(scope="module")
+def spec() -> RunSpec:
+    return specs(*OFTEN)[0]
+
+
+@pytest.fixture(scope="module")
+def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run_dir = prepare(tmp_path_factory.mktemp("undisturbed"), spec)
+    torch.set_num_threads(1)
+    assert train.run(run_dir) == "finished"
+    return run_dir
+
+
+@pytest.fixture
+def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A run that was stopped in the middle: two checkpoints, and records up to the newer one."""
+    run_dir = prepare(tmp_path, spec)
+    step = train.Trainer.train_step
+
+    def steps(trainer: train.Trainer) -> None:
+        step(trainer)
+        if trainer.step >= spec.science.steps // 2:
+            train._signals.append(signal.SIGTERM)  # what the handler does
+
+    with monkeypatch.context() as m:
+        m.setattr(train.Trainer, "train_step", steps)
+        m.setattr(train, "LOOK", 0.01)
+        assert train.run(run_dir) == "stopped"
+    train._signals.clear()
+    assert records.state(run_dir) == "interrupted"
+    assert (run_dir / "checkpoint.prev.pt").exists()
+    return run_dir
+
+
+def goes_on(run_dir: Path, undisturbed: Path) -> None:
+    assert train.run(run_dir) == "finished"
+    assert rows(run_dir) == rows(undisturbed)
+    assert len((run_dir / "records.jsonl").read_text().splitlines()) == len(rows(undisturbed))
+    a, b = (torch.load(d / "checkpoint.pt", weights_only=True)["net"] for d in (run_dir, undisturbed))
+    assert all(torch.equal(a[k], b[k]) for k in b)
+
+
+def test_a_signal_saves_and_the_run_goes_on(halfway: Path, undisturbed: Path) -> None:
+    state = torch.load(halfway / "checkpoint.pt", weights_only=True)
+    assert state["step"] >= records.read_spec(halfway).science.steps // 2  # saved when told, not when due
+    goes_on(halfway, undisturbed)
+
+
+@pytest.mark.parametrize("name", ["cut", "flipped", "empty", "gone", "both"])
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(
+    name: str, halfway: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    path = halfway / "checkpoint.pt"
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    damaged = {"cut": bytes(content[: len(content) // 2]), "empty": b""}.get(name, bytes(content))
+    path.write_bytes(damaged)
+    if name == "gone":  # killed between the two renames of a save
+        path.unlink()
+    if name == "both":
+        (halfway / "checkpoint.prev.pt").write_bytes(damaged)
+    goes_on(halfway, undisturbed)
+    assert ("damaged" in capfd.readouterr().err) == (name != "gone")
+
+
+@pytest.mark.parametrize("keep", [1.0, 0.7, 0.0])
+def test_records_cut_in_a_line(keep: float, halfway: Path, undisturbed: Path) -> None:
+    """A torn line past the checkpoint is cut off; records that the checkpoint counts on lead back to an older state."""
+    path = halfway / "records.jsonl"
+    content = path.read_bytes()
+    torn = b'{"kind": "train", "st'
+    path.write_bytes(content + torn if keep == 1 else content[: int(keep * len(content))])
+    goes_on(halfway, undisturbed)
+
+
+def test_what_a_killed_save_left_is_removed(halfway: Path, undisturbed: Path) -> None:
+    (halfway / ".checkpoint.pt.4711").write_bytes(b"half a checkpoint")
+    goes_on(halfway, undisturbed)
+    assert not list(halfway.glob(".*"))
+
+
+def test_a_clock_that_jumps_changes_nothing(halfway: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    real, jumps = time.time, iter(range(10**9))
+    monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 86400 * 365)
+    goes_on(halfway, undisturbed)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
+
+
+@pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small tmpfs needs root")
+def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
+    spec: RunSpec, undisturbed: Path, tmp_path: Path
+) -> None:
+    size = (undisturbed / "checkpoint.pt").stat().st_size
+    with small_disk(tmp_path / "disk", f"{2 * size // 1024 + 60}k"):  # two checkpoints fit; a third, being written, not
+        run_dir = prepare(tmp_path / "disk", spec)
+        assert train.run(run_dir) == "failed"
+        why = directories.reason(run_dir)
+        assert "space" in why.lower() or "write" in why.lower(), why
+        assert train._load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu")) is not None
+        subprocess.run(["mount", "-o", "remount,size=64m", tmp_path / "disk"], check=True)
+        goes_on(run_dir, undisturbed)
+
+
+def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
+    (big,) = specs("recipe.samples=1000000")
+    run_dir = prepare(tmp_path / "runs", big)
+    first = subprocess.Popen(worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    try:
+        end = time.monotonic() + 60
+        while records.holder(run_dir) is None:
+            assert time.monotonic() < end
+            time.sleep(0.05)
+        second = scalerun(
+            "model.width=4", "recipe.epochs=null", "recipe.samples=1000000", "logger=none",
+            "measure.statistics_samples=64", cwd=tmp_path,
+        )  # fmt: skip
+        assert second.returncode == 1
+        assert f"held by process {first.pid} on" in second.stderr
+        with pytest.raises(records.BusyError, match=f"process {first.pid} on"):
+            train.run(run_dir)
+        os.kill(first.pid, signal.SIGTERM)
+        assert first.wait(timeout=30) == train.AGAIN
+    finally:
+        first.kill()
+        first.wait()
+    assert records.state(run_dir) == "interrupted"
+    assert "saved and stopped" in (run_dir / "log.txt").read_text()
+
+
+def test_wandb_unreachable_is_said_once_and_stops_nothing(
+    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    import wandb
+
+    def unreachable(**_: object) -> None:
+        raise wandb.errors.CommError("no route to host")
+
+    monkeypatch.setattr(wandb, "init", unreachable)
+    (mirrored,) = specs(*OFTEN, "logger=wandb")
+    run_dir = prepare(tmp_path, mirrored)
+    assert train.run(run_dir) == "finished"
+    assert rows(run_dir) == rows(undisturbed)
+    assert capfd.readouterr().err.count("wandb is off") == 1

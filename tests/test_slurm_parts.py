@@ -1,0 +1,106 @@
+"""The parts of launch=slurm that need no cluster."""
+
+from __future__ import annotations
+
+import doctest
+from pathlib import Path
+
+import pytest
+from conftest import scalerun
+
+from scaling_exps import config, plan, train
+from scaling_exps.launch import slurm
+
+
+def settings(*words: str) -> config.SlurmLaunch:
+    (composed,) = config.compose(["launch=slurm", *words])
+    assert isinstance(composed.launch, config.SlurmLaunch)
+    return composed.launch
+
+
+@pytest.mark.parametrize(
+    ("world", "per_node", "shape"),
+    [(1, 8, (1, 1)), (8, 8, (1, 8)), (16, 8, (2, 8)), (12, 8, (2, 6)), (9, 8, (3, 3)), (2, 1, (2, 1)), (7, 4, (7, 1))],
+)
+def test_nodes_and_tasks(world: int, per_node: int, shape: tuple[int, int]) -> None:
+    assert slurm._shape(world, settings(f"launch.devices_per_node={per_node}")) == shape
+
+
+def test_devices_follow_from_the_batch() -> None:
+    composed = config.compose(["launch=slurm", "batch=[64,128,1024,4096]", "launch.max_devices=16"])
+    assert [s.placement.world_size for s in plan.plan(composed)] == [1, 2, 16, 16]
+
+
+def test_rank_and_address_come_from_slurm() -> None:
+    assert doctest.testmod(train).attempted > 0
+    assert doctest.testmod(train).failed == 0
+    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1"}
+    assert train.slurm_rank({}) is None
+    assert train.slurm_rank(step) is None
+    many = {**step, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
+    for nodes, first in (("n1", "n1"), ("a-b[3,5]-x", "a-b3-x"), ("x7,y[1-2]", "x7"), ("n[001-128]", "n001")):
+        found = train.slurm_rank({**many, "SLURM_STEP_NODELIST": nodes})
+        assert found is not None
+        assert found["MASTER_ADDR"] == first
+
+
+def refused(tmp_path: Path, *words: str, path: str | None = None) -> str:
+    done = scalerun("launch=slurm", *words, cwd=tmp_path, **({"PATH": path} if path is not None else {}))
+    assert done.returncode == 2, done.stdout + done.stderr
+    assert "Traceback" not in done.stderr
+    assert not list(tmp_path.iterdir())
+    return done.stderr
+
+
+def test_no_slurm_on_this_machine(tmp_path: Path) -> None:
+    assert "launch=local" in refused(tmp_path, path="/nonexistent")
+
+
+def test_unknown_settings_are_refused_with_the_valid_list(tmp_path: Path) -> None:
+    said = refused(tmp_path, "launch.partitoin=gpu")
+    assert "did you mean 'launch.partition'" in said
+    assert "launch.array_parallelism" in said
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("launch.minutes=0", "launch.minutes=0 must be >= 1"),
+        ("launch.signal_seconds=99999", "time limit"),
+        ("launch.memory_gb=-1", "must be > 0"),
+        ("launch.requeues=-1", ">= 0"),
+        ("launch.max_devices=0", ">= 1"),
+        ("launch.gpus=3", "must be bool"),
+    ],
+)
+def test_wrong_values(word: str, said: str, tmp_path: Path) -> None:
+    assert said in refused(tmp_path, word)
+
+
+@pytest.mark.parametrize("partition", ["a b", "a\nb", "$(touch x)", "'", "`x`", "a;b", ""])
+def test_nothing_odd_reaches_a_job_script(partition: str) -> None:
+    wanted = settings("launch.node_local=[]")
+    wanted.partition = partition
+    with pytest.raises(slurm.LaunchError, match="must be one word"):
+        slurm._check(Path("/shared/runs"), wanted)
+
+
+def test_secrets_and_second_lines_are_kept_out_of_setup() -> None:
+    wanted = settings("launch.node_local=[]")
+    wanted.setup = ["export WANDB_API_KEY=abc", "module load x\nrm -rf /"]
+    with pytest.raises(slurm.LaunchError, match="secret") as e:
+        slurm._check(Path("/shared/runs"), wanted)
+    assert "abc" not in str(e.value)
+    assert "must be one line" in str(e.value)
+
+
+def test_places_that_nodes_do_not_share() -> None:
+    with pytest.raises(slurm.LaunchError, match="runs_dir .*shared file system"):
+        slurm._check(Path("/tmp/runs"), settings())
+
+
+def test_a_site_file_composes() -> None:
+    folder = Path(__file__).resolve().parent.parent / "slurm"
+    (composed,) = config.compose(["--config-dir", str(folder), "launch=example_site"])
+    assert isinstance(composed.launch, config.SlurmLaunch)
+    assert (composed.launch.partition, composed.launch.requeues) == ("gpu", 10)
