@@ -64,10 +64,17 @@ def _dispatch(words: list[str]) -> int:
         return 0
     specs = plan.plan(configs)
     if command == "plan":
+        from scaling_exps import validity
+
+        where = Path(configs[0].runs_dir), configs[0].noise
         if as_json:
-            print(json.dumps([row for spec in specs for row in plan.describe(spec)], indent=1))
+            told = {spec.run_id: validity.describe(spec, *where) for spec in specs}
+            rows = [{**row, "validity": told[spec.run_id]} for spec in specs for row in plan.describe(spec)]
+            print(json.dumps(rows, indent=1))
         else:
+            lines = validity.lines(specs, *where)
             plan.print_plan(specs)
+            print("\n".join(lines))
         return 0
     from scaling_exps import launch
 

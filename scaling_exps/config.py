@@ -76,6 +76,10 @@ class Measure:
     evaluations: int
     train_records: int
     statistics_samples: int
+    noise: str
+    noise_records: int
+    noise_examples: int
+    noise_unit: int | None
 
 
 @dataclass
@@ -95,10 +99,11 @@ class Config:
     batch: int | list[int] | None
     seed: int | list[int]
     rule: str | list[str]
-    svag: int
+    svag: int | list[int]
     precision: str
     logger: str
     runs_dir: str
+    noise: str | None  # where `plan` finds the base run's noise record
     experiment: str | None = None
 
 
