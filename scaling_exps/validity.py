@@ -208,5 +208,5 @@ def describe(spec: RunSpec, runs_dir: Path, given: str | None) -> dict[str, Any]
     found = assess(rows, batch, base)
     what = f"validity, {spec.science.model['name']} {spec.science.optimizer} batch {base} -> {batch}"
     if found is None:
-        return {"source": None, "text": f"{what}: {source}"}
+        return {"source": None, "text": f"validity: {source}"}
     return {**found.to_json(), "source": source, "text": f"{what}: {sentence(found, batch, base)}"}
