@@ -159,7 +159,7 @@ class Trainer:
         return out
 
     def _full_noise(self, number: int) -> dict[str, Any]:
-        """Estimates at the current weights, BN as in training; buffers, `.grad` and training stream stay as they are."""
+        """Estimates at the current weights, BN as in training; buffers, `.grad` and stream stay as they are."""
         s, unit, n = self.science, self.spec.noise_unit, self.science.measure.noise_examples
         stream, first = self.noise_stream, number * n
         named = {k: p for k, p in self.net.named_parameters() if p.requires_grad}
