@@ -3,7 +3,7 @@
     python scripts/noise_figures.py fig3 RUNS --out DIR    curves at every l over t = k (η/l)²
     python scripts/noise_figures.py fig4 RUNS --out DIR    |∇f|, √(tr Σ/B) through training (fig5 alike)
 
-Prints one line of JSON for each curve; unfinished runs are named and left out.
+Prints one line of JSON for each curve; an unfinished run is named, and drawn as far as it has come.
 """
 
 from __future__ import annotations
@@ -30,16 +30,20 @@ TESTS = ("train_loss", "test_loss", "accuracy", "weight_norm", "trace", "gradien
 LABELS = ("train loss", "test loss", "test accuracy", "‖θ‖", "tr Σ", "‖∇f‖²")
 
 
-def finished(root: Path) -> list[Run]:
+def measured(root: Path) -> list[Run]:
+    """The runs under `root` that have a full noise record."""
     runs = []
     for path in sorted(root.glob("**/run.json")):
-        spec = records.read_spec(path.parent)
-        if records.state(path.parent) == "finished":
-            runs.append((spec, records.read_records(path.parent)))
-        else:
-            print(f"left out: {path.parent} is {records.state(path.parent)}")
+        spec, rows = records.read_spec(path.parent), records.read_records(path.parent)
+        if records.state(path.parent) != "finished":
+            share = rows[-1]["step"] / spec.science.steps if rows else 0
+            print(
+                f"unfinished: {path.parent.name} (l={spec.science.svag}, batch={spec.science.batch}) is at {share:.0%}"
+            )
+        if any(r["kind"] == "noise" and r["method"] == "full" for r in rows):
+            runs.append((spec, rows))
     if not runs:
-        raise SystemExit(f"no finished run under {root}")
+        raise SystemExit(f"no run with a full noise record under {root}: train with measure.noise=full")
     return runs
 
 
@@ -64,7 +68,10 @@ def fig3(runs: list[Run], out: Path) -> Path:
     base = curves.get(1, {})
     for ell in sorted(curves):
         colour = f"C{sorted(curves).index(ell)}"
-        mean = np.mean(list(curves[ell].values()), 0)
+        marks = min(len(one) for one in curves[ell].values())
+        if not marks:
+            continue
+        mean = np.mean([one[:marks] for one in curves[ell].values()], 0)
         for i, (axis, label) in enumerate(zip(axes.flat, LABELS, strict=True)):
             axis.plot(mean[:, 0], mean[:, 1 + i], color=colour, marker="o", ms=3, label=f"ℓ = {ell}")
             if len(curves[ell]) > 1:
@@ -73,13 +80,20 @@ def fig3(runs: list[Run], out: Path) -> Path:
             axis.set(xlabel="t = k (η/ℓ)²", title=label)
         shared = sorted(set(curves[ell]) & set(base))
         if ell > 1 and shared:
-            gaps = np.stack([curves[ell][s] - base[s] for s in shared])[:, :, 1:]
-            scale = np.abs(np.stack([base[s] for s in shared])[:, :, 1:]).mean((0, 1))
-            seeds = np.stack([base[s] for s in sorted(base)])[:, :, 1:]
+            marks = min(len(c[s]) for s in shared for c in (curves[ell], base))
+            gaps = np.stack([curves[ell][s][:marks] - base[s][:marks] for s in shared])[:, :, 1:]
+            scale = np.abs(np.stack([base[s][:marks] for s in shared])[:, :, 1:]).mean((0, 1))
+            seeds = np.stack([base[s][:marks] for s in sorted(base)])[:, :, 1:]
             spread = np.abs(seeds[0] - seeds[1]).mean(0) if len(seeds) > 1 else np.full(len(TESTS), math.nan)
             for i, name in enumerate(TESTS):
                 gap, between = float(np.abs(gaps[:, :, i]).mean()), float(spread[i])
-                line = {"l": ell, "test_function": name, "seeds": shared, "mean_abs_gap_to_l1": round(gap, 5)}
+                line = {
+                    "l": ell,
+                    "test_function": name,
+                    "seeds": shared,
+                    "marks": marks,
+                    "mean_abs_gap_to_l1": round(gap, 5),
+                }
                 line |= {"relative": round(gap / float(scale[i]), 4)}
                 line |= {"mean_abs_gap_between_seeds_of_l1": None if math.isnan(between) else round(between, 5)}
                 print(json.dumps(line))
@@ -141,7 +155,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("report"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    runs = finished(options.runs)
+    runs = measured(options.runs)
     path = fig3(runs, options.out) if options.figure == "fig3" else noise(runs, options.out, options.figure)
     print(f"figure: {path}")
 
