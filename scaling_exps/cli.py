@@ -47,14 +47,21 @@ def _run(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    from scaling_exps import config, plan
+    from scaling_exps import config, plan, validity
 
     configs = config.compose([w for w in words if w != "--json"])
-    specs = plan.plan(configs) if configs else []
+    if not configs:
+        return 0
+    specs = plan.plan(configs)
+    where = Path(configs[0].runs_dir), configs[0].noise
     if "--json" in words:
-        print(json.dumps([row for spec in specs for row in plan.describe(spec)], indent=1))
-    elif specs:
+        told = {spec.run_id: validity.describe(spec, *where) for spec in specs}
+        rows = [{**row, "validity": told[spec.run_id]} for spec in specs for row in plan.describe(spec)]
+        print(json.dumps(rows, indent=1))
+    else:
+        lines = validity.lines(specs, *where)
         plan.print_plan(specs)
+        print("\n".join(lines))
     return 0
 
 

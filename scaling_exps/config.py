@@ -102,6 +102,10 @@ class Measure:
     evaluations: int
     train_records: int
     statistics_samples: int
+    noise: str
+    noise_records: int
+    noise_examples: int
+    noise_unit: int | None
 
 
 @dataclass
@@ -137,10 +141,11 @@ class Config:
     beta_map: str
     noise_scale: float | None
     duration: float
-    svag: int
+    svag: int | list[int]
     precision: str
     logger: str
     runs_dir: str
+    noise: str | None  # where `plan` finds the base run's noise record
     experiment: str | None = None
 
 

@@ -140,6 +140,24 @@ def build(name: str, params: Iterable[Tensor], hyper: Hyper) -> torch.optim.Opti
     return torch.optim.SGD(params, lr, betas[0], weight_decay=decay, fused=True)
 
 
+@torch.no_grad()
+def preconditioner(optimizer: torch.optim.Optimizer) -> Tensor | None:
+    """P = 1 / (√v̂ + ε) of the coming step, flat over the trained parameters; None if there is none (SGD; no v yet)."""
+    parts = []
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            state = optimizer.state.get(p, {})
+            if "exp_avg_sq" in state:
+                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
+            elif "v" in state:
+                k = group.get("k")  # PaperAdam corrects its v, PaperRMSprop does not
+                v = state["v"] if k is None else state["v"] / (1 - group["betas"][1] ** k)
+            else:
+                return None
+            parts.append((v.sqrt() + group["eps"]).reciprocal().flatten())
+    return torch.cat(parts)
+
+
 def multiplier(schedule: Schedule, samples: float) -> float:
     """The learning rate at `samples` seen, as a share of its peak; a function of nothing else.
 

@@ -23,6 +23,8 @@ VERSION = 1  # of run.json
 BETAS = {"adam": 2, "adamw": 2, "rmsprop": 2, "paper_adam": 2, "paper_rmsprop": 1, "sgd": 1}
 WARMUPS = ("geometric", "linear")
 DECAYS = ("constant", "milestones", "cosine", "inverse_sqrt")
+NOISES = ("free", "full", "none")
+UNIT = 8  # examples in one gradient of a full noise measurement, where the network lets examples be independent
 PRECISIONS = ("float32", "bfloat16")
 MAX_BATCH = 2**24
 
@@ -51,6 +53,10 @@ class Measure:
     evaluations: int
     train_records: int
     statistics_samples: int
+    noise: str  # free | full | none
+    noise_records: int
+    noise_examples: int  # of each full measurement
+    noise_unit: int | None  # examples in each of its gradients; see RunSpec.noise_unit
 
 
 @dataclass(frozen=True)
@@ -125,6 +131,11 @@ class RunSpec:
         """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
         return step * self.science.batch / self.stretch
 
+    @property
+    def noise_unit(self) -> int:
+        """Examples in each gradient of a full noise measurement: with BN its batch, the micro-batch."""
+        return _noise_unit(self.science.measure, self.science.model, self.science.micro_batch)
+
     def to_json(self) -> dict[str, Any]:
         return {"version": VERSION, "run_id": self.run_id, **asdict(self)}
 
@@ -195,14 +206,15 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         batches = config.batch if isinstance(config.batch, list) else [config.batch]
         seeds = config.seed if isinstance(config.seed, list) else [config.seed]
         names = config.rule if isinstance(config.rule, list) else [config.rule]
-        for key, values in (("batch", batches), ("seed", seeds), ("rule", names)):
+        ells = config.svag if isinstance(config.svag, list) else [config.svag]
+        for key, values in (("batch", batches), ("seed", seeds), ("rule", names), ("svag", ells)):
             if not values:
                 faults[f"{key}=[] is empty: give at least one value"] = None
-        for batch, rule, seed in itertools.product(batches, names, seeds):
+        for batch, rule, ell, seed in itertools.product(batches, names, ells, seeds):
             try:
-                spec = plan_one(config, config.recipe.batch if batch is None else batch, rule, seed)
+                spec = plan_one(replace(config, svag=ell), config.recipe.batch if batch is None else batch, rule, seed)
             except (PlanError, rules.RuleError) as e:
-                faults[f"batch={batch} rule={rule}: {e}"] = None
+                faults[f"batch={batch} rule={rule}" + (f" svag={ell}" if ell != 1 else "") + f": {e}"] = None
                 continue
             known = runs.get(spec.run_id)
             if known is not None:
@@ -217,6 +229,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
 def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
     """One run at one batch size, rule and seed; PlanError or RuleError if it cannot be."""
     _check(config, batch, seed)
+    ell = config.svag
+    assert isinstance(ell, int)  # `plan` takes the product
     r, o = config.recipe, config.optimizer
     family: rules.Family = "adaptive" if o.family == "adaptive" else "sgd"
     rule = rules.find(rule_name, family, l2=not o.decoupled and r.weight_decay > 0)
@@ -258,7 +272,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
             seed=seed,
         )  # fmt: skip
 
-    mine, base_run = science(scaled, batch, config.svag, config.duration), science(base, r.batch, 1, 1.0)
+    mine, base_run = science(scaled, batch, ell, config.duration), science(base, r.batch, 1, 1.0)
     micro = mine.micro_batch
     if batch % micro:
         low = batch // micro * micro
@@ -270,8 +284,12 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
                 else ""
             )
         )
+    if ell > 1:
+        _check_svag(config, batch)
+    if config.measure.noise == "full":
+        _check_noise(mine)
     world = _world_size(config.launch, batch // micro)
-    draws = 1 if config.svag == 1 else 2
+    draws = 1 if ell == 1 else 2
     return RunSpec(
         science=mine,
         placement=Placement(
@@ -338,7 +356,7 @@ def _check(c: Config, batch: int, seed: int) -> None:
             c.noise_scale is not None and not 0 < c.noise_scale < math.inf,
             f"noise_scale={c.noise_scale} must be > 0 (examples)",
         ),
-        (c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
+        (not isinstance(c.svag, int) or c.svag < 1, f"svag={c.svag} must be an integer >= 1 (1 is plain training)"),
         (given != 1, f"recipe.epochs={r.epochs}, recipe.samples={r.samples}: give exactly one, the other null"),
         (given == 1 and not (math.isfinite(duration) and duration >= 1), "the duration must be at least one sample"),
         (c.optimizer.name not in BETAS, f"unknown optimizer {c.optimizer.name!r}; allowed: {', '.join(BETAS)}"),
@@ -357,6 +375,8 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (c.precision not in PRECISIONS, f"precision={c.precision!r}; allowed: {', '.join(PRECISIONS)}"),
         (c.logger not in ("wandb", "none"), f"logger={c.logger!r}; allowed: wandb, none"),
         (m.evaluations < 1 or m.train_records < 1, "measure.evaluations and measure.train_records must be >= 1"),
+        (m.noise not in NOISES, f"measure.noise={m.noise!r}; allowed: {', '.join(NOISES)}"),
+        (m.noise_records < 1, f"measure.noise_records={m.noise_records} must be >= 1 (or measure.noise=none)"),
         (m.statistics_samples < 1, f"measure.statistics_samples={m.statistics_samples} must be >= 1"),
         (
             not all(v is None or (math.isfinite(v) and v > 0) for v in asdict(c.margin).values()),
@@ -370,6 +390,59 @@ def _check(c: Config, batch: int, seed: int) -> None:
     ]  # fmt: skip
     if found := [text for bad, text in wrong if bad]:
         raise PlanError("; ".join(found))
+
+
+def _check_svag(c: Config, batch: int) -> None:
+    if 2 * batch > c.dataset.train_size:
+        raise PlanError(
+            f"svag={c.svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
+            f"{c.dataset.train_size} training examples; allowed: batch <= {c.dataset.train_size // 2}, or svag=1"
+        )
+    if c.optimizer.decoupled and c.recipe.weight_decay:
+        raise PlanError(
+            f"svag={c.svag} with decoupled weight decay {c.recipe.weight_decay:g}: the paper's SVAG does not say "
+            "how to scale it; use recipe.weight_decay=0, or optimizer=adam (decay inside the gradient)"
+        )
+    if c.optimizer.family == "sgd" and any(c.recipe.betas):
+        raise PlanError(
+            f"svag={c.svag} with momentum {c.recipe.betas}: for SGD it is defined without momentum (lr/l, l times the "
+            "steps, momentum unchanged would change the SDE); use recipe.betas=[0]"
+        )
+
+
+def _noise_unit(measure: Measure, model: dict[str, Any], micro_batch: int) -> int:
+    if measure.noise_unit is not None:
+        return measure.noise_unit
+    if model.get("norm") == "batch":
+        return micro_batch
+    return max(u for u in range(1, min(UNIT, micro_batch) + 1) if measure.noise_examples % u == 0)
+
+
+def _check_noise(s: Science) -> None:
+    """Refuse a full noise measurement that has no meaning."""
+    n, size = s.measure.noise_examples, s.dataset["train_size"]
+    if n < 2:
+        raise PlanError(f"measure.noise_examples={n} must be >= 2: a covariance needs two gradients")
+    unit = _noise_unit(s.measure, s.model, s.micro_batch)
+    given = f"measure.noise_examples={n}, gradients of {unit} example(s) each"
+    if not 1 <= unit <= s.micro_batch:
+        raise PlanError(f"measure.noise_unit={unit} must lie between 1 and the micro-batch {s.micro_batch}")
+    if s.model.get("norm") == "batch" and unit != s.micro_batch:
+        raise PlanError(
+            f"measure.noise_unit={unit}: with batch normalisation a gradient is that of one micro-batch, here "
+            f"{s.micro_batch}; leave noise_unit null"
+        )
+    if n % unit:
+        raise PlanError(f"{given}: not a whole number of gradients; nearest that fit: {_multiples(n, unit)}")
+    if n // unit < 2:
+        raise PlanError(f"{given}: a covariance needs two gradients, so at least {2 * unit} examples")
+    if n > size:
+        raise PlanError(f"{given}: there are only {size} training examples")
+
+
+def _multiples(n: int, unit: int) -> str:
+    low = max(2, n // unit)
+    return f"{low * unit} and {(low + 1) * unit}"
 
 
 def _slurm_faults(launch: Launch) -> list[tuple[bool, str]]:

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from tqdm import tqdm
 
-from scaling_exps import data, models, optim, records, rules
+from scaling_exps import data, models, noise, optim, records, rules, validity
 from scaling_exps.plan import PlanError, RunSpec
 
 EVALUATION_BATCH = 250  # test images at once; no result depends on it
@@ -70,9 +70,14 @@ class Trainer:
         )
         self.stream = data.Stream(data.load(s.dataset, spec.dataset_path), s.dataset, s.seed, self.device)
         self.statistics = self.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
+        self.noise_stream = self.stream.sibling(s.seed, "noise")
         self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
         self.per_draw = s.batch // s.micro_batch // self.world  # micro-batches a draw on this rank
         self.weights = [r / self.per_draw for r in rules.svag_weights(s.svag, _family(s.family))]
+        weights = [w for w in self.weights for _ in range(self.per_draw)]  # of the micro-batches of a step
+        self.free = (
+            None if s.measure.noise == "none" else noise.Free(self.net.parameters(), weights, s.micro_batch, self.world)
+        )
         self.step = 0
         self.seconds = 0.0  # spent training, evaluation and restarts excluded
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this rank, since the last record
@@ -96,6 +101,10 @@ class Trainer:
                     loss = F.cross_entropy(self.forward(x), y)
                 (loss * self.weights[draw]).backward()
             loss_sum += loss.detach()
+            if self.free is not None:
+                self.free.micro_batch(j)
+        if self.free is not None:
+            self.free.step()
         self.loss_sum += loss_sum
         self.loss_count += last + 1
         bad = torch.where(loss_sum.isfinite(), torch.inf, float(self.step))
@@ -127,7 +136,7 @@ class Trainer:
 
     # ---- records ----
 
-    def _record(self, kind: str, **metrics: float) -> dict[str, Any]:
+    def _record(self, kind: str, **metrics: Any) -> dict[str, Any]:
         s = self.science
         t = rules.continuous_time(s.hyper, self.step, _family(s.family))
         return {"kind": kind, "step": self.step, "samples": self.spec.samples(self.step), "t": t, **metrics}
@@ -149,6 +158,70 @@ class Trainer:
             gradient_norm=float(nn.utils.get_total_norm(grads)),
             seconds=round(self.seconds, 3),
         )
+
+    def noise_records(self, number: int) -> list[dict[str, Any]]:
+        """Gradient noise: of the steps since the last record (free), and of examples of its own (full).
+
+        Args:
+            number: which of the run's measurements this is; its examples depend on it and the seed alone.
+        """
+        s, arm = self.science, self.spec.arms[0]
+        out = []
+        if self.free is not None and (self.free.able or s.measure.noise == "free"):
+            found = self.free.estimate(_sum_over_ranks).record(s.batch, arm.kappa)
+            out.append(self._record("noise", method="free", batch=s.batch, **found))
+        if s.measure.noise == "full":
+            out.append(self._record("noise", method="full", batch=s.batch, **self._full_noise(number)))
+        return out
+
+    def _full_noise(self, number: int) -> dict[str, Any]:
+        """Estimates at the current weights, BN as in training; buffers, `.grad` and stream stay as they are."""
+        s, unit, n = self.science, self.spec.noise_unit, self.science.measure.noise_examples
+        stream, first = self.noise_stream, number * n
+        named = {k: p for k, p in self.net.named_parameters() if p.requires_grad}
+        losses: list[Tensor] = []
+        buffers = [(b, b.clone()) for b in self.net.buffers()]
+
+        def loss(x: Tensor, y: Tensor) -> Tensor:
+            with self._autocast():
+                return F.cross_entropy(self.net(x), y)
+
+        def loss_at(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+            with self._autocast():
+                return F.cross_entropy(torch.func.functional_call(self.net, p, (x,)), y)
+
+        def blocks(units: range) -> Iterator[Tensor]:
+            if unit == 1 and not models.has_batch_norm(self.net):
+                return noise.example_gradients(
+                    loss_at, named, lambda a, b: stream.batch(first + a, first + b), units, losses
+                )
+            where = lambda i: stream.batch(first + i * unit, first + (i + 1) * unit)  # noqa: E731
+            return noise.unit_gradients(loss, list(named.values()), where, units, losses)
+
+        if self.free is not None:
+            self.free.listening = False
+        scale = optim.preconditioner(self.optimizer)
+        like = torch.cat([p.detach().flatten() for p in named.values()])
+        found = noise.full(
+            blocks, n // unit, unit, [None] if scale is None else [None, scale], like,
+            world=self.world, rank=self.rank, reduce=_sum_over_ranks,
+        )  # fmt: skip
+        for buffer, before in buffers:
+            buffer.copy_(before)
+        if self.free is not None:
+            self.free.listening = self.free.able
+        total = _sum_over_ranks(
+            torch.stack([v.double() for v in losses]).sum() if losses else torch.zeros_like(like[0]).double()
+        )
+        kappa = self.spec.arms[0].kappa
+        out = found[0].record(s.batch, kappa)
+        if scale is not None:
+            out |= {
+                f"preconditioned_{k}": v
+                for k, v in found[1].record(s.batch, kappa).items()
+                if k not in ("units", "examples")
+            }
+        return {**out, "train_loss": float(total) * unit / n, "weight_norm": float(like.norm())}
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
@@ -181,6 +254,7 @@ class Trainer:
     def save(self, records_size: int) -> None:
         """The whole state, written aside and renamed; the one before is kept as checkpoint.prev.pt."""
         loss_sum = _sum_over_ranks(self.loss_sum)  # float64 sums of float32 losses: exact, so any split of it is
+        noise_rows = None if self.free is None else self.free.window(_sum_over_ranks)
         if self.rank:
             return
         state = {
@@ -189,6 +263,7 @@ class Trainer:
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
             "loss_sum": loss_sum,
+            "noise": noise_rows,
             "loss_count": self.loss_count,
             "records_size": records_size,
             "seconds": self.seconds,
@@ -227,6 +302,8 @@ class Trainer:
             self.step, self.seconds, self.loss_count = state["step"], state["seconds"], state["loss_count"]
             if self.rank == 0:  # the sum over ranks is what counts
                 self.loss_sum.copy_(state["loss_sum"])
+            if self.free is not None and state["noise"] is not None:
+                self.free.rows = list(state["noise"].to(self.device))
             return int(state["records_size"])
         return 0
 
@@ -321,7 +398,7 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
         while trainer.step < s.steps:
             trainer.train_step()
             k = trainer.step
-            if _crosses(k, s.measure.train_records, s.steps):
+            if _crosses(spec, k, s.measure.train_records):
                 trainer.seconds += time.monotonic() - started
                 record = trainer.train_record()
                 if writer:
@@ -330,7 +407,13 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
                 started = time.monotonic()
             trainer.optimizer.zero_grad(set_to_none=True)
             bar.update(spec.samples(1))
-            if _crosses(k, s.measure.evaluations, s.steps):
+            if s.measure.noise != "none" and _crosses(spec, k, s.measure.noise_records):
+                trainer.seconds += time.monotonic() - started
+                for record in trainer.noise_records(_marks(spec, k, s.measure.noise_records)):
+                    if writer:
+                        writer.write(record)
+                started = time.monotonic()
+            if _crosses(spec, k, s.measure.evaluations):
                 trainer.seconds += time.monotonic() - started
                 record = trainer.evaluate()
                 if writer:
@@ -364,10 +447,14 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
     trainer.check_finite()
     trainer.save(writer.sync() if writer else 0)
     if writer:
-        metrics = final_metrics(records.read_records(run_dir))
+        rows = records.read_records(run_dir)
+        metrics = final_metrics(rows)
+        told = validity.summary(rows, s.batch)
+        found = validity.assess(rows, s.batch, s.batch)
         result = {
             "status": "finished",
             "metrics": metrics,
+            **({} if found is None else {"noise_dominated": found.dominated, "noise_measured": found.measured}),
             "seconds": round(trainer.seconds, 3),
             "samples_per_second": round(_rate(trainer), 2),
             "peak_memory_bytes": _peak_memory(trainer.device),
@@ -378,7 +465,7 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
         print(
             f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, accuracy "
             f"{metrics['test_accuracy']:.2%} after {spec.samples(s.steps):,} samples; {_rate(trainer):,.0f} samples/s, "
-            f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB",
+            f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB" + (f"\n{told}" if told else ""),
             flush=True,
         )
 
@@ -395,9 +482,17 @@ def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
-def _crosses(step: int, count: int, steps: int) -> bool:
-    """Whether one of `count` marks, evenly spaced in samples up to the end, lies in this step."""
-    return step * count // steps > (step - 1) * count // steps
+def _marks(spec: RunSpec, step: int, count: int) -> int:
+    """How many of `count` marks have been passed after `step` steps.
+
+    They are evenly spaced in samples and lie on steps of plain training: at the same t for every SVAG l.
+    """
+    return step // spec.stretch * count // (spec.science.steps // spec.stretch)
+
+
+def _crosses(spec: RunSpec, step: int, count: int) -> bool:
+    """Whether this step ends at a mark."""
+    return _marks(spec, step, count) > _marks(spec, step - 1, count)
 
 
 def _rate(trainer: Trainer) -> float:

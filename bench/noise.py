@@ -1,0 +1,110 @@
+"""What measuring the gradient noise costs.
+
+    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 15] [--examples 256]
+
+Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
+It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
+micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from scaling_exps import config, data, plan, train
+
+
+def seconds(call: Callable[[], object]) -> float:
+    """CPU time of this thread on a CPU (others may share the machine), wall time on a GPU."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+        start = time.perf_counter()
+        call()
+        torch.cuda.synchronize()
+        return time.perf_counter() - start
+    start = time.process_time()
+    call()
+    return time.process_time() - start
+
+
+def trainer(options: argparse.Namespace, batch: int, *words: str) -> train.Trainer:
+    """On fake images: the pixels do not matter to the clock."""
+    (spec,) = plan.plan(
+        config.compose(
+            [
+                f"model={options.model}", "dataset=cifar10", "logger=none", f"batch={batch}", f"recipe.batch={batch}",
+                f"recipe.micro_batch={options.micro}", "launch.devices=1", *words,
+            ]
+        )
+    )  # fmt: skip
+    fake = data.Images(
+        torch.randint(0, 256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (50000,)),
+        torch.zeros(256, 32, 32, 3, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64),
+    )  # fmt: skip
+    data.load = lambda *_: fake
+    return train.Trainer(spec, Path("unused"))
+
+
+def step(t: train.Trainer) -> None:
+    t.train_step()
+    t.optimizer.zero_grad(set_to_none=True)
+
+
+def quartiles(values: list[float]) -> list[float]:
+    return [round(v, 4) for v in statistics.quantiles(values, n=4)]
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="resnet8")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--micro", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--examples", type=int, default=256)
+    options = parser.parse_args()
+    torch.manual_seed(0)
+    row = {"model": options.model, "batch": options.batch, "micro_batch": options.micro, "rounds": options.rounds,
+           "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+    plain, free = (trainer(options, options.batch, f"measure.noise={kind}") for kind in ("none", "free"))
+    assert free.free is not None
+    assert free.free.able
+    for t in (plain, free, plain, free):
+        step(t)
+    ratios = []
+    for i in range(options.rounds):
+        first, second = (plain, free) if i % 2 else (free, plain)
+        a, b = seconds(lambda t=first: step(t)), seconds(lambda t=second: step(t))
+        ratios.append((b / a if i % 2 else a / b) - 1)
+    reported = seconds(lambda: free.noise_records(1))
+    print(json.dumps({**row, "free_extra_share_of_step": quartiles(ratios), "bound": 0.03,
+                      "seconds_a_record": round(reported, 5)}), flush=True)  # fmt: skip
+
+    n, steps = options.examples, options.examples // options.micro
+    small = trainer(options, options.micro, "measure.noise=none")
+    step(small)
+    units = [("full", [])]
+    if small.science.model.get("norm") != "batch":
+        units.append(("full_per_example_vmap", ["measure.noise_unit=1"]))
+    for name, words in units:
+        full = trainer(options, options.micro, "measure.noise=full", f"measure.noise_examples={n}", *words)
+        step(full)
+        full.noise_records(0)
+        costs = []
+        for i in range(max(3, options.rounds // 3)):
+            measured = seconds(lambda t=full, i=i: t.noise_records(i + 1))
+            stepped = seconds(lambda: [step(small) for _ in range(steps)])
+            costs.append(measured / stepped)
+        row |= {"examples": n, "examples_a_gradient": full.spec.noise_unit, "bound": None if words else 1.0}
+        print(json.dumps({**row, f"{name}_over_{steps}_steps": quartiles(costs)}), flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,314 @@
+"""Gradient-noise estimators: calibration, agreement, and that measuring changes nothing."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from conftest import prepare, rows, specs, work
+
+from scaling_exps import data, noise, optim, plan, records, train, validity
+
+UNIT = 4
+
+
+def gaussian(n: int, seed: int, signal: float = 0.3, skew: bool = False) -> tuple[torch.Tensor, float, float]:
+    """n gradients (n, 40) of known mean and covariance; tr Cov and |mean|²."""
+    g = torch.Generator().manual_seed(seed)
+    scale = torch.linspace(0.2, 2, 40, dtype=torch.float64)
+    z = torch.randn(n, 40, generator=g, dtype=torch.float64)
+    if skew:
+        z = (z.square() - 1) / math.sqrt(2)  # mean 0, variance 1, skewness 2.8
+    return z * scale + signal, float(scale.square().sum()), 40 * signal**2
+
+
+def full(matrix: torch.Tensor, scales: list[torch.Tensor | None] | None = None, **ranks: Any) -> list[noise.Estimate]:
+    return noise.full(
+        lambda units: [matrix[units.start : units.stop]], len(matrix), UNIT, scales or [None], matrix[0], **ranks
+    )
+
+
+def covers(value: noise.Value, truth: float) -> bool:
+    return value.low <= truth <= value.high
+
+
+@pytest.mark.parametrize("skew", [False, True])
+def test_full_is_calibrated(skew: bool) -> None:
+    """500 repeats with 64 gradients of known Σ: means within 4 standard errors, 95% intervals cover in 90-99%. Fails if
+    |ḡ|² were not de-biased (its bias is 6% of |∇f|² here, 8 standard errors), or the jackknife's factor were wrong."""
+    found = [(full(m)[0], t, u) for m, t, u in (gaussian(64, i, skew=skew) for i in range(500))]
+    for name, truth in (("trace", UNIT * found[0][1]), ("gradient_sq", found[0][2])):
+        values = [getattr(e, name) for e, _, _ in found]
+        mean = torch.tensor([v.value for v in values], dtype=torch.float64)
+        assert abs(float(mean.mean()) - truth) < 4 * float(mean.std()) / math.sqrt(500), name
+        assert 0.90 <= sum(covers(v, truth) for v in values) / 500 <= 0.99, name
+    inverse = found[0][2] / (UNIT * found[0][1])
+    assert 0.90 <= sum(covers(e.inverse, inverse) for e, _, _ in found) / 500 <= 0.99
+
+
+@pytest.mark.parametrize(("ell", "chunks"), [(1, 4), (2, 2), (4, 2)])
+def test_free_is_calibrated(ell: int, chunks: int) -> None:
+    """500 repeats of 60 steps, plain and with SVAG's weights: as above. Fails if q = Σ w² were taken for 1/n."""
+    from scaling_exps.rules import svag_weights
+
+    draws = svag_weights(ell, "adaptive")
+    w = torch.tensor([r / (chunks // len(draws)) for r in draws for _ in range(chunks // len(draws))]).double()
+    q = float(w.square().sum())
+    estimates = []
+    for i in range(500):
+        m, t, u = gaussian(60 * chunks, i, signal=1.0)
+        g = m.view(60, chunks, 40)
+        step = (g * w.view(1, -1, 1)).sum(1)
+        pairs = torch.stack([g.square().sum(2).mean(1), step.square().sum(1)], 1)
+        estimates.append(noise.two_batch(pairs, q, UNIT, chunks))
+    for name, truth in (("trace", UNIT * t), ("gradient_sq", u), ("inverse", u / (UNIT * t))):
+        values = [getattr(e, name) for e in estimates]
+        mean = torch.tensor([v.value for v in values], dtype=torch.float64)
+        if name != "inverse":  # a ratio of averages is unbiased only in the limit
+            assert abs(float(mean.mean()) - truth) < 4 * float(mean.std()) / math.sqrt(500), name
+        assert 0.90 <= sum(covers(v, truth) for v in values) / 500 <= 0.99, name
+
+
+def test_preconditioned_is_the_full_one_of_scaled_gradients() -> None:
+    """P g measured with `scales` equals g measured after multiplying by P. Fails if P were squared or left out of one
+    of the two sums."""
+    m, _, _ = gaussian(48, 3)
+    p = torch.linspace(0.1, 3, 40, dtype=torch.float64)
+    both, direct = full(m, [None, p]), full(m * p)
+    assert both[1].trace.value == pytest.approx(direct[0].trace.value, rel=1e-12)
+    assert both[1].gradient_sq.high == pytest.approx(direct[0].gradient_sq.high, rel=1e-9)
+    assert both[0].trace.value == pytest.approx(full(m)[0].trace.value, rel=1e-12)
+
+
+def test_too_little_means_nothing() -> None:
+    """Two gradients have no interval; no signal is 'not enough data', never a ratio; one gradient is refused."""
+    m, _, _ = gaussian(64, 0, signal=0.0)
+    for few in (full(m)[0], full(gaussian(2, 0)[0])[0], noise.two_batch(torch.ones(2, 2).double(), 0.5, 1, 2)):
+        assert not few.enough
+        record = few.record(32, 1.0)
+        assert "b_noise" not in record
+        assert "r" not in record
+        assert "NaN" not in json.dumps(record)
+        assert "Infinity" not in json.dumps(record)
+    with pytest.raises(noise.NoiseError, match="n=1 "):
+        full(m[:1])
+
+
+# ---- on networks ----
+
+BASE = ["batch=16", "recipe.batch=16", "recipe.micro_batch=4", "recipe.samples=320", "measure.noise_records=4"]
+
+
+def trainer_of(*words: str) -> train.Trainer:
+    (spec,) = specs(*words)
+    return train.Trainer(spec, Path("unused"))
+
+
+def checked(words: list[str], tmp_path: Path) -> dict[str, torch.Tensor]:
+    (spec,) = specs(*words)
+    run_dir = prepare(tmp_path, spec)
+    assert train.run(run_dir) == "finished"
+    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
+    return {**state["net"], **moments}
+
+
+@pytest.mark.parametrize("norm", ["group", "batch"])
+def test_a_measured_run_ends_on_the_bits_of_an_unmeasured_one(norm: str, tmp_path: Path) -> None:
+    """Weights, BN buffers and moments. Fails if the measurement touched `.grad`, a buffer (num_batches_tracked) or the
+    training stream, or if hooks changed what is accumulated."""
+    words = [*BASE, f"model.norm={norm}"]
+    unit = [] if norm == "batch" else ["measure.noise_unit=1"]
+    states = [
+        checked(
+            [*words, f"measure.noise={kind}", "measure.noise_examples=16", *(unit if kind == "full" else [])], tmp_path
+        )
+        for kind in ("none", "free", "full")
+    ]
+    for other in states[1:]:
+        assert all(torch.equal(v, other[k]) for k, v in states[0].items())
+
+
+def test_units_are_the_gradients_that_training_computes() -> None:
+    """vmap's single-example gradients, averaged over a unit, are the unit's gradient by backward; P is Adam's own: one
+    step with m = v̂-corrected gradient moves by lr P g."""
+    trainer = trainer_of(*BASE)
+    trainer.train_step()
+    net, stream = trainer.net, trainer.noise_stream
+    named = dict(net.named_parameters())
+    x, y = stream.batch(0, 8)
+    loss = torch.nn.functional.cross_entropy
+    (whole,) = noise.unit_gradients(lambda a, b: loss(net(a), b), list(named.values()), lambda i: (x, y), range(1), [])
+    single = noise.example_gradients(
+        lambda p, a, b: loss(torch.func.functional_call(net, p, (a,)), b),
+        named, lambda a, b: (x[a:b], y[a:b]), range(8), [],
+    )  # fmt: skip
+    torch.testing.assert_close(torch.cat(list(single)).mean(0), whole[0], rtol=1e-3, atol=1e-5)
+    state = trainer.optimizer.state
+    p = optim.preconditioner(trainer.optimizer)
+    assert p is not None
+    v = torch.cat([(state[q]["exp_avg_sq"] / (1 - trainer.science.hyper.betas[1])).flatten() for q in named.values()])
+    torch.testing.assert_close(p, 1 / (v.sqrt() + 1e-8), rtol=1e-4, atol=0)
+
+
+def frozen_in_place(*words: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Free over `steps` steps and full, at weights that do not move (lr 1e-12)."""
+    trainer = trainer_of(*words, "recipe.lr=1e-12", "measure.noise=full", "measure.noise_examples=1024")
+    for _ in range(steps):
+        trainer.train_step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+    free, whole = trainer.noise_records(1)
+    return free, whole
+
+
+@pytest.mark.parametrize("svag", [1, 4])
+def test_full_and_free_agree(svag: int) -> None:
+    """At one θ: the difference lies within its own 99.9% interval (both intervals in quadrature, x 1.7). Fails by many
+    intervals if the weight w_i were not divided out, or a trace were per unit instead of per example."""
+    words = ["batch=16", "recipe.batch=16", "recipe.micro_batch=4", "recipe.samples=6400", f"svag={svag}"]
+    free, whole = frozen_in_place(*words, steps=120)
+    assert free["method"] == "free"
+    assert whole["method"] == "full"
+    for name in ("trace", "gradient_sq"):
+        half = math.hypot(*(r[f"{name}_high"] - r[name] for r in (free, whole)))
+        assert abs(free[name] - whole[name]) < 1.7 * half, (name, free, whole)
+    assert whole["trace_low"] > 0.5 * whole["trace"]  # and the intervals say something
+    assert free["trace_low"] > 0.5 * free["trace"]
+
+
+def test_one_process_and_two_ranks_agree(tmp_path: Path) -> None:
+    """The same 4 micro-batches a draw on 1 x 4 and 2 x 2, SVAG, free and full: the same records to rounding. Fails if
+    norms after the reduction were of the local gradient, or ranks measured the same examples."""
+    words = [
+        *BASE,
+        "measure.noise=full",
+        "measure.noise_examples=64",
+        "svag=3",
+        "recipe.samples=64",
+        "measure.evaluations=1",
+    ]
+    (spec,) = specs(*words)
+    done = []
+    for world in (1, 2):
+        total = spec.placement.accumulation * spec.placement.world_size
+        placed = replace(spec, placement=replace(spec.placement, world_size=world, accumulation=total // world))
+        run_dir = prepare(tmp_path / str(world), placed)
+        work(run_dir, world)
+        done.append([r for r in rows(run_dir) if r["kind"] == "noise"])
+    assert [r["method"] for r in done[0]] == ["free", "full"] * 4
+    for mine, theirs in zip(*done, strict=True):
+        for key, value in mine.items():
+            if isinstance(value, float):
+                assert theirs[key] == pytest.approx(value, rel=2e-2, abs=1e-3 * abs(mine["trace"])), key
+            else:
+                assert theirs[key] == value, key
+
+
+# ---- records, summary, plan ----
+
+
+def noise_run(tmp_path: Path, *words: str) -> Path:
+    (spec,) = specs(
+        "batch=4", "recipe.batch=4", "measure.noise=full", "measure.noise_examples=64", "recipe.samples=1024", *words
+    )
+    run_dir = prepare(tmp_path, spec)
+    train.run(run_dir)
+    return run_dir
+
+
+def test_a_run_says_and_a_plan_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run_dir = noise_run(tmp_path)
+    said = capsys.readouterr().out
+    assert "noise dominated for " in said
+    result = records.read_json(run_dir / "result.json")
+    assert result is not None
+    assert 0 <= result["noise_dominated"] <= 1
+    (target,) = specs("batch=64", "recipe.batch=4", "recipe.samples=1024", "seed=3")  # another seed, other records
+    rows_found, source = validity.of_base(target, tmp_path, None)
+    assert source == str(run_dir)
+    assert rows_found == [r for r in records.read_records(run_dir) if r["kind"] == "noise"]
+    told = validity.describe(target, Path("nowhere"), str(run_dir))
+    assert told["source"] == str(run_dir)
+    assert told["deviation"] < 1
+    assert "κr < 0.1 for" in told["text"]
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["recipe.lr=2e-3"], "of another recipe: lr 0.001 instead of 0.002"),
+        (["optimizer=rmsprop"], "optimizer adam instead of rmsprop"),
+        (["recipe.batch=8"], "batch 4 instead of 8"),
+        (["recipe.samples=2048"], "schedule"),
+    ],
+)
+def test_a_record_of_another_recipe_is_refused(words: list[str], told: str, tmp_path: Path) -> None:
+    (other,) = specs("batch=4", "recipe.batch=4", "recipe.samples=1024")
+    run_dir = prepare(tmp_path, other)
+    (target,) = specs("batch=64", "recipe.batch=4", "recipe.samples=1024", *words)
+    with pytest.raises(plan.PlanError, match="noise=") as e:
+        validity.of_base(target, Path("nowhere"), str(run_dir))
+    assert told in str(e.value)
+
+
+def row(samples: int, kappa_r: float, enough: bool = True, high: float = 9.0) -> dict[str, Any]:
+    told = {"r": kappa_r, "b_noise": 4 / kappa_r} if enough else {}
+    return {"kind": "noise", "method": "full", "samples": samples, "batch": 4, "enough": enough,
+            "kappa_r": kappa_r, "kappa_r_high": high, **told}  # fmt: skip
+
+
+def test_assess_by_hand() -> None:
+    """Half the samples at r = 0.01, a quarter at 0.05, a quarter untold; to 4 x the batch."""
+    rows_ = [row(200, 0.01), row(300, 0.05), row(400, 0.02, enough=False)]
+    found = validity.assess(rows_, 16, 4)
+    assert found is not None
+    assert found.dominated == pytest.approx(2 / 3)  # κr = 0.04 and 0.2
+    assert found.measured == pytest.approx(3 / 4)
+    one, other = math.sqrt(1.01 / 1.04), math.sqrt(1.05 / 1.2)
+    assert found.deviation == pytest.approx((2 * one + other) / 3)
+    assert found.worst == pytest.approx(other)
+    assert found.b_noise == pytest.approx((80, 400))
+    certain = validity.assess([row(100, 1e-4, enough=False, high=0.02)], 16, 4)  # surely below, whatever |∇f|² is
+    assert certain is not None
+    assert certain.dominated == 1
+    assert validity.assess([row(100, 0.02, enough=False)], 16, 4) is None
+
+
+@pytest.mark.parametrize(
+    ("words", "told"),
+    [
+        (["measure.noise=often"], "allowed: free, full, none"),
+        (["measure.noise_examples=1"], "needs two gradients"),
+        (["measure.noise_examples=0"], "must be >= 2"),
+        (["measure.noise_unit=5", "measure.noise_examples=8"], "must lie between 1 and the micro-batch 4"),
+        (["measure.noise_unit=3", "measure.noise_examples=8"], "nearest that fit: 6 and 9"),
+        (["measure.noise_examples=4"], "at least 8 examples"),
+        (["measure.noise_unit=2", "model.norm=batch"], "a gradient is that of one micro-batch"),
+        (["measure.noise_examples=2000"], "only 1437 training examples"),
+        (["measure.noise_records=0"], "must be >= 1"),
+    ],
+)
+def test_refused_with_the_reason(words: list[str], told: str) -> None:
+    with pytest.raises(plan.PlanError) as e:
+        specs("batch=4", "recipe.batch=4", "recipe.micro_batch=4", "measure.noise=full", *words)
+    assert told in str(e.value)
+
+
+def test_a_killed_run_s_window_is_in_its_checkpoint(tmp_path: Path) -> None:
+    """The free estimator's window survives a restart. Fails if it were not saved: fewer steps in the record."""
+    (spec,) = specs(*BASE)
+    run_dir = prepare(tmp_path, spec)
+    one = train.Trainer(spec, run_dir)
+    for _ in range(3):
+        one.train_step()
+        one.optimizer.zero_grad(set_to_none=True)
+    one.save(0)
+    two = train.Trainer(spec, run_dir)
+    two.restore()
+    assert two.noise_records(1) == one.noise_records(1)
+    assert data.Stream is type(two.noise_stream)
