@@ -11,7 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-COMMANDS = ("plan", "status", "report")
+COMMANDS = ("plan", "status", "report", "dashboard", "sync")
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -43,18 +43,11 @@ def _dispatch(words: list[str]) -> int:
         print(json.dumps(rows, indent=1)) if options.json else launch.print_status(rows)
         return 0
     if command == "report":
-        from scaling_exps import report
-
-        options = _options(
-            "report",
-            rest,
-            [
-                ("dirs", {"nargs": "*", "help": "folders of runs (default: runs)"}),
-                ("--json", {"action": "store_true", "help": "the table, for machines"}),
-                ("--out", {"default": "report", "help": "folder for the figures (default: report)"}),
-            ],
-        )
-        return report.main([Path(d) for d in options.dirs] or [_runs_dir()], Path(options.out), options.json)
+        return _report(rest)
+    if command == "dashboard":
+        return _dashboard(rest)
+    if command == "sync":
+        return _sync(rest)
 
     from scaling_exps import config, plan
 
@@ -72,6 +65,70 @@ def _dispatch(words: list[str]) -> int:
     from scaling_exps import launch
 
     return 0 if launch.launch(specs, configs[0]) else 1
+
+
+_DIRS: tuple[str, dict[str, Any]] = ("dirs", {"nargs": "*", "help": "folders of runs (default: runs)"})
+
+
+def _report(words: list[str]) -> int:
+    from scaling_exps import report
+
+    forms = ("json", "csv", "latex")
+    options = _options(
+        "report",
+        words,
+        [
+            _DIRS,
+            *((f"--{form}", {"action": "store_true", "help": f"print the comparison as {form}"}) for form in forms),
+            ("--out", {"default": "report", "help": "folder of the page and the figures (default: report)"}),
+            ("--pdf", {"action": "store_true", "help": "draw the figures as PDF too"}),
+            ("--margin", {"action": "append", "metavar": "METRIC=VALUE", "help": "instead of those fixed beforehand"}),
+            (
+                "--watch",
+                {"nargs": "?", "type": float, "const": 10, "metavar": "SECONDS", "help": "again until the sweep ends"},
+            ),
+        ],
+    )
+    chosen = [form for form in forms if getattr(options, form)]
+    if len(chosen) > 1:
+        raise report.ReportError(f"--{' and --'.join(chosen)} at once: choose one of {', '.join(forms)}")
+    if options.watch is not None and not options.watch > 0:
+        raise report.ReportError(f"--watch {options.watch:g}: give seconds > 0")
+    return report.main(
+        [Path(d) for d in options.dirs] or [_runs_dir()],
+        Path(options.out),
+        chosen[0] if chosen else "table",
+        options.margin,
+        options.watch,
+        options.pdf,
+    )
+
+
+def _dashboard(words: list[str]) -> int:
+    from scaling_exps.report import dashboard
+
+    options = _options(
+        "dashboard",
+        words,
+        [
+            _DIRS,
+            ("--entity", {"help": "wandb user or team (default: yours)"}),
+            ("--project", {"help": "wandb project (default: WANDB_PROJECT, or scalerun)"}),
+            ("--out", {"default": "report", "help": "folder of the specification (default: report)"}),
+            ("--offline", {"action": "store_true", "help": "write the specification and publish nothing"}),
+        ],
+    )
+    dirs = [Path(d) for d in options.dirs] or [_runs_dir()]
+    return dashboard.publish(dirs, Path(options.out), options.entity, options.project, options.offline)
+
+
+def _sync(words: list[str]) -> int:
+    from scaling_exps.report import dashboard
+
+    options = _options(
+        "sync", words, [_DIRS, ("--dry-run", {"action": "store_true", "help": "list what would be uploaded"})]
+    )
+    return dashboard.sync([Path(d) for d in options.dirs] or [_runs_dir()], options.dry_run)
 
 
 def _options(command: str, words: list[str], arguments: list[tuple[str, dict[str, Any]]]) -> Any:

@@ -80,6 +80,17 @@ class Measure:
 
 
 @dataclass
+class Margin:
+    """The largest gap to the base run that still counts as the same run; null is not judged. See docs/comparison.md."""
+
+    test_accuracy: float | None
+    test_loss: float | None
+    train_loss: float | None
+    trajectory: float | None
+    weight_norm: float | None
+
+
+@dataclass
 class Checkpoint:
     minutes: float
 
@@ -92,6 +103,7 @@ class Config:
     recipe: Recipe
     launch: Launch
     measure: Measure
+    margin: Margin
     checkpoint: Checkpoint
     batch: int | list[int] | None
     seed: int | list[int]

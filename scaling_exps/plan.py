@@ -12,7 +12,7 @@ import itertools
 import json
 import math
 import os
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from scaling_exps import rules
@@ -101,6 +101,7 @@ class RunSpec:
     experiment: str | None
     logger: str
     notes: tuple[str, ...]
+    margin: dict[str, float] = field(default_factory=dict)  # metric -> largest gap that counts as equal; provenance
 
     @property
     def run_id(self) -> str:
@@ -152,6 +153,7 @@ class RunSpec:
                 experiment=raw["experiment"],
                 logger=raw["logger"],
                 notes=tuple(raw["notes"]),
+                margin=dict(raw.get("margin", {})),
             )
         except (KeyError, TypeError) as e:
             raise PlanError(f"run.json is not one that this scalerun wrote ({type(e).__name__}: {e})") from e
@@ -280,6 +282,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
         experiment=config.experiment,
         logger=config.logger,
         notes=tuple(_notes(config, rule, base, scaled, batch)),
+        margin={k: v for k, v in asdict(config.margin).items() if v is not None},
     )
 
 
@@ -355,6 +358,10 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (c.logger not in ("wandb", "none"), f"logger={c.logger!r}; allowed: wandb, none"),
         (m.evaluations < 1 or m.train_records < 1, "measure.evaluations and measure.train_records must be >= 1"),
         (m.statistics_samples < 1, f"measure.statistics_samples={m.statistics_samples} must be >= 1"),
+        (
+            not all(v is None or (math.isfinite(v) and v > 0) for v in asdict(c.margin).values()),
+            f"margin={ {k: v for k, v in asdict(c.margin).items() if v is not None} }: each must be > 0, or null",
+        ),
         (not c.checkpoint.minutes > 0, f"checkpoint.minutes={c.checkpoint.minutes} must be > 0"),
         (c.launch.parallel < 1, f"launch.parallel={c.launch.parallel} must be >= 1"),
         (not 0 <= c.dataset.label_noise <= 1, f"dataset.label_noise={c.dataset.label_noise} must lie in [0, 1]"),

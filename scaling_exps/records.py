@@ -63,7 +63,7 @@ def read_records(run_dir: Path) -> list[dict[str, Any]]:
     """All whole records; a line that was cut by a crash is left out."""
     records = []
     try:
-        with open(run_dir / "records.jsonl") as f:
+        with open(run_dir / "records.jsonl", errors="replace") as f:
             for line in f:
                 if line.endswith("\n"):
                     try:
@@ -151,30 +151,54 @@ class Writer:
 class _Mirror:
     """The run in wandb: same id, records as `train/loss`, `eval/accuracy`, ... over `samples`.
 
-    Whatever goes wrong there is said once and never stops the run.
+    Runs lie there as they are compared: the group is the experiment, the job type the arm, `batch`, `rule`, `kappa` and
+    `seed` are columns and tags, and the summary holds the gap to the base run where that is finished. A run that is
+    resumed offline leaves a second file; what the first one holds is not written again. Whatever goes wrong there is
+    said once and never stops the run.
     """
 
     def __init__(self, run_dir: Path, spec: RunSpec) -> None:
         self.run: Any = None
+        self.run_dir, self.spec = run_dir, spec
+        self.written = -1  # the last step that an earlier offline file has whole
+        self.speed: float | None = None
         os.environ.setdefault("WANDB_SILENT", "true")
         try:
             import wandb
 
-            described = spec.to_json()
-            arm = spec.arms[0]
+            described, science, arm = spec.to_json(), spec.science, spec.arms[0]
+            base = spec.run_id == arm.base_run_id
+            job = "base" if base else f"{arm.rule} x{arm.kappa:g}"
+            job += f" svag {science.svag}" if science.svag > 1 else ""
+            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
+            if mode == "offline":
+                self.written = max((row["_step"] for row in read_mirror(run_dir)), default=-1)
+            columns = {
+                "model": science.model["name"],
+                "dataset": science.dataset["name"],
+                "optimizer": science.optimizer,
+                "batch": science.batch,
+                "rule": "base" if base else arm.rule,
+                "kappa": arm.kappa,
+                "svag": science.svag,
+                "seed": science.seed,
+                "lr": science.hyper.lr,
+            }
+            tags = [spec.experiment, *(columns[k] for k in ("model", "dataset", "optimizer", "rule"))]
             self.run = wandb.init(
                 id=spec.run_id,
-                name=f"{spec.science.model['name']} {arm.rule} batch {spec.science.batch} seed {spec.science.seed}",
+                name=f"{science.model['name']} {job} batch {science.batch} seed {science.seed}",
                 project=os.environ.get("WANDB_PROJECT", "scalerun"),
-                group=spec.experiment or f"{spec.science.model['name']}-{spec.science.optimizer}",
-                job_type=f"{arm.rule if arm.kappa != 1 else 'base'} x{arm.kappa:g}",
-                config={k: described[k] for k in ("science", "arms", "placement", "notes")},
+                group=spec.experiment or f"{science.model['name']}-{science.dataset['name']}-{science.optimizer}",
+                job_type=job,
+                tags=list(dict.fromkeys([*(str(t)[:64] for t in tags if t), f"batch {science.batch}"])),
+                config=columns | {k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
                 dir=run_dir,
                 resume="allow",
-                mode=os.environ.get("WANDB_MODE") or ("online" if _logged_in() else "offline"),  # type: ignore[arg-type]
+                mode=mode,  # type: ignore[arg-type]
                 settings=wandb.Settings(console="off", x_disable_stats=True, init_timeout=30, disable_git=True),
             )
-            for kind in ("train", "eval", "noise"):
+            for kind in ("train", "eval", "noise", "event"):
                 self.run.define_metric(f"{kind}/*", step_metric="samples")
         except Exception as e:
             self._lost(e)
@@ -182,8 +206,15 @@ class _Mirror:
     def log(self, record: dict[str, Any]) -> None:
         if self.run is None:
             return
+        if record["kind"] == "train" and record.get("seconds"):
+            self.speed = record["samples"] / record["seconds"]
+        if record["step"] <= self.written:
+            return
         clock = {k: record[k] for k in ("samples", "t")}
-        metrics = {f"{record['kind']}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t")}
+        place = "/".join(
+            str(record[k]) for k in ("kind", "method") if k in record
+        )  # two estimates of noise at one step
+        metrics = {f"{place}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t", "method")}
         try:
             self.run.log(clock | metrics, step=record["step"])
         except Exception as e:
@@ -193,10 +224,19 @@ class _Mirror:
         if self.run is None:
             return
         try:
-            self.run.summary.update(summary)
+            speed = {} if self.speed is None else {"samples_per_second": self.speed}
+            self.run.summary.update(summary | speed | self._gaps(summary))
             self.run.finish()
         except Exception as e:
             self._lost(e)
+
+    def _gaps(self, summary: dict[str, Any]) -> dict[str, float]:
+        """`gap/...` of each `final/...` to the base run of the same seed, if that lies beside this run, finished."""
+        base = read_json(self.run_dir.parent / self.spec.arms[0].base_run_id / "result.json") or {}
+        if base.get("status") != "finished" or self.spec.run_id == self.spec.arms[0].base_run_id:
+            return {}
+        theirs = {f"final/{k}": v for k, v in base.get("metrics", {}).items()}
+        return {k.replace("final/", "gap/", 1): v - theirs[k] for k, v in summary.items() if k in theirs}
 
     def _lost(self, error: Exception) -> None:
         self.run = None
@@ -206,7 +246,41 @@ class _Mirror:
         )
 
 
-def _logged_in() -> bool:
+def read_mirror(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of the offline wandb files under `run_dir`, oldest file first.
+
+    The file is a LevelDB log: 7 bytes of head, then blocks of 32 KiB of fragments, each crc32 (4), length (2), type (1:
+    1 whole, 2 first, 3 middle, 4 last) and data; a joined record is wandb's own `Record` message. A torn end is left
+    out. (wandb's Python reader went with its release 0.31.)
+    """
+    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
+    if not files:
+        return []
+    from wandb.proto import wandb_internal_pb2 as proto
+
+    message: Any = proto.Record  # type: ignore[attr-defined]
+
+    rows = []
+    for file in files:
+        raw, at, joined = file.read_bytes(), 7, b""
+        while at + 7 <= len(raw):
+            if 32768 - at % 32768 < 7:  # the rest of a block that holds no head is padding
+                at += 32768 - at % 32768
+                continue
+            length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
+            if kind not in (1, 2, 3, 4) or at + 7 + length > len(raw):
+                break
+            joined = raw[at + 7 : at + 7 + length] if kind in (1, 2) else joined + raw[at + 7 : at + 7 + length]
+            at += 7 + length
+            if kind in (1, 4):
+                record = message.FromString(joined)
+                if record.WhichOneof("record_type") == "history":
+                    items = record.history.item
+                    rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
+    return rows
+
+
+def logged_in() -> bool:
     import wandb
 
     return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))

@@ -300,7 +300,7 @@ def test_a_sweep_as_a_user_runs_it(tmp_path: Path) -> None:
     assert (table["rows"][0]["rule"], table["rows"][0]["batch"]) == ("base", 32)
     drawn = scalerun("report", cwd=tmp_path)
     assert drawn.returncode == 0, drawn.stderr
-    assert (tmp_path / "report" / "loss.png").stat().st_size > 20_000
+    assert (tmp_path / "report" / "curves.png").stat().st_size > 20_000
 
 
 def test_two_devices_as_a_user_runs_them(tmp_path: Path) -> None:

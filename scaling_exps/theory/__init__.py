@@ -1,0 +1,145 @@
+"""The theory laboratory: the paper's SDEs, scaling rule and SVAG as something one runs.
+
+    scalerun theory [NAME ...] [--json] [--seed N] [--out DIR]
+
+Your own oracle, against the SDE on the same Brownian path:
+
+>>> import numpy as np
+>>> from scaling_exps.theory import Base, Problem, paired
+>>> class Quartic(Base):
+...     def f(self, x): return (x**4).sum(1) / 4  # x (N, d)
+...     def grad(self, x): return x**3
+>>> m = paired(Problem("rmsprop", Quartic(dim=1), x0=1.0), step=1 / 8, times=np.array([1.0]), paths=512, seed=0)
+>>> m.names[0], m.delta.shape
+('theta[0]', (1, 6))
+
+Quadratic ones have exact moments (`sde_moments`), fused kernels and self-sizing runs (`measure`).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from scaling_exps.theory.exact import sde_moments
+from scaling_exps.theory.laws import decoupled_decay, noise_dominance, scaling_rule
+from scaling_exps.theory.oracles import Base, Condition, Linear, Logistic, Noise, Oracle, Quadratic, TwoWell
+from scaling_exps.theory.orders import integrator, skewness, svag, weak_order
+from scaling_exps.theory.problem import Problem
+from scaling_exps.theory.result import Result, draw, show
+from scaling_exps.theory.sde import euler_maruyama, simulate
+from scaling_exps.theory.weak import Measurement, Run, fit, measure, paired, plain_run, scaled_run, svag_run
+
+CHECKS: dict[str, Callable[[int], Result]] = {
+    f.__name__: f for f in (weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, integrator)
+}
+
+__all__ = [
+    "CHECKS",
+    "Base",
+    "Condition",
+    "Linear",
+    "Logistic",
+    "Measurement",
+    "Noise",
+    "Oracle",
+    "Problem",
+    "Quadratic",
+    "Result",
+    "Run",
+    "TwoWell",
+    "euler_maruyama",
+    "fit",
+    "main",
+    "measure",
+    "paired",
+    "plain_run",
+    "run_check",
+    "scaled_run",
+    "sde_moments",
+    "simulate",
+    "svag_run",
+]
+
+
+def run_check(name: str, seed: int = 0) -> Result:
+    """Run one named check. Raises ValueError for an unknown name or a negative seed."""
+    if name not in CHECKS:
+        raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
+    if seed < 0:
+        raise ValueError(f"seed={seed} was given; allowed: >= 0; seed 0 is a seed")
+    start = time.perf_counter()
+    result = CHECKS[name](seed)
+    result.seconds = time.perf_counter() - start
+    return result
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
+    parser = argparse.ArgumentParser(
+        prog="scalerun theory",
+        description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
+        epilog="checks: " + "; ".join(f"{n}: {(f.__doc__ or '').splitlines()[0]}" for n, f in CHECKS.items()),
+    )
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all); also check=NAME")
+    parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
+    parser.add_argument("--seed", type=int, default=0, help="of every draw (0)")
+    parser.add_argument("--out", type=Path, default=None, help="write NAME.png and theory.json here")
+    args = parser.parse_args(argv)
+    try:
+        names = [part for n in args.names for part in n.removeprefix("check=").strip("[]").split(",") if part]
+        names = names or list(CHECKS)
+        for name in names:
+            if name not in CHECKS:
+                raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
+        if args.out:
+            args.out.mkdir(parents=True, exist_ok=True)
+        results = []
+        for name in dict.fromkeys(names):
+            results.append(run_check(name, args.seed))
+            if args.out:
+                draw(results[-1], args.out / f"{name}.png")
+            if not args.json:
+                _print(results[-1])
+        document = report(results, args.seed)
+        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
+        if args.out:
+            (args.out / "theory.json").write_text(text + "\n")
+        if args.json:
+            print(text)
+    except (ValueError, OSError) as e:
+        print(f"scalerun theory: {e}", file=sys.stderr)
+        return 2
+    return 0 if all(r.passed for r in results) else 1
+
+
+def report(results: Sequence[Result], seed: int) -> dict[str, object]:
+    """The JSON object: `checks`, `rows`, `fits`, and what it was made with."""
+    import platform
+
+    import numba
+    import numpy
+    import scipy
+    import torch
+
+    versions = {m.__name__: m.__version__ for m in (numpy, scipy, numba, torch)}
+    return {
+        "pass": all(r.passed for r in results),
+        "seed": seed,
+        "seconds": round(sum(r.seconds for r in results), 2),
+        "versions": {"python": platform.python_version(), **versions},
+        "checks": [r.json() for r in results],
+        "rows": [row.json() for r in results for row in r.rows],
+        "fits": [f.json() for r in results for f in r.fits],
+    }
+
+
+def _print(result: Result) -> None:
+    from rich.console import Console
+
+    console = Console()
+    show([result], console if console.is_terminal else Console(width=160))

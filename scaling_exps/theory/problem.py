@@ -1,0 +1,122 @@
+"""What is held fixed while the step shrinks: an oracle, an optimizer, the SDE's constants, a start, a horizon.
+
+symbol      name        meaning, paper section 4
+sigma0      sigma0      sigma eta (adaptive), sigma sqrt(eta) (SGD)
+eps0        eps0        eps eta
+c_i         c1, c2      (1 - beta_i) / eta^2
+eta_e       step        time of one optimizer step: eta^2 (adaptive), eta (SGD)
+u           u0          v / sigma^2
+t0          t0          Adam's start; the horizon is counted from it
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from scaling_exps.rules import Family, Hyper
+from scaling_exps.theory.oracles import Quadratic, positive
+
+Array = np.ndarray
+ALGORITHMS = ("rmsprop", "adam", "sgd")
+
+
+@dataclass(frozen=True, eq=False)
+class Problem:
+    """An optimizer on an oracle in continuous time.
+
+    Args:
+        algorithm: "rmsprop", "adam" (the paper's forms) or "sgd" (no momentum).
+        oracle: see `oracles.Oracle`.
+        x0, m0, u0: starts, (d,) or a number; u0 > 0, in units of the variance of z. m0 is Adam's alone.
+        sigma0, eps0, c1, c2: the constants above; eps0 >= 0, the others > 0.
+        t0: > 0 for Adam (1 - e^(-c t) vanishes at 0), 0 otherwise.
+        horizon: continuous time after t0.
+
+    Raises:
+        ValueError: what was given, what is allowed, what to do.
+    """
+
+    algorithm: str
+    oracle: Any
+    x0: Array | float = 1.0
+    m0: Array | float = 0.0
+    u0: Array | float = 1.0
+    sigma0: float = 1.0
+    eps0: float = 0.1
+    c1: float = 1.0
+    c2: float = 0.5
+    t0: float = 0.0
+    horizon: float = 1.0
+    start: tuple[Array, Array, Array] = field(init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        if self.algorithm not in ALGORITHMS:
+            raise ValueError(f"algorithm {self.algorithm!r} is unknown; allowed: {', '.join(ALGORITHMS)}; choose one")
+        for name in ("sigma0", "c1", "c2", "horizon"):
+            positive(name, getattr(self, name))
+        if not self.eps0 >= 0:
+            raise ValueError(f"eps0={self.eps0} was given; allowed: >= 0; pass eps0=0 for no epsilon")
+        d = self.oracle.dim
+        x0, m0, u0 = (np.broadcast_to(np.asarray(a, float), (d,)).copy() for a in (self.x0, self.m0, self.u0))
+        if not (u0 > 0).all() and self.algorithm != "sgd":
+            raise ValueError(
+                f"u0={u0.tolist()} was given; allowed: > 0 in every coordinate (u = v/sigma^2 stands under a root "
+                f"and in a denominator); start from the variance of the noise, u0=1.0"
+            )
+        if self.algorithm == "adam" and not self.t0 > 0:
+            raise ValueError(
+                f"t0={self.t0} was given for Adam; allowed: t0 > 0 (its SDE divides by 1 - exp(-c1 t), which is 0 "
+                f"at t = 0); pass a few steps' time, for example t0=0.5"
+            )
+        if self.algorithm != "adam" and self.t0:
+            raise ValueError(f"t0={self.t0} was given for {self.algorithm}; allowed: 0; only Adam needs a later start")
+        object.__setattr__(self, "start", (x0, m0, u0))
+
+    @property
+    def family(self) -> Family:
+        return "sgd" if self.algorithm == "sgd" else "adaptive"
+
+    @property
+    def quadratic(self) -> bool:
+        """Whether exact moments and fused kernels apply."""
+        return isinstance(self.oracle, Quadratic)
+
+    def discretise(self, step: float) -> tuple[Hyper, float]:
+        """(hyperparameters, sigma) of the optimizer whose step covers `step` of time (section 4).
+
+        >>> from scaling_exps.theory.oracles import Quadratic
+        >>> Problem("rmsprop", Quadratic([1.0])).discretise(1 / 16)
+        (Hyper(lr=0.25, betas=(0.96875,), eps=0.4, weight_decay=0.0), 4.0)
+
+        Raises:
+            ValueError: `step` at or above 1/(2 c2), or above 1/c1 (a beta would leave [0, 1)).
+        """
+        positive("step (eta^2)", step)
+        if self.algorithm == "sgd":
+            return Hyper(step, (0.0,), 0.0, 0.0), self.sigma0 / math.sqrt(step)
+        limit = min(0.5 / self.c2, 1 / self.c1 if self.algorithm == "adam" else math.inf)
+        if step >= limit:
+            raise ValueError(
+                f"eta^2={step:g} was given with c1={self.c1:g}, c2={self.c2:g}; allowed: eta^2 < {limit:g} "
+                f"(the smaller of 1/(2 c2) and, for Adam, 1/c1); take smaller steps or smaller c"
+            )
+        eta = math.sqrt(step)
+        betas: tuple[float, ...] = (1 - self.c2 * step,)
+        if self.algorithm == "adam":
+            betas = (1 - self.c1 * step, *betas)
+        return Hyper(eta, betas, self.eps0 / eta, 0.0), self.sigma0 / eta
+
+    def steps(self, step: float, time: float | None = None) -> int:
+        """How many steps of `step` make `time` (the horizon): a whole number, or ValueError."""
+        time = self.horizon if time is None else time
+        n = time / step
+        if abs(n - round(n)) > 1e-9 * max(1.0, n):
+            raise ValueError(
+                f"eta^2={step:g} was given for a time of {time:g}; allowed: a step that divides it; "
+                f"nearest: {time / max(1, round(n)):g}"
+            )
+        return round(n)
