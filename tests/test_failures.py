@@ -103,9 +103,7 @@ def test_what_a_killed_save_left_is_removed(halfway: Path, undisturbed: Path) ->
     assert not list(halfway.glob(".*"))
 
 
-def test_a_clock_that_jumps_changes_nothing(
-    halfway: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_clock_that_jumps_changes_nothing(halfway: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     real, jumps = time.time, iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 86400 * 365)
     goes_on(halfway, undisturbed)
