@@ -1,4 +1,4 @@
-"""Failure drills, one kind of fault each: what was broken is said, and the run ends in the bits of an undisturbed one."""
+"""Failure drills, one fault each: what was broken is said, and the run ends in the bits of an undisturbed one."""
 
 from __future__ import annotations
 

@@ -95,7 +95,7 @@ def test_secrets_and_second_lines_are_kept_out_of_setup() -> None:
 
 
 def test_places_that_nodes_do_not_share() -> None:
-    with pytest.raises(slurm.LaunchError, match="runs_dir .*shared file system"):
+    with pytest.raises(slurm.LaunchError, match=r"runs_dir .*shared file system"):
         slurm._check(Path("/tmp/runs"), settings())
 
 
