@@ -1,6 +1,7 @@
 """Failure drills: break runs on purpose, and compare what is left with a sweep that nobody disturbed.
 
-    python scripts/drill.py [--kills 100] [--out docs/reliability.md]
+    python scripts/drill.py [--kills 100] [--out drills.jsonl]
+    python scripts/drill.py --render drills.jsonl docs/reliability.md    the table of that page, from what was counted
 
 Random kills go over sweeps of small runs (digits, ResNet-8 of width 4) in three places: in one process, in two
 processes under torchrun, and in two tasks on two nodes under SLURM (left out where SLURM is not installed, or not
@@ -13,6 +14,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import json
 import os
 import random
 import shutil
@@ -77,7 +79,7 @@ def keep_going(place: str, runs: Path, launcher: subprocess.Popen[bytes] | None)
     return scalerun(place, runs)
 
 
-def victims(runs: Path) -> list[tuple[int, Path | None]]:
+def victims(runs: Path) -> list[int]:
     """Processes that train a run under `runs`: those that hold its lock, and their ranks."""
     found = []
     for folder in Path("/proc").glob("[0-9]*"):
@@ -87,7 +89,7 @@ def victims(runs: Path) -> list[tuple[int, Path | None]]:
                 continue
             if "scaling_exps.train" in words or "scaling_exps.cli" in words or "submitit.core._submit" in words:
                 found.append(int(folder.name))
-    return [(pid, None) for pid in found]
+    return found
 
 
 def held(runs: Path) -> list[Path]:
@@ -102,7 +104,7 @@ def strike(fault: str, runs: Path, chance: random.Random) -> bool:
     if fault == "requeue":
         jobs = [str(e["job"]) for d in busy for e in records.read_events(d)[-1:] if e.get("job")]
         return bool(jobs) and subprocess.run(["scontrol", "requeue", chance.choice(jobs)]).returncode == 0
-    pids = [pid for pid, _ in victims(runs)]
+    pids = victims(runs)
     try:
         os.kill(chance.choice(pids), getattr(signal, fault))
     except (IndexError, ProcessLookupError):
@@ -212,6 +214,29 @@ def cluster() -> Iterator[bool]:
             subprocess.run([ROOT / "tests/slurm/down.sh", directory], check=False)
 
 
+def render(lines: Path, page: Path) -> None:
+    """Put the counts of `lines` between the marks of `page`."""
+    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+    kinds = sorted({kind for row in rows for kind in row["counts"]})
+    table = [
+        f"| place | {' | '.join(kinds)} | kills | runs | launched again by hand | wrong |",
+        f"|---|{'---|' * (len(kinds) + 4)}",
+    ]
+    for row in rows:
+        counts = [row["counts"].get(kind, 0) for kind in kinds]
+        wrong = "; ".join(row["wrong"]) or "0"
+        cells = [row["place"], *counts, sum(counts), row["runs"], row["restarts"], wrong]
+        table.append(f"| {' | '.join(map(str, cells))} |")
+    totals = [sum(row["counts"].get(kind, 0) for row in rows) for kind in kinds]
+    wrong = sum(len(row["wrong"]) for row in rows)
+    cells = ["all", *totals, sum(totals), sum(r["runs"] for r in rows), sum(r["restarts"] for r in rows), wrong]
+    table.append(f"| {' | '.join(map(str, cells))} |")
+    begin, end = "<!-- counted -->", "<!-- end -->"
+    text = page.read_text()
+    head, tail = text.split(begin)[0], text.split(end)[1]
+    page.write_text(head + begin + "\n" + "\n".join(table) + "\n" + end + tail)
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--kills", type=int, default=100, help="in all places together (default: 100)")
@@ -219,7 +244,13 @@ def main() -> int:
     parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES))
     parser.add_argument("--minutes", type=float, default=30, help="stop striking after so long (default: 30)")
     parser.add_argument("--out", type=Path, help="a JSON lines file that gains one line a place")
+    parser.add_argument(
+        "--render", type=Path, nargs=2, metavar=("LINES", "PAGE"), help="make the table of PAGE from LINES"
+    )
     options = parser.parse_args()
+    if options.render:
+        render(*options.render)
+        return 0
     chance, until, good = random.Random(options.seed), time.monotonic() + 60 * options.minutes, True
     for i, place in enumerate(options.places):
         share = options.kills // len(options.places) + (i < options.kills % len(options.places))
@@ -231,8 +262,6 @@ def main() -> int:
             row = kill_sweeps(place, share, Path(folder), chance, until)
         good &= not row["wrong"]
         if options.out:
-            import json
-
             with open(options.out, "a") as f:
                 f.write(json.dumps(row) + "\n")
     return 0 if good else 1
