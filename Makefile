@@ -25,6 +25,7 @@ check: $(STAMP) ## format, lint, types, rooms
 bench: $(STAMP) ## our loop against bare loops, start-up, planning
 	$(PY) bench/loop.py
 	$(PY) bench/startup.py
+	$(PY) bench/report.py
 
 lock: ## names and versions only
 	$(PY) -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > requirements.lock

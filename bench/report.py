@@ -63,7 +63,8 @@ def fabricate(
             t = i * window * 1e-6
             lines.append(
                 f'{{"kind": "train", "step": {step}, "samples": {samples}, "t": {t}, "loss": {y}, '
-                f'"window": {window * unit}, "lr": {spec.science.hyper.lr}, "gradient_norm": 1.5, "seconds": {i * 0.01}}}\n'
+                f'"window": {window * unit}, "lr": {spec.science.hyper.lr}, "gradient_norm": 1.5, '
+                f'"seconds": {i * 0.01}}}\n'
             )
             if i * 10 // records > (i - 1) * 10 // records:
                 now = 0.1 + 0.8 * x + accuracy * x + common.gauss(0, 0.005) + mine / 5
