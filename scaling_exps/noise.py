@@ -154,15 +154,15 @@ def full(
             sums[g] = sums[g].add_(total) if g in sums else total
             for s, scale in enumerate(scales):
                 scaled = matrix if scale is None else matrix * scale
-                squares[s, g] += float(scaled.square().sum(1).double().sum())
+                squares[s, g] += _length(scaled)
     everything = reduce(torch.stack(list(sums.values())).sum(0) if sums else torch.zeros_like(like))  # (P,)
     lengths = torch.zeros(len(scales), k, dtype=torch.float64)  # |P(S − S_g)|²
     whole = torch.zeros(len(scales), dtype=torch.float64)
     for s, scale in enumerate(scales):
-        p = 1.0 if scale is None else scale
-        whole[s] = float((everything * p).double().square().sum())
         for g in mine:
-            lengths[s, g] = float(((everything - sums[g]) * p).double().square().sum())
+            rest = everything - sums[g]
+            lengths[s, g] = _length(rest if scale is None else rest.mul_(scale))
+        whole[s] = _length(everything if scale is None else everything * scale)
     both = reduce(torch.stack([squares, lengths]).to(like.device)).cpu()
     squares, lengths = both[0], both[1]
     counts = torch.tensor([edges[g + 1] - edges[g] for g in range(k)], dtype=torch.float64)
@@ -179,6 +179,11 @@ def full(
         trace, gradient_sq, inverse = _jackknife(at, left_out)
         out.append(Estimate(trace, gradient_sq, inverse, units, units * unit))
     return out
+
+
+def _length(x: Tensor) -> float:
+    """|x|²."""
+    return float(torch.linalg.vector_norm(x)) ** 2
 
 
 def unit_gradients(

@@ -24,7 +24,7 @@ BETAS = {"adam": 2, "adamw": 2, "rmsprop": 2, "paper_adam": 2, "paper_rmsprop": 
 WARMUPS = ("geometric", "linear")
 DECAYS = ("constant", "milestones", "cosine", "inverse_sqrt")
 NOISES = ("free", "full", "none")
-UNIT = 8  # examples in one gradient of a full noise measurement, where the network lets examples be independent
+UNIT = 16  # examples in one gradient of a full noise measurement, where the network lets examples be independent
 PRECISIONS = ("float32", "bfloat16")
 MAX_BATCH = 2**24
 
