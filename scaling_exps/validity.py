@@ -207,6 +207,9 @@ def describe(spec: RunSpec, runs_dir: Path, given: str | None) -> dict[str, Any]
     rows, source = of_base(spec, runs_dir, given)
     found = assess(rows, batch, base)
     what = f"validity, {spec.science.model['name']} {spec.science.optimizer} batch {base} -> {batch}"
+    if found is None and rows:
+        wanting = "not enough data at this batch (more measure.noise_examples would tell)"
+        return {"source": source, "text": f"{what}: {wanting}"}
     if found is None:
         return {"source": None, "text": f"validity: {source}"}
     return {**found.to_json(), "source": source, "text": f"{what}: {sentence(found, batch, base)}"}

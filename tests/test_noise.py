@@ -214,7 +214,7 @@ def test_one_process_and_two_ranks_agree(tmp_path: Path) -> None:
 
 def noise_run(tmp_path: Path, *words: str) -> Path:
     (spec,) = specs(
-        "batch=4", "recipe.batch=4", "measure.noise=full", "measure.noise_examples=64", "recipe.samples=1024", *words
+        "batch=4", "recipe.batch=4", "measure.noise=full", "measure.noise_examples=1024", "recipe.samples=1024", *words
     )
     run_dir = prepare(tmp_path, spec)
     train.run(run_dir)
