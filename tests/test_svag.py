@@ -9,7 +9,7 @@ import torch
 from conftest import specs
 from torch.nn import functional as F
 
-from scaling_exps import config, data, models, optim, plan, rules, train
+from scaling_exps import config, data, models, optim, plan, rules, theory, train
 
 OPTIMIZERS = ["adam", "rmsprop", "paper_adam", "paper_rmsprop", "sgd"]
 TORCH = {"adam": torch.optim.Adam, "rmsprop": torch.optim.Adam}
@@ -79,30 +79,20 @@ LABORATORY = [("adam", "adaptive"), ("paper_adam", "adaptive"), ("paper_rmsprop"
 
 @pytest.mark.parametrize(("optimizer", "family"), LABORATORY)
 def test_l_2_on_a_network_is_the_laboratory_s_l_2(optimizer: str, family: rules.Family) -> None:
-    """The numbers that the theory laboratory executes (`rules.svag`, `rules.svag_weights`; its own svag_run where it is
-    installed) drive a loop by hand; the trainer must end on its bits. Fails for any other weight, beta, eps, lr, step
-    count, schedule, or if a draw read the other's examples."""
+    """What the theory laboratory executes at l = 2 drives a loop by hand, and the trainer must end on its bits. Fails for
+    any other weight, beta, eps, lr, step count or schedule, or if a draw read the other's examples."""
     more = ["recipe.betas=[0]"] if family == "sgd" else []
     (base,) = specs(f"optimizer={optimizer}", "batch=8", "recipe.batch=8", "recipe.samples=48", *more)
     (spec,) = specs(f"optimizer={optimizer}", "batch=8", "recipe.batch=8", "recipe.samples=48", "svag=2", *more)
-    hyper, stretch = rules.svag(base.science.hyper, 2, family)
-    weights, steps = rules.svag_weights(2, family), base.science.steps * stretch
-    theory = pytest.importorskip("scaling_exps.theory") if _has_theory() else None
-    if theory is not None and optimizer != "adam":
-        name = optimizer.removeprefix("paper_")
-        problem = theory.Problem(name, theory.oracles.Quadratic(1) if hasattr(theory, "oracles") else None)
-        run = theory.svag_run(problem, theory.Run(base.science.hyper, 1.0, 1.0, base.science.steps), 2)
-        assert (run.hyper, run.weights, run.steps) == (hyper, weights, steps)
+    name = optimizer.removeprefix("paper_")
+    problem = theory.Problem(name, theory.Quadratic([1.0]), t0=0.5 if name == "adam" else 0.0)
+    laboratory = theory.svag_run(problem, theory.Run(base.science.hyper, 1.0, 1.0, base.science.steps), 2)
+    hyper, weights, steps = laboratory.hyper, laboratory.weights, laboratory.steps
+    stretch = steps // base.science.steps
     assert (spec.science.hyper, spec.science.steps) == (hyper, steps)
     trainer = trained(spec, steps)
     assert spec.samples(steps) == 2 * stretch * 48  # what is read, said honestly
     assert same_bits(trainer.net, by_hand(spec, steps, weights, hyper, stretch))
-
-
-def _has_theory() -> bool:
-    import importlib.util
-
-    return importlib.util.find_spec("scaling_exps.theory") is not None
 
 
 def test_weights_keep_the_mean_and_multiply_the_covariance() -> None:
