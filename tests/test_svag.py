@@ -79,7 +79,7 @@ LABORATORY = [("adam", "adaptive"), ("paper_adam", "adaptive"), ("paper_rmsprop"
 
 @pytest.mark.parametrize(("optimizer", "family"), LABORATORY)
 def test_l_2_on_a_network_is_the_laboratory_s_l_2(optimizer: str, family: rules.Family) -> None:
-    """What the theory laboratory executes at l = 2 drives a loop by hand, and the trainer must end on its bits. Fails for
+    """What the theory laboratory executes at l = 2 drives a loop by hand; the trainer must end on its bits. Fails for
     any other weight, beta, eps, lr, step count or schedule, or if a draw read the other's examples."""
     more = ["recipe.betas=[0]"] if family == "sgd" else []
     (base,) = specs(f"optimizer={optimizer}", "batch=8", "recipe.batch=8", "recipe.samples=48", *more)
