@@ -208,7 +208,12 @@ def _explain(error: Exception) -> str:
             )
         close = difflib.get_close_matches(group[2], options, 1)
         return f"unknown {group[1]} {group[2]!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
-    return text.splitlines()[0] if text else repr(error)
+    first = text.splitlines()[0] if text else repr(error)
+    if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
+        return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
+    if word := re.search(r"Error parsing override '([^=]*)'$", first):
+        return f"{word[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
+    return first
 
 
 def _did_you_mean(close: list[str]) -> str:

@@ -116,7 +116,8 @@ BAD = [
     ("launch.devices=3", "does not divide"),
     ("experiment=fig99", "unknown experiment"),
     ("batch=[4", ""),
-    ("just-a-word", ""),
+    ("just-a-word", "neither key=value nor a command"),
+    ("rule=linear,sqrt", "a list is written rule=[linear,sqrt]"),
 ]
 
 
