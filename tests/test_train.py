@@ -17,6 +17,7 @@ import torch
 from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, work, worker
 
 from scaling_exps import data, models, optim, records, rules, train
+from scaling_exps.launch import directories
 
 
 def weights(run_dir: Path) -> dict[str, torch.Tensor]:
@@ -378,3 +379,15 @@ def test_records_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     assert train.run(run_dir) == "finished"
     assert rows(run_dir) == before
     assert all(torch.equal(final[k], v) for k, v in weights(run_dir).items())
+
+
+def test_a_margin_is_fixed_before_the_run(tmp_path: Path) -> None:
+    """Typed again with another margin, a run that has begun keeps its own; one that has not takes the new one."""
+    (narrow,), (wide,) = specs("batch=8", "margin.train_loss=0.01"), specs("batch=8", "margin.train_loss=1")
+    assert narrow.run_id == wide.run_id
+    run_dir = directories.write([wide], tmp_path)[wide.run_id]
+    directories.write([narrow], tmp_path)
+    assert records.read_spec(run_dir).margin == {"train_loss": 0.01}
+    assert train.run(run_dir) == "finished"
+    directories.write([wide], tmp_path)
+    assert records.read_spec(run_dir).margin == {"train_loss": 0.01}

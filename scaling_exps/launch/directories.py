@@ -38,7 +38,9 @@ def write(specs: list[RunSpec], root: Path) -> dict[str, Path]:
                 known = records.read_spec(run_dir)
                 arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
                 started = any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
-                spec = replace(spec, arms=arms, placement=known.placement if started else spec.placement)
+                if started:  # a margin is fixed before the run: a later one does not replace it
+                    spec = replace(spec, placement=known.placement, margin=known.margin or spec.margin)
+                spec = replace(spec, arms=arms)
                 if spec == known:
                     dirs[spec.run_id] = run_dir
                     continue
