@@ -729,7 +729,9 @@ def _run_all(run_dirs: list[Path], log: bool, patience: float) -> bool:
             until = time.monotonic() + patience
             while (state := records.state(run_dir)) == "running" and time.monotonic() < until:
                 time.sleep(0.2)
-            free.fill_(float(state in ("waiting", "interrupted", "failed")))
+            # a requeued job is not a person who tries again: what failed before it was requeued stays failed
+            again = () if _job() and int(os.environ.get("SLURM_RESTART_COUNT", 0)) else ("failed",)
+            free.fill_(float(state in ("waiting", "interrupted", *again)))
             if patience and state == "running":
                 print(f"{run_dir} is held by {records.holder(run_dir)}", file=sys.stderr)
                 good = False

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, rows, scalerun
+from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, work
 
 from scaling_exps import records
 
@@ -147,7 +147,8 @@ def test_preemption_and_then_a_lost_node(undisturbed: Path, tmp_path: Path) -> N
 
 def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path: Path) -> None:
     requeued, limited, cancelled = (tmp_path / name for name in ("requeued", "limited", "cancelled"))
-    submit(limited, *TWO_NODES, "seed=0", "launch.minutes=1", "launch.signal_seconds=55")
+    # SLURM looks at time limits only now and then: this run is long enough to be caught
+    submit(limited, *TWO_NODES, "seed=0", "recipe.samples=230400", "launch.minutes=1", "launch.signal_seconds=55")
     submit(requeued, *TWO_NODES, "seed=1", "checkpoint.minutes=0.01")
     submit(cancelled, *TWO_NODES, "seed=[0,1]", "launch.array_parallelism=1")
     (a,), (b,) = run_dirs(requeued), run_dirs(limited)
@@ -163,8 +164,11 @@ def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path:
     assert starts(a) >= 2
     assert starts(b) >= 2
     assert "saved and stopped" in (b / "log.txt").read_text()
-    for run_dir in (a, b, *run_dirs(cancelled)):
+    for run_dir in (a, *run_dirs(cancelled)):
         same(run_dir, undisturbed / "runs" / run_dir.name)
+    whole = prepare(tmp_path / "whole", records.read_spec(b))
+    work(whole, 2)
+    same(b, whole)
 
 
 def test_a_killed_rank_is_requeued_and_a_broken_run_is_not(undisturbed: Path, tmp_path: Path) -> None:

@@ -358,7 +358,10 @@ def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
 def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
     (spec,) = specs("batch=4", "recipe.samples=40000")
     run_dir = prepare(tmp_path, spec)
-    process = subprocess.Popen(worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    process = subprocess.Popen(
+        worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
+    )  # fmt: skip
     while not (run_dir / "records.jsonl").exists():
         time.sleep(0.05)
     process.send_signal(signal.SIGINT)
