@@ -146,6 +146,10 @@ def _resnet8(shape: tuple[int, int, int], classes: int, width: int, norm: str) -
     return _cifar_resnet(8, shape, classes, width, norm)
 
 
+def _resnet20(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
+    return _cifar_resnet(20, shape, classes, width, norm)
+
+
 def _resnet56(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
     return _cifar_resnet(56, shape, classes, width, norm)
 
@@ -161,18 +165,20 @@ def _resnet50(shape: tuple[int, int, int], classes: int, norm: str) -> nn.Module
     return net
 
 
-def _vgg16(shape: tuple[int, int, int], classes: int, norm: str) -> nn.Module:
+def _vgg16(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
     _only_batch_norm("vgg16", norm)
+    if width < 1:
+        raise ModelError(f"model.width={width} must be >= 1 (channels of the first layer; VGG-16 has 64)")
     if min(shape[:2]) < 32 or shape[2] != 3:
         raise ModelError(f"vgg16 takes 3 channels of at least 32 x 32 pixels (it halves them five times), not {shape}")
     from torchvision.models.vgg import cfgs, make_layers
 
-    features = make_layers(cfgs["D"], batch_norm=True)
+    features = make_layers([c if isinstance(c, str) else c * width // 64 for c in cfgs["D"]], batch_norm=True)
     for m in features:
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's VGG does
             m.bias = None  # BN subtracts it again: its gradient is pure rounding error, which Adam would amplify
-    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(512, classes))
+    return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
 
 
 def _only_batch_norm(name: str, norm: str) -> None:
@@ -182,6 +188,7 @@ def _only_batch_norm(name: str, norm: str) -> None:
 
 NETWORKS: dict[str, Callable[..., nn.Module]] = {
     "resnet8": _resnet8,
+    "resnet20": _resnet20,
     "resnet56": _resnet56,
     "resnet50": _resnet50,
     "vgg16": _vgg16,
