@@ -7,7 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from dataclasses import dataclass, fields, is_dataclass
+from dataclasses import dataclass, fields, is_dataclass, make_dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,10 +30,19 @@ class Optimizer:
 
 @dataclass
 class Dataset:
+    """What every kind has; `kind` says which of the classes below it is."""
+
+    kind: str
     name: str
     path: str | None
-    train_size: int
-    test_size: int
+    train_size: int | None  # examples (the first so many); null is all, where only the data knows how many
+    test_size: int | None
+
+
+@dataclass
+class ImageDataset(Dataset):
+    """Images that are held in memory."""
+
     shape: list[int]  # height, width, channels
     classes: int
     mean: list[float]
@@ -41,6 +50,29 @@ class Dataset:
     shift: int  # pixels of the padded crop
     flip: bool
     label_noise: float
+
+
+@dataclass
+class FileDataset(Dataset):
+    """Images that are decoded as they are needed."""
+
+    shape: list[int]  # height, width, channels of what the network sees
+    classes: int
+    mean: list[float]
+    std: list[float]
+    area: list[float]  # smallest and largest share of the image that a random crop takes
+    resize: int  # shorter side of a test image before its central crop
+    flip: bool
+
+
+@dataclass
+class TokenDataset(Dataset):
+    """Texts, as sequences of tokens; an example is a sequence."""
+
+    tokenizer: str  # bytes, bpe (trained on the corpus), or a tokenizer of the hub or of a folder
+    vocab: int
+    context: int  # tokens of a sequence
+    mask: float  # share of tokens that are hidden and predicted; 0 is next-token prediction
 
 
 @dataclass
@@ -117,6 +149,7 @@ class Margin:
     train_loss: float | None
     trajectory: float | None
     weight_norm: float | None
+    perplexity: float | None
 
 
 @dataclass
@@ -147,6 +180,12 @@ class Config:
     runs_dir: str
     noise: str | None  # where `plan` finds the base run's noise record
     experiment: str | None = None
+
+
+VARIANTS: dict[type, tuple[str, dict[str, type]]] = {  # a field whose value decides the class
+    Launch: ("name", {"slurm": SlurmLaunch}),
+    Dataset: ("kind", {"images": ImageDataset, "files": FileDataset, "tokens": TokenDataset}),
+}
 
 
 def compose(argv: list[str]) -> list[Config]:
@@ -223,7 +262,11 @@ def _did_you_mean(close: list[str]) -> str:
 def _nearest_key(word: str) -> str:
     key = word.split("=")[0].split("@")[0]
     hints = {f.name: f.type for f in fields(Config)}
-    kinds = {n: globals()[str(t)] for n, t in hints.items() if str(t) in globals()} | {"launch": SlurmLaunch}
+    kinds = {n: globals()[str(t)] for n, t in hints.items() if str(t) in globals()}
+    for name, kind in kinds.items():
+        if kind in VARIANTS:  # every key that some variant has
+            every = {f.name: f for c in (kind, *VARIANTS[kind][1].values()) for f in fields(c)}
+            kinds[name] = make_dataclass(name, [(f, Any) for f in every])
     sub = {n: [f"{n}.{f.name}" for f in fields(kind)] for n, kind in kinds.items()}
     known = [*hints, *(k for keys in sub.values() for k in keys)]
     close = difflib.get_close_matches(key, known, 1, 0.5)
@@ -254,8 +297,9 @@ def _value(kind: Any, value: Any, key: str) -> Any:
     if is_dataclass(kind):
         if not isinstance(value, dict):
             raise ConfigError(f"{key}={value!r} must be a group of keys, or the name of an option of the group {key!r}")
-        if kind is Launch and value.get("name") == "slurm":
-            kind = SlurmLaunch
+        if kind in VARIANTS:
+            by, classes = VARIANTS[kind]
+            kind = classes.get(str(value.get(by)), kind)
         return _typed(kind, value, key + ".")
     origin, args = typing.get_origin(kind), typing.get_args(kind)
     if origin in (typing.Union, types.UnionType):

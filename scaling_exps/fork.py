@@ -213,8 +213,7 @@ class _Branching:
         self._lr = t.optimizer.param_groups[0]["lr"]
         s = self.spec.science
         scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
-        images = data.load(s.dataset, self.spec.dataset_path)
-        t.stream = data.Stream(images, s.dataset, s.seed, t.device, purpose=f"fork/{repeat}")
+        t.stream = data.stream(s.dataset, self.spec.dataset_path, s.seed, t.device, f"fork/{repeat}")
         return t
 
     def loss(self, noise: float | None, repeat: int) -> float:
@@ -230,19 +229,18 @@ class _Branching:
 def _probe(t: Any) -> float:
     """Mean training loss on fixed samples, weights as they are."""
     import torch
-    from torch.nn import functional as F
 
-    from scaling_exps import data
+    from scaling_exps import train
 
     t.evaluate()  # leaves evaluation statistics where the network has any
     s = t.science
-    stream = data.Stream(data.load(s.dataset, t.spec.dataset_path), s.dataset, s.seed, t.device, purpose="fork/probe")
+    stream = t.stream.sibling(s.seed, "fork/probe")
     t.net.eval()
     total = 0.0
     with torch.no_grad():
         for start in range(0, PROBE, 256):
             x, y = stream.batch(start, start + 256)
-            total += float(F.cross_entropy(t.net(x).float(), y, reduction="sum"))
+            total += 256 * float(train.mean_loss(t.net(x).float(), y))
     return total / PROBE
 
 

@@ -225,7 +225,7 @@ def example_gradients(
 
     size = sum(p.numel() for p in params.values())
     most = max(1, min(32, BLOCK_BYTES // (4 * size)))
-    each = vmap(grad_and_value(lambda p, x, y: loss(p, x[None], y[None])), in_dims=(None, 0, 0))
+    each = vmap(grad_and_value(lambda p, x, y: loss(p, x[None], y[None])), in_dims=(None, 0, 0), randomness="different")
     held = {k: p.detach() for k, p in params.items()}
     for start in range(examples.start, examples.stop, most):
         grads, values = each(held, *batch(start, min(start + most, examples.stop)))

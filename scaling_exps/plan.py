@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 from scaling_exps import rules
-from scaling_exps.config import Config, Launch, SlurmLaunch
+from scaling_exps.config import Config, Dataset, FileDataset, ImageDataset, Launch, SlurmLaunch, TokenDataset
 from scaling_exps.rules import Hyper
 
 VERSION = 1  # of run.json
@@ -248,7 +248,7 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
 
     def science(hyper: Hyper, batch: int, svag: int, duration: float) -> Science:
         hyper, stretch = rules.svag(hyper, svag, family)
-        total = r.samples if r.samples is not None else round((r.epochs or 0) * config.dataset.train_size)
+        total = r.samples if r.samples is not None else round((r.epochs or 0) * (config.dataset.train_size or 0))
         total = round(total * duration)
         dataset = asdict(config.dataset)
         del dataset["path"]  # where the data lies is not what it is
@@ -344,7 +344,8 @@ def _check(c: Config, batch: int, seed: int) -> None:
     """Refuse what no rule could make sense of, all faults at once."""
     r, m = c.recipe, c.measure
     given = (r.epochs is not None) + (r.samples is not None)
-    duration = r.samples if r.samples is not None else (r.epochs or 0) * c.dataset.train_size
+    size = c.dataset.train_size
+    duration = r.samples if r.samples is not None else (r.epochs or 0) * (size or 1)
     wrong = [
         (not 1 <= batch <= MAX_BATCH, f"batch={batch} must lie between 1 and {MAX_BATCH}"),
         (r.batch < 1, f"recipe.batch={r.batch} must be >= 1"),
@@ -385,15 +386,57 @@ def _check(c: Config, batch: int, seed: int) -> None:
         (not c.checkpoint.minutes > 0, f"checkpoint.minutes={c.checkpoint.minutes} must be > 0"),
         *_slurm_faults(c.launch),
         (c.launch.parallel < 1, f"launch.parallel={c.launch.parallel} must be >= 1"),
-        (not 0 <= c.dataset.label_noise <= 1, f"dataset.label_noise={c.dataset.label_noise} must lie in [0, 1]"),
-        (c.dataset.train_size < 1 or c.dataset.test_size < 1, "dataset.train_size and dataset.test_size must be >= 1"),
+        (
+            any(n is not None and n < 1 for n in (size, c.dataset.test_size)),
+            "dataset.train_size and dataset.test_size must be >= 1",
+        ),
+        (
+            r.epochs is not None and size is None,
+            "recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples",
+        ),
+        *_dataset_faults(c.dataset, c.model),
     ]  # fmt: skip
     if found := [text for bad, text in wrong if bad]:
         raise PlanError("; ".join(found))
 
 
+def _dataset_faults(d: Dataset, model: dict[str, Any]) -> list[tuple[bool, str]]:
+    if isinstance(d, ImageDataset):
+        return [
+            (d.train_size is None or d.test_size is None, f"dataset {d.name} needs dataset.train_size and test_size"),
+            (not 0 <= d.label_noise <= 1, f"dataset.label_noise={d.label_noise} must lie in [0, 1]"),
+        ]
+    if isinstance(d, FileDataset):
+        return [
+            (
+                len(d.area) != 2 or not 0 < d.area[0] <= d.area[1] <= 1,
+                f"dataset.area={d.area} must be [smallest, largest] share of an image, in (0, 1]",
+            ),
+            (d.resize < max(d.shape[:2]), f"dataset.resize={d.resize} must be >= the image size {d.shape[:2]}"),
+        ]
+    if not isinstance(d, TokenDataset):
+        return [(True, f"dataset.kind={d.kind!r}; allowed: images, files, tokens")]
+    positions, masked = model.get("context"), model["name"] == "roberta"
+    return [
+        (d.context < 2, f"dataset.context={d.context} must be >= 2 tokens"),
+        (d.vocab < 2, f"dataset.vocab={d.vocab} must be >= 2"),
+        (not 0 <= d.mask < 1, f"dataset.mask={d.mask} must lie in [0, 1)"),
+        (d.mask > 0 and round(d.mask * d.context) < 1, f"dataset.mask={d.mask} hides no token of {d.context}"),
+        (
+            isinstance(positions, int) and d.context > positions,
+            f"dataset.context={d.context}: sequences are longer than the model's model.context={positions} positions; "
+            "lower the one or raise the other",
+        ),
+        (masked and d.mask == 0, "model roberta sees both sides of a token: give dataset.mask, for example 0.15"),
+        (
+            model["name"] == "gpt" and d.mask > 0,
+            f"model gpt predicts the next token and hides none: use dataset.mask=0, not {d.mask}",
+        ),
+    ]
+
+
 def _check_svag(c: Config, batch: int) -> None:
-    if 2 * batch > c.dataset.train_size:
+    if c.dataset.train_size is not None and 2 * batch > c.dataset.train_size:
         raise PlanError(
             f"svag={c.svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
             f"{c.dataset.train_size} training examples; allowed: batch <= {c.dataset.train_size // 2}, or svag=1"
@@ -436,7 +479,7 @@ def _check_noise(s: Science) -> None:
         raise PlanError(f"{given}: not a whole number of gradients; nearest that fit: {_multiples(n, unit)}")
     if n // unit < 2:
         raise PlanError(f"{given}: a covariance needs two gradients, so at least {2 * unit} examples")
-    if n > size:
+    if size is not None and n > size:
         raise PlanError(f"{given}: there are only {size} training examples")
 
 

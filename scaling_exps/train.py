@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import math
 import os
 import platform
 import re
@@ -51,6 +52,11 @@ LOOK = 1.0  # seconds between two looks of the ranks at each other: does one wan
 _signals: list[int] = []  # received; the handler does nothing else
 
 
+def mean_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Cross-entropy in nats over every target that is not hidden: (B, C), (B,) or (B, T, V), (B, T)."""
+    return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
+
+
 class Trainer:
     """The state of one run on one rank."""
 
@@ -68,7 +74,7 @@ class Trainer:
             if self.world > 1
             else net  # type: ignore[assignment]
         )
-        self.stream = data.Stream(data.load(s.dataset, spec.dataset_path), s.dataset, s.seed, self.device)
+        self.stream = data.stream(s.dataset, spec.dataset_path, s.seed, self.device)
         self.statistics = self.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
         self.noise_stream = self.stream.sibling(s.seed, "noise")
         self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
@@ -95,10 +101,11 @@ class Trainer:
         for j in range(last + 1):
             draw, i = divmod(j, self.per_draw)
             start = first + draw * s.batch + (self.rank * self.per_draw + i) * micro
-            x, y = self.stream.batch(start, start + micro)  # (m, C, H, W), (m,)
+            x, y = self.stream.batch(start, start + micro)  # (m, C, H, W), (m,); of tokens (m, T), (m, T)
+            self._seed_dropout("dropout", start)
             with self._reduce(j == last):
                 with self._autocast():
-                    loss = F.cross_entropy(self.forward(x), y)
+                    loss = mean_loss(self.forward(x), y)
                 (loss * self.weights[draw]).backward()
             loss_sum += loss.detach()
             if self.free is not None:
@@ -130,6 +137,16 @@ class Trainer:
         if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not now:
             return self.forward.no_sync()
         return contextlib.nullcontext()
+
+    def _seed_dropout(self, purpose: str, start: int) -> None:
+        """What the network itself draws is a function of (seed, the micro-batch's place in the stream).
+
+        Dropout knows only torch's generator of the device, so that one is set; nothing else draws from it.
+        """
+        where = (
+            torch.default_generator if self.device.type == "cpu" else torch.cuda.default_generators[self.device.index]
+        )
+        where.manual_seed(data.key(self.science.seed, f"{purpose}/{start}"))
 
     def _autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.science.precision == "bfloat16")
@@ -184,19 +201,24 @@ class Trainer:
 
         def loss(x: Tensor, y: Tensor) -> Tensor:
             with self._autocast():
-                return F.cross_entropy(self.net(x), y)
+                return mean_loss(self.net(x), y)
 
         def loss_at(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
             with self._autocast():
-                return F.cross_entropy(torch.func.functional_call(self.net, p, (x,)), y)
+                return mean_loss(torch.func.functional_call(self.net, p, (x,)), y)
 
         def blocks(units: range) -> Iterator[Tensor]:
             if unit == 1 and not models.has_batch_norm(self.net):
+                self._seed_dropout("noise", first + units.start)
                 return noise.example_gradients(
                     loss_at, named, lambda a, b: stream.batch(first + a, first + b), units, losses
                 )
-            where = lambda i: stream.batch(first + i * unit, first + (i + 1) * unit)  # noqa: E731
-            return noise.unit_gradients(loss, list(named.values()), where, units, losses)
+
+            def batch(i: int) -> tuple[Tensor, Tensor]:
+                self._seed_dropout("noise", first + i * unit)
+                return stream.batch(first + i * unit, first + (i + 1) * unit)
+
+            return noise.unit_gradients(loss, list(named.values()), batch, units, losses)
 
         if self.free is not None:
             self.free.listening = False
@@ -225,7 +247,10 @@ class Trainer:
 
     @torch.no_grad()
     def evaluate(self) -> dict[str, Any]:
-        """Test loss and accuracy of the current weights, each rank taking its share of the test set."""
+        """Test loss of the current weights, and accuracy (images) or perplexity and bits per byte (tokens).
+
+        Each rank takes its share of the test set.
+        """
         s = self.science
         if models.has_batch_norm(self.net):
             n = -(-s.measure.statistics_samples // s.micro_batch)  # micro-batches, over all ranks
@@ -236,18 +261,26 @@ class Trainer:
             for b in buffers:
                 b.copy_(_sum_over_ranks(b.double() * len(mine)) / n)
         self.net.eval()
+        tokens = s.dataset["kind"] == "tokens"
         sums = torch.zeros(3, dtype=torch.float64, device=self.device)  # loss, correct, count
-        size = len(self.stream.test_labels)
-        for start in range(self.rank * EVALUATION_BATCH, size, self.world * EVALUATION_BATCH):
-            x, y = self.stream.test_batch(start, min(start + EVALUATION_BATCH, size))
+        size, at_once = self.stream.test_size, min(s.micro_batch, EVALUATION_BATCH) if tokens else EVALUATION_BATCH
+        for start in range(self.rank * at_once, size, self.world * at_once):
+            x, y = self.stream.test_batch(start, min(start + at_once, size))
             with self._autocast():
                 logits = self.net(x)
-            loss = F.cross_entropy(logits.float(), y, reduction="sum")
-            sums += torch.stack([loss, (logits.argmax(1) == y).sum(), torch.full_like(loss, len(y))]).double()
+            loss = mean_loss(logits.float(), y, reduction="sum")
+            correct = 0 * loss if tokens else (logits.argmax(1) == y).sum()
+            sums += torch.stack([loss, correct, (y >= 0).sum()]).double()
         self.net.train()
-        loss, correct, count = _sum_over_ranks(sums).tolist()
+        total, correct, count = _sum_over_ranks(sums).tolist()
+        loss = total / count
         weight_norm = float(nn.utils.get_total_norm([p.detach() for p in self.net.parameters()]))
-        return self._record("eval", loss=loss / count, accuracy=correct / count, weight_norm=weight_norm)
+        if not tokens:
+            return self._record("eval", loss=loss, accuracy=correct / count, weight_norm=weight_norm)
+        found = {"loss": loss, "perplexity": math.exp(min(loss, 700.0)), "weight_norm": weight_norm}
+        if isinstance(self.stream, data.TokenStream) and not s.dataset["mask"]:
+            found["bits_per_byte"] = loss / math.log(2) / self.stream.bytes_per_token
+        return self._record("eval", **found)
 
     # ---- checkpoints ----
 
@@ -259,6 +292,7 @@ class Trainer:
             return
         state = {
             "run_id": self.spec.run_id,
+            "data": self.stream.fingerprint,
             "step": self.step,
             "net": self.net.state_dict(),
             "optimizer": self.optimizer.state_dict(),
@@ -297,6 +331,11 @@ class Trainer:
                 continue
             if state["run_id"] != self.spec.run_id:
                 raise TrainError(f"{self.run_dir / name} belongs to run {state['run_id']}")
+            if state["data"] != self.stream.fingerprint:
+                raise TrainError(
+                    f"the data changed since {self.run_dir / name} was written (its tokens were {state['data']}, now "
+                    f"{self.stream.fingerprint}): go on with the data it began with, or start anew in another runs_dir"
+                )
             self.net.load_state_dict(state["net"])
             self.optimizer.load_state_dict(state["optimizer"])
             self.step, self.seconds, self.loss_count = state["step"], state["seconds"], state["loss_count"]
@@ -420,8 +459,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
                     writer.write(record)
                     if bar.disable:
                         print(
-                            f"{record['samples']:>12,} samples  test loss {record['loss']:.4f}"
-                            f"  accuracy {record['accuracy']:.2%}  {_rate(trainer):,.0f} samples/s", flush=True,
+                            f"{record['samples']:>12,} samples  test loss {record['loss']:.4f}  "
+                            f"{_quality(record)}  {_rate(trainer):,.0f} samples/s", flush=True,
                         )  # fmt: skip
                 started = time.monotonic()
             if k >= look_at and k < s.steps:
@@ -448,7 +487,7 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
     trainer.save(writer.sync() if writer else 0)
     if writer:
         rows = records.read_records(run_dir)
-        metrics = final_metrics(rows)
+        metrics, test = final_metrics(rows), next(r for r in reversed(rows) if r["kind"] == "eval")
         told = validity.summary(rows, s.batch)
         found = validity.assess(rows, s.batch, s.batch)
         result = {
@@ -463,8 +502,8 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
         writer.close({f"final/{k}": v for k, v in metrics.items()})
         records.write_json(run_dir / "result.json", result)
         print(
-            f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, accuracy "
-            f"{metrics['test_accuracy']:.2%} after {spec.samples(s.steps):,} samples; {_rate(trainer):,.0f} samples/s, "
+            f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, "
+            f"{_quality(test)} after {spec.samples(s.steps):,} samples; {_rate(trainer):,.0f} samples/s, "
             f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB" + (f"\n{told}" if told else ""),
             flush=True,
         )
@@ -474,12 +513,17 @@ def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
     """The last record of each kind, under the names of result.json."""
     train = next(r for r in reversed(rows) if r["kind"] == "train")
     test = next(r for r in reversed(rows) if r["kind"] == "eval")
-    return {
-        "train_loss": train["loss"],
-        "test_loss": test["loss"],
-        "test_accuracy": test["accuracy"],
-        "weight_norm": test["weight_norm"],
-    }
+    names = {"loss": "test_loss", "accuracy": "test_accuracy"}
+    kept = ("loss", "accuracy", "perplexity", "bits_per_byte", "weight_norm")
+    return {"train_loss": train["loss"], **{names.get(k, k): test[k] for k in kept if k in test}}
+
+
+def _quality(record: dict[str, Any]) -> str:
+    """What people look at, of an eval record."""
+    if "accuracy" in record:
+        return f"accuracy {record['accuracy']:.2%}"
+    bits = f", {record['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in record else ""
+    return f"perplexity {record['perplexity']:,.2f}{bits}"
 
 
 def _marks(spec: RunSpec, step: int, count: int) -> int:
@@ -501,8 +545,7 @@ def _rate(trainer: Trainer) -> float:
 
 def build_net(spec: RunSpec) -> nn.Module:
     s = spec.science
-    height, width, channels = s.dataset["shape"]
-    return models.build(s.model, (height, width, channels), s.dataset["classes"], s.seed, s.freeze_last)
+    return models.build(s.model, s.dataset, s.seed, s.freeze_last)
 
 
 def preflight(specs: list[RunSpec]) -> None:
@@ -518,16 +561,16 @@ def preflight(specs: list[RunSpec]) -> None:
         if key in seen:
             continue
         seen.add(key)
-        data.load(s.dataset, spec.dataset_path)
+        x, y = data.stream(s.dataset, spec.dataset_path, s.seed, torch.device("cpu")).test_batch(0, 1)
         with torch.no_grad(), torch.device("cpu"):
             net = build_net(spec).eval()
-            height, width, channels = s.dataset["shape"]
             try:
-                net(torch.zeros(1, channels, height, width))
-            except RuntimeError as e:
-                raise models.ModelError(
-                    f"model {s.model} cannot take {height} x {width} x {channels} images: {e}"
-                ) from e
+                got = tuple(net(x).shape)
+            except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as e:
+                raise models.ModelError(f"model {s.model} cannot take inputs of shape {tuple(x.shape[1:])}: {e}") from e
+        wanted = (*y.shape, s.dataset["classes"]) if "classes" in s.dataset else (*y.shape, s.dataset["vocab"])
+        if len(got) != len(wanted) or got[:-1] != wanted[:-1] or got[-1] < wanted[-1]:
+            raise models.ModelError(f"model {s.model} returns {got} for one example; its logits must be {wanted}")
 
 
 # ---- ranks and devices ----

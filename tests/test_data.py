@@ -19,12 +19,14 @@ def dataset(name: str, **changes: Any) -> dict[str, Any]:
     return asdict(composed.dataset) | changes
 
 
-def stream(name: str, seed: int = 0, path: str | None = None, **changes: Any) -> data.Stream:
+def stream(name: str, seed: int = 0, path: str | None = None, **changes: Any) -> data.ImageStream:
     group = dataset(name, **changes)
-    return data.Stream(data.load(group, path), group, seed, CPU)
+    made = data.stream(group, path, seed, CPU)
+    assert isinstance(made, data.ImageStream)
+    return made
 
 
-def check_coupling(one: data.Stream) -> None:
+def check_coupling(one: data.ImageStream) -> None:
     first = [one.pixels(0, 8192), (one.indices(0, 8192),)]
     for batch in (64, 256):
         parts = [one.pixels(i, i + batch) for i in range(0, 8192, batch)]
@@ -56,7 +58,7 @@ def test_augmentation_is_a_padded_crop_and_a_flip() -> None:
     """Every output is one of the crops of its own image; all shifts and both flips occur about equally often."""
     group = dataset("digits", flip=True, shift=1)
     images = data.load(group, None)
-    one = data.Stream(images, group, 0, CPU)
+    one = data.ImageStream(images, group, 0, CPU)
     out, labels = one.pixels(0, 1437)
     padded = torch.nn.functional.pad(images.train, (0, 0, 1, 1, 1, 1))
     counts = torch.zeros(3, 3, 2)

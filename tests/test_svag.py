@@ -28,8 +28,8 @@ def by_hand(
 ) -> torch.nn.Module:
     """`steps` steps written out: whole draws, no micro-batches, no trainer."""
     s = spec.science
-    net = models.build(s.model, (8, 8, 1), 10, s.seed, False)
-    stream = data.Stream(data.load(s.dataset, None), s.dataset, s.seed, torch.device("cpu"))
+    net = models.build(s.model, s.dataset, s.seed)
+    stream = data.stream(s.dataset, None, s.seed, torch.device("cpu"))
     if s.optimizer in TORCH:
         optimizer = TORCH[s.optimizer](net.parameters(), hyper.lr, hyper.betas, hyper.eps, fused=True)
     else:

@@ -1,88 +1,17 @@
-"""Networks by name, and what their normalisation does with a batch.
-
-BatchNorm sees exactly the micro-batch (ghost batch norm). Its evaluation statistics are no by-product of
-training: they are recomputed on a fixed set of training samples before each evaluation, so they depend on
-neither the batch size nor the world size.
-"""
+"""Networks for images, by name: (B, C, H, W) -> logits (B, classes)."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import difflib
+from collections.abc import Callable
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from scaling_exps.models.contract import ModelError
 
-class ModelError(ValueError):
-    """The network cannot be built as asked."""
-
-
-def build(model: dict[str, Any], shape: tuple[int, int, int], classes: int, seed: int, freeze_last: bool) -> nn.Module:
-    """The network of the `model` group of the config, its weights a function of `seed` alone.
-
-    Args:
-        model: `name` and the options of that network.
-        shape: height, width, channels of an image.
-        classes: number of logits.
-        seed: of the initial weights.
-        freeze_last: keep the last linear layer at its N(0, 0.01^2) initial values (VGG of the authors' code).
-
-    Raises:
-        ModelError: unknown name or option, or an image size that the network cannot take.
-    """
-    options = dict(model)
-    name = options.pop("name")
-    if name not in NETWORKS:
-        raise ModelError(f"unknown model {name!r}; allowed: {', '.join(NETWORKS)}")
-    with torch.random.fork_rng(devices=[]):  # torch's initialisers know only the global generator
-        torch.manual_seed(seed)
-        net = NETWORKS[name](shape, classes, **options)
-        if freeze_last:
-            last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
-            nn.init.normal_(last.weight, 0.0, 0.01)
-            nn.init.zeros_(last.bias)
-            last.requires_grad_(False)
-    for norm in _batch_norms(net):
-        norm.momentum = 0.0  # training leaves the evaluation statistics alone
-    return net.to(memory_format=torch.channels_last)
-
-
-def _batch_norms(net: nn.Module) -> list[_BatchNorm]:
-    return [m for m in net.modules() if isinstance(m, _BatchNorm)]
-
-
-def has_batch_norm(net: nn.Module) -> bool:
-    return bool(_batch_norms(net))
-
-
-@torch.no_grad()
-def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
-    """Set BN's running statistics to the mean over `batches` of each batch's mean and (unbiased) variance.
-
-    Args:
-        net: any network; without BN nothing happens.
-        batches: images, each of the micro-batch's size, normalised as training does.
-
-    Returns:
-        The buffers, for the caller to average over ranks.
-    """
-    norms = _batch_norms(net)
-    if not norms:
-        return []
-    for norm in norms:
-        norm.reset_running_stats()
-        norm.momentum = None  # a plain average over what follows
-    net.train()
-    for images in batches:
-        net(images)
-    for norm in norms:
-        norm.momentum = 0.0
-        if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()  # it has served; left alone it would tell how the work was split
-    return [b for n in norms for b in (n.running_mean, n.running_var) if b is not None]
+CIFAR_FORM = 64  # pixels up to which ResNet-50 has its CIFAR form: a 3x3 stem and no max-pool
 
 
 class _Block(nn.Module):
@@ -159,6 +88,8 @@ def _resnet50(shape: tuple[int, int, int], classes: int, norm: str) -> nn.Module
     import timm
 
     net = timm.create_model("resnet50", pretrained=False, num_classes=classes, in_chans=shape[2])
+    if min(shape[:2]) > CIFAR_FORM:
+        return net
     net.conv1 = nn.Conv2d(shape[2], 64, 3, 1, 1, bias=False)  # CIFAR form: an image of 32 pixels keeps its resolution
     nn.init.kaiming_normal_(net.conv1.weight, mode="fan_out", nonlinearity="relu")
     net.maxpool = nn.Identity()
@@ -179,6 +110,20 @@ def _vgg16(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> 
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's VGG does
             m.bias = None  # BN subtracts it again: its gradient is pure rounding error, which Adam would amplify
     return nn.Sequential(features, nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(8 * width, classes))
+
+
+def timm_network(shape: tuple[int, int, int], classes: int, name: str, options: dict[str, Any]) -> nn.Module:
+    """Any network of timm, untrained."""
+    import timm
+
+    if not timm.is_model(name):
+        close = difflib.get_close_matches(name, timm.list_models(), 3)
+        hint = f"; close to it: {', '.join(close)}" if close else ""
+        raise ModelError(f"model.name={name!r} is no network of timm{hint} (timm.list_models() has all)")
+    try:
+        return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=shape[2], **options)
+    except (TypeError, ValueError, RuntimeError, AssertionError) as e:
+        raise ModelError(f"timm cannot make {name!r} with model.options={options}: {type(e).__name__}: {e}") from e
 
 
 def _only_batch_norm(name: str, norm: str) -> None:
