@@ -311,4 +311,4 @@ def test_a_killed_run_s_window_is_in_its_checkpoint(tmp_path: Path) -> None:
     two = train.Trainer(spec, run_dir)
     two.restore()
     assert two.noise_records(1) == one.noise_records(1)
-    assert data.Stream is type(two.noise_stream)
+    assert data.ImageStream is type(two.noise_stream)
