@@ -173,9 +173,10 @@ def multiplier(schedule: Schedule, samples: float) -> float:
         return schedule.warmup_from + (1 - schedule.warmup_from) * share
     if schedule.decay == "milestones":
         return float(schedule.gamma ** sum(samples >= m for m in schedule.milestones))
-    if schedule.decay == "cosine":
+    if schedule.decay in ("cosine", "linear"):
         share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
-        return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        share = min(1.0, share)
+        return 1 - share if schedule.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share))
     if schedule.decay == "inverse_sqrt":
         return math.sqrt(max(1.0, schedule.warmup_samples) / samples) if samples else 1.0
     assert schedule.decay == "constant", schedule.decay

@@ -22,7 +22,7 @@ from scaling_exps.rules import Hyper
 VERSION = 1  # of run.json
 BETAS = {"adam": 2, "adamw": 2, "rmsprop": 2, "paper_adam": 2, "paper_rmsprop": 1, "sgd": 1}
 WARMUPS = ("geometric", "linear")
-DECAYS = ("constant", "milestones", "cosine", "inverse_sqrt")
+DECAYS = ("constant", "milestones", "cosine", "linear", "inverse_sqrt")
 NOISES = ("free", "full", "none")
 UNIT = 16  # examples in one gradient of a full noise measurement, where the network lets examples be independent
 PRECISIONS = ("float32", "bfloat16")
@@ -41,7 +41,7 @@ class Schedule:
     warmup_samples: float
     warmup: str  # geometric | linear
     warmup_from: float  # share of the peak at the first sample
-    decay: str  # constant | milestones | cosine | inverse_sqrt
+    decay: str  # one of DECAYS
     milestones: tuple[float, ...]  # samples
     gamma: float
 

@@ -91,6 +91,8 @@ def test_schedules() -> None:
     assert [optim.multiplier(steps, s) for s in (599, 600, 799, 800)] == pytest.approx([1, 0.1, 0.1, 0.01])
     cosine = schedule(decay="cosine")
     assert [optim.multiplier(cosine, s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
+    line = schedule(decay="linear")
+    assert [optim.multiplier(line, s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
     root = schedule(decay="inverse_sqrt")
     assert [optim.multiplier(root, s) for s in (100, 400)] == pytest.approx([1, 0.5])
 

@@ -25,6 +25,7 @@ GROUPS = {
 NAMES = {
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
+    "perplexity": "test perplexity",
     "train_loss": "train loss, last tenth",
     "trajectory": "|Δ train loss|, mean over training",
     "weight_norm": "weight norm",
@@ -137,7 +138,9 @@ def _against_batch(rows: list[Row], value: Callable[[Row], tuple[float, float, f
 
 def _final(setting: str, rows: list[Row]) -> list[Chart]:
     made = []
-    for metric in ("test_accuracy", "test_loss", "train_loss", "weight_norm"):
+    for metric in ("test_accuracy", "test_loss", "perplexity", "train_loss", "weight_norm"):
+        if not any(metric in r.metrics for r in rows):
+            continue
 
         def value(row: Row, metric: str = metric) -> tuple[float, float, float] | None:
             if metric not in row.metrics:

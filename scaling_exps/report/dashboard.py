@@ -98,7 +98,8 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
     def against_batch(title: str, key: str, log: bool = False) -> Any:
         return wr.ScatterPlot(title=title, x=wr.Config("batch"), y=wr.SummaryMetric(key), log_x=True, log_y=log)
 
-    curves = [("train loss", "train/loss"), *([("test accuracy", "eval/accuracy")] if accuracy else [])]
+    test = ("test accuracy", "eval/accuracy") if accuracy else ("test loss", "eval/loss")
+    curves = [("train loss", "train/loss"), test]
     finals = [against_batch(f"{verdict_name(m)} against batch", f"final/{m}") for m in metrics]
     gaps = [against_batch(f"gap in {verdict_name(m)} against batch", f"gap/{m}") for m in metrics]
     speed = [against_batch("throughput against batch, samples/s", "samples_per_second", log=True)]

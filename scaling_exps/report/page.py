@@ -26,7 +26,7 @@ from scaling_exps.report.charts import GROUPS, NAMES, Chart, colours, dash
 from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import ALPHA, Row, reading
 
-_FORMATS = {"test_accuracy": "{:+.2%}", "weight_norm": "{:+.2f}"}
+_FORMATS = {"test_accuracy": "{:+.2%}", "weight_norm": "{:+.2f}", "perplexity": "{:+.3f}"}
 
 
 def write(

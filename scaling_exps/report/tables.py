@@ -15,13 +15,13 @@ from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import ALPHA, METRICS, Row, Test
 
 _STYLE = {"equivalent": "green", "different": "red", "base": "bold"}
-_SHORT = {"test_accuracy": "accuracy", "train_loss": "train loss", "test_loss": "test loss"}
+_SHORT = {"test_accuracy": "accuracy", "train_loss": "train loss", "test_loss": "test loss", "perplexity": "perplexity"}
 
 
 def _form(metric: str, value: float, sign: str = "+") -> str:
     if not math.isfinite(value):
         return "–"
-    return format(value, sign + {"test_accuracy": ".2%", "weight_norm": ".2f"}.get(metric, ".4f"))
+    return format(value, sign + {"test_accuracy": ".2%", "weight_norm": ".2f", "perplexity": ".3f"}.get(metric, ".4f"))
 
 
 def show(rows: list[Row]) -> None:

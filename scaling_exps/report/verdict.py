@@ -33,7 +33,7 @@ ALPHA = 0.05
 POWER = 0.8  # with which the number of seeds that is named would decide
 ENOUGH = 3  # seeds; below, no verdict
 MOST = 1000  # seeds that are thought about
-METRICS = ("test_accuracy", "test_loss", "train_loss", "trajectory", "weight_norm")
+METRICS = ("test_accuracy", "test_loss", "perplexity", "train_loss", "trajectory", "weight_norm")
 VERDICTS = ("equivalent", "different", "inconclusive", "too few seeds", "no margin", "no result")
 
 
