@@ -241,8 +241,12 @@ def _explain(error: Exception) -> str:
         folder = CONF / group[1]
         options = sorted(p.stem for p in folder.glob("*.yaml"))
         if group[1] == "recipe":
+            dataset, model, *_ = [*group[2].split("-"), ""]
+            near = [o for o in options if o.split("-")[1] == model or o.split("-")[0] == dataset]
+            which = "of this data set or model" if near else ""
             return (
-                f"no recipe {group[2]!r} (dataset-model-optimizer); there are: {', '.join(options)}. "
+                f"no recipe {group[2]!r} (dataset-model-optimizer); there are{which and ' '}{which}: "
+                f"{', '.join(near or options)}. "
                 "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
             )
         close = difflib.get_close_matches(group[2], options, 1)

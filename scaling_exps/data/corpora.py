@@ -1,7 +1,7 @@
 """Texts -> token files: the documents of each corpus, tokenizers, and the memory-mapped files that training reads.
 
-A corpus is converted once, into a folder of the cache: `train.bin`, `test.bin` (uint16, or uint32 for a large
-vocabulary), `meta.json`, and `tokenizer.json` where one was trained. Its name is a hash of the raw files and the
+A corpus is converted once, into a folder of the cache: `train.bin`, `test.bin` (of the smallest unsigned
+integers that hold the vocabulary), `meta.json`, and `tokenizer.json` where one was trained. Its name is a hash of the raw files and the
 tokenizer, so another version of either is another folder.
 """
 
@@ -84,7 +84,7 @@ def _convert(files: list[Path], tokenizer: str, vocab: int, folder: Path) -> Non
     aside.mkdir(parents=True)
     try:
         encode = _tokenizer(tokenizer, vocab, files, aside)
-        dtype = "uint16" if vocab <= 2**16 else "uint32"
+        dtype = "uint8" if vocab <= 2**8 else "uint16" if vocab <= 2**16 else "uint32"
         sizes, lengths, digest = {"train": 0, "test": 0}, {"train": 0, "test": 0}, hashlib.sha256()
         with open(aside / "train.bin", "wb") as train, open(aside / "test.bin", "wb") as test:
             out = {"train": train, "test": test}

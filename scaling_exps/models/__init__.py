@@ -71,7 +71,7 @@ def _network(model: dict[str, Any], dataset: dict[str, Any]) -> nn.Module:
         return _made(options["factory"], {**what, **options["options"]})
     if name in language.NETWORKS and not images:
         options.pop("norm")
-        return language.network(name, vocab, options)
+        return language.network(name, vocab, {**options, "context": options["context"] or dataset["context"]})
     if name in language.NETWORKS or not images:
         kind, other = ("images", "tokens") if images else ("tokens", "images")
         raise ModelError(

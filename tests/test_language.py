@@ -1,0 +1,390 @@
+"""Tokens, tokenizers and language models: the stream, the masks, dropout's key, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+from dataclasses import asdict, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ROOT, plan_json, prepare, rows, scalerun, specs, work
+
+from scaling_exps import config, data, models, plan, records, train
+from scaling_exps.data import corpora, tokens
+
+CPU = torch.device("cpu")
+WORDS = ("the", "quick", "brown", "fox", "jumps", "over", "lazy", "dogs", "while", "seven", "wizards", "mix", "potions")
+GPT = ["model=gpt", "dataset.context=16", "dataset.test_size=40", "model.width=16", "recipe.samples=64"]
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One cache for this file's tests, away from the user's."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
+
+
+def prose(count: int, seed: int = 0) -> str:
+    draw = np.random.default_rng(seed)
+    return " ".join(draw.choice(WORDS, count)) + ".\n"
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> str:
+    file = tmp_path / "prose.txt"
+    file.write_text(prose(4000))
+    return str(file)
+
+
+def dataset(*words: str) -> dict[str, Any]:
+    (composed,) = config.compose(["model=gpt", "dataset=text", "dataset.context=16", *words])
+    return asdict(composed.dataset)
+
+
+def token_stream(path: str, *words: str, seed: int = 0) -> data.TokenStream:
+    made = data.stream(dataset(*words), path, seed, CPU)
+    assert isinstance(made, data.TokenStream)
+    return made
+
+
+# ---- the stream ----
+
+
+@pytest.mark.parametrize("mask", [0.0, 0.25])
+def test_samples_do_not_depend_on_the_batch(text: str, mask: float) -> None:
+    """Inputs, targets and masks of the first 1,024 sequences, over epoch boundaries, however they are asked for."""
+    one = token_stream(text, "dataset.train_size=300", f"dataset.mask={mask}")
+    whole = one.batch(0, 1024)
+    for batch in (2, 8, 64):
+        parts = [one.batch(i, i + batch) for i in range(0, 1024, batch)]
+        for kind in (0, 1):
+            assert torch.equal(torch.cat([p[kind] for p in parts]), whole[kind])
+
+
+def test_an_epoch_reads_every_sequence_once_from_an_offset_of_its_own(text: str) -> None:
+    one = token_stream(text)
+    raw = torch.from_numpy(np.asarray(one.tokens.train).astype(np.int64))
+    offsets = []
+    for epoch in range(3):
+        sequence, first = one._slice(epoch * one.size, (epoch + 1) * one.size)
+        assert torch.equal(sequence.sort().values, torch.arange(one.size))
+        (offset,) = set((first - sequence * 16).tolist())
+        assert 0 <= offset < 16
+        offsets.append(offset)
+        x, y = one.batch(epoch * one.size, epoch * one.size + 4)
+        for i in range(4):
+            assert torch.equal(x[i], raw[first[i] : first[i] + 16])
+            assert torch.equal(y[i], raw[first[i] + 1 : first[i] + 17])  # the next token
+    assert len(set(offsets)) > 1
+    assert not torch.equal(one.indices(0, 50), token_stream(text, seed=1).indices(0, 50))
+
+
+def test_masking_hides_the_same_number_everywhere_and_shows_80_10_10(text: str) -> None:
+    one = token_stream(text, "dataset.mask=0.25")
+    x, y = one.batch(0, 4000)
+    plain = token_stream(text).batch(0, 4000)[0]
+    hidden = y != tokens.IGNORE
+    assert (hidden.sum(1) == 4).all()  # so a mean over a micro-batch is a mean over its sequences
+    assert torch.equal(x[~hidden], plain[~hidden]) and torch.equal(y[hidden], plain[hidden])
+    n = int(hidden.sum())
+    masked, kept = (x[hidden] == 256).double().mean(), (x[hidden] == y[hidden]).double().mean()
+    five_sigma = 5 * math.sqrt(0.16 / n)
+    assert abs(float(masked) - 0.8) < five_sigma and abs(float(kept) - 0.1) < five_sigma
+    places = hidden.double().mean(0)
+    assert (places - 0.25).abs().max() < 5 * math.sqrt(0.25 * 0.75 / 4000)
+
+
+def test_the_test_set_hides_the_same_tokens_in_every_run(text: str) -> None:
+    a, b = token_stream(text, "dataset.mask=0.25"), token_stream(text, "dataset.mask=0.25", seed=7)
+    assert torch.equal(a.test_batch(0, 9)[0], b.test_batch(0, 9)[0])
+    assert torch.equal(torch.cat([a.test_batch(i, i + 3)[1] for i in (0, 3, 6)]), b.test_batch(0, 9)[1])
+
+
+# ---- corpora and tokenizers ----
+
+
+def test_bytes_are_the_bytes(text: str) -> None:
+    found = corpora.load("text", text, "bytes", 256)
+    raw = Path(text).read_bytes()
+    cut = len(raw) - len(raw) // corpora.TEST_SHARE
+    assert bytes(found.train) == raw[:cut] + b"\0" and bytes(found.test) == raw[cut:] + b"\0"
+    assert isinstance(found.train, np.memmap)
+    assert found.bytes_per_token == (len(raw) - cut) / (len(raw) - cut + 1)
+
+
+def test_a_trained_bpe_says_the_text_again_and_is_shorter(text: str) -> None:
+    from tokenizers import Tokenizer
+
+    found = corpora.load("text", text, "bpe", 400)
+    (trained,) = (p for p in corpora.cache().glob("text-*/tokenizer.json"))
+    again = Tokenizer.from_file(str(trained)).decode(found.test.tolist())
+    raw = Path(text).read_text()
+    assert again == raw[len(raw) - len(raw) // corpora.TEST_SHARE :]
+    assert found.bytes_per_token > 2 and int(found.train.max()) < 400
+
+
+def test_parquet_parts_and_documents(tmp_path: Path) -> None:
+    """As the hub keeps WikiText: train and validation files; test is the validation part, empty rows are nothing."""
+    for part, seed in (("train", 1), ("validation", 2), ("test", 3)):
+        table = pa.table({"text": ["", prose(50, seed), prose(60, seed + 10)]})
+        pq.write_table(table, tmp_path / f"{part}-00000.parquet")
+    found = corpora.load("wikitext103", str(tmp_path), "bytes", 256)
+    expected = b"".join(prose(n, s).encode() + b"\0" for n, s in ((50, 2), (60, 12)))
+    assert bytes(found.test) == expected
+    assert bytes(found.train) == b"".join(prose(n, s).encode() + b"\0" for n, s in ((50, 1), (60, 11)))
+
+
+def test_documents_without_a_test_part_are_shared_out(tmp_path: Path) -> None:
+    texts = [prose(20, i) for i in range(600)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "part-0.parquet")
+    found = corpora.load("wikibooks", str(tmp_path), "bytes", 256)
+    count = bytes(found.test).count(b"\0")
+    assert 600 / 20 - 5 * math.sqrt(30) < count < 600 / 20 + 5 * math.sqrt(30)
+    assert count + bytes(found.train).count(b"\0") == 600
+
+
+def test_a_tokenizer_of_a_folder(text: str, tmp_path: Path) -> None:
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    made = ByteLevelBPETokenizer()
+    made.train_from_iterator([prose(1000)], vocab_size=320, special_tokens=["<end>"])
+    fast = PreTrainedTokenizerFast(tokenizer_object=made._tokenizer, eos_token="<end>")
+    fast.save_pretrained(tmp_path / "mine")
+    found = corpora.load("text", text, str(tmp_path / "mine"), len(fast))
+    assert found.train[-1] == fast.eos_token_id
+    raw = Path(text).read_text()
+    assert fast.decode(found.test[:-1].tolist()) == raw[len(raw) - len(raw) // corpora.TEST_SHARE :]
+    with pytest.raises(data.DataError, match=f"has {len(fast)} ids; use dataset.vocab={len(fast)}"):
+        corpora.load("text", text, str(tmp_path / "mine"), 300)
+
+
+def test_a_conversion_that_fails_leaves_nothing(tmp_path: Path) -> None:
+    (tmp_path / "train-0.parquet").write_bytes(b"no parquet")
+    with pytest.raises(data.DataError, match="cannot read column `text`"):
+        corpora.load("wikitext103", str(tmp_path), "bytes", 256)
+    assert not list(corpora.cache().glob(".wikitext103-*"))
+
+
+def test_the_standard_library_is_embedded() -> None:
+    found = corpora.load("stdlib", None, "bytes", 256)
+    assert len(found.train) > 4_000_000 and 0.02 < len(found.test) / len(found.train) < 0.12
+    assert b"\nimport os\n" in bytes(found.train[: 10**7])
+
+
+# ---- networks ----
+
+
+def network(*words: str, **changes: Any) -> tuple[plan.RunSpec, torch.nn.Module]:
+    (spec,) = plan.plan(config.compose([*words, "dataset.context=16", "model.width=16", "logger=none"]))
+    s = spec.science
+    return spec, models.build({**s.model, **changes}, s.dataset, s.seed)
+
+
+def test_gpt_does_not_look_ahead_and_roberta_does() -> None:
+    x = torch.randint(0, 256, (1, 16), generator=torch.Generator().manual_seed(0))
+    other = x.clone()
+    other[0, 10] = (x[0, 10] + 1) % 256
+    for name, ahead in (("gpt", False), ("roberta", True)):
+        net = network(f"model={name}")[1].eval()
+        with torch.no_grad():
+            moved = (net(x) - net(other)).abs().amax(-1)[0] > 1e-7
+        assert moved[10:].all()
+        assert bool(moved[:10].all()) == ahead and bool(moved[:10].any()) == ahead, name
+
+
+def test_published_sizes() -> None:
+    """GPT-2: 124M; RoBERTa base: 125M (both with tied output weights; recalled, checked against the configs)."""
+    with torch.device("meta"):
+        for name, words, count in (
+            ("gpt_small", ["dataset.context=1024"], 124_439_808),
+            ("roberta_base", ["dataset.context=512"], 124_697_433),
+        ):
+            (spec,) = plan.plan(config.compose([f"model={name}", *words]))
+            s = spec.science
+            net = models.build(s.model, s.dataset, 0)
+            have = sum(p.numel() for p in net.parameters())
+            assert abs(have / count - 1) < 0.003, (name, have)
+
+
+def test_initial_loss_is_that_of_a_guess(text: str) -> None:
+    """Nothing is learned yet: the loss is the logarithm of the vocabulary. Fails for targets that are the inputs."""
+    for name, mask in (("gpt", 0.0), ("roberta", 0.25)):
+        (spec,) = plan.plan(
+            config.compose([f"model={name}", "dataset=text", f"dataset.path={text}", "dataset.context=16",
+                            f"dataset.mask={mask}", "logger=none"])
+        )  # fmt: skip
+        found = train.Trainer(spec, Path("unused")).evaluate()
+        assert found["loss"] == pytest.approx(math.log(256), abs=0.15)
+        assert found["perplexity"] == pytest.approx(math.exp(found["loss"]))
+        assert ("bits_per_byte" in found) == (mask == 0)
+
+
+def test_a_run_learns_and_says_what_people_look_at(text: str, tmp_path: Path) -> None:
+    done = scalerun(
+        "model=gpt", "dataset=text", f"dataset.path={text}", "dataset.context=16", "recipe.samples=1024",
+        "recipe.lr=3e-3", "logger=none", "measure.evaluations=2", cwd=tmp_path,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert "bits per byte" in done.stdout and "perplexity" in done.stdout
+    (result,) = (tmp_path / "runs").glob("*/result.json")
+    found = json.loads(result.read_text())["metrics"]
+    assert found["test_loss"] < 3.0  # the letters' own frequencies; a guess is 5.5
+    assert found["perplexity"] == pytest.approx(math.exp(found["test_loss"]))
+    one = token_stream(text)
+    assert found["bits_per_byte"] == pytest.approx(found["test_loss"] / math.log(2) / one.bytes_per_token)
+    drawn = scalerun("report", cwd=tmp_path)
+    assert drawn.returncode == 0, drawn.stderr
+    assert "perplexity" in drawn.stdout
+
+
+def test_dropout_is_of_seed_and_place(tmp_path: Path) -> None:
+    """With dropout: one process and two take the same steps, and an interrupted run goes on to the same bits."""
+    words = [*GPT, "model.dropout=0.3", "batch=16", "recipe.batch=16", "recipe.micro_batch=4", "checkpoint.minutes=60"]
+    (spec,) = specs(*words)
+    one, two = prepare(tmp_path / "one", spec), prepare(tmp_path / "two", spec)
+    shared = replace(spec, placement=replace(spec.placement, world_size=2, accumulation=2))
+    records.write_json(two / "run.json", shared.to_json())
+    work(one)
+    work(two, 2)
+    a, b = ({r["step"]: r["loss"] for r in rows(d) if r["kind"] == "train"} for d in (one, two))
+    assert a.keys() == b.keys() and all(a[k] == pytest.approx(b[k], abs=1e-5) for k in a)
+
+    def steps(trainer: train.Trainer, n: int) -> list[torch.Tensor]:
+        for _ in range(n):
+            trainer.train_step()
+            trainer.optimizer.zero_grad(set_to_none=True)
+        return [p.detach().clone() for p in trainer.net.parameters()]
+
+    whole = train.Trainer(spec, tmp_path)
+    expected = steps(whole, 3)
+    part = train.Trainer(spec, tmp_path)
+    steps(part, 1)
+    part.save(0)
+    torch.rand(7)  # somebody else draws
+    rest = train.Trainer(spec, tmp_path)
+    rest.restore()
+    assert all(torch.equal(p, q) for p, q in zip(steps(rest, 2), expected, strict=True))
+    other = train.Trainer(
+        replace(spec, science=replace(spec.science, model={**spec.science.model, "dropout": 0.0})), tmp_path
+    )
+    assert not all(torch.equal(p, q) for p, q in zip(steps(other, 3), expected, strict=True))
+
+
+def test_other_tokens_are_not_gone_on_with(text: str, tmp_path: Path) -> None:
+    (spec,) = specs("model=gpt", "dataset=text", f"dataset.path={text}", "dataset.context=16", "recipe.samples=64")
+    trainer = train.Trainer(spec, tmp_path)
+    trainer.train_step()
+    trainer.save(0)
+    Path(text).write_text(prose(5000, seed=9))
+    corpora._load.cache_clear()
+    with pytest.raises(train.TrainError, match="the data changed"):
+        train.Trainer(spec, tmp_path).restore()
+
+
+# ---- what is refused ----
+
+
+@pytest.mark.parametrize(
+    ("words", "says"),
+    [
+        (["model=gpt", "dataset.context=128", "model.context=64"], "longer than the model's model.context=64"),
+        (["model=gpt", "dataset.context=1"], "must be >= 2"),
+        (["model=gpt", "dataset.mask=0.15"], "use dataset.mask=0"),
+        (["model=roberta", "dataset.mask=0"], "give dataset.mask"),
+        (["model=roberta", "dataset.mask=1.5"], "must lie in [0, 1)"),
+        (["model=roberta", "dataset.mask=0.001"], "hides no token"),
+        (["model=gpt", "recipe.samples=null", "recipe.epochs=3"], "recipe.epochs needs dataset.train_size"),
+        (["model=gpt", "dataset=stdlib", "recipe=cifar10-resnet8-adam"], "recipe.epochs needs dataset.train_size"),
+        (["model=gpt", "dataset.tokeniser=bytes"], "did you mean 'dataset.tokenizer'"),
+        (["model=gpt", "optimizer=sgd"], "no recipe 'stdlib-gpt-sgd'"),
+    ],
+)
+def test_bad_words_are_refused_by_the_plan(words: list[str], says: str) -> None:
+    with pytest.raises(ValueError) as refusal:  # noqa: PT011 (each kind of refusal is one)
+        plan.plan(config.compose(words))
+    assert says in str(refusal.value)
+
+
+def test_what_cannot_run_is_refused_before_the_first_step(tmp_path: Path, text: str) -> None:
+    (tmp_path / "home").mkdir()
+    mine = ["dataset=text", f"dataset.path={text}"]
+    for words, says in (
+        (["model=gpt", "dataset=text"], "needs dataset.path"),
+        (["model=gpt", "dataset=text", "dataset.path=nowhere.txt"], "does not exist"),
+        (["model=gpt", *mine, "dataset.tokenizer=some/hub", "dataset.vocab=50257"], "training never downloads"),
+        (["model=gpt", *mine, "dataset.vocab=100"], "use dataset.vocab=256"),
+        (["model=gpt", *mine, "dataset.tokenizer=bpe"], "too small for bpe"),
+        (["model=gpt", *mine, "dataset.context=60000"], "sequences of dataset.context=60000"),
+        (["model=gpt", *mine, "dataset.train_size=1000000"], "train tokens, which make"),
+        (["model=gpt", *mine, "model.heads=5"], "no multiple of model.heads=5"),
+        (["model=gpt", *mine, "model.dropout=1"], "must lie in [0, 1)"),
+        (["model=gpt_small", "dataset.tokenizer=bytes", "dataset.vocab=256"], "prepare wikitext103"),
+        (["model=gpt", "dataset=digits", "recipe=digits-resnet8-adam"], "reads tokens, and dataset 'digits'"),
+        (["model=resnet8", "dataset=stdlib", "recipe=stdlib-gpt-adam"], "reads images, and dataset 'stdlib'"),
+    ):  # fmt: skip
+        done = scalerun(*words, "logger=none", cwd=tmp_path, SCALERUN_DATA=str(tmp_path / "home"))
+        assert done.returncode == 2, (words, done.stdout, done.stderr)
+        assert says in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+        assert not (tmp_path / "runs").exists()
+
+
+def test_planning_language_needs_no_torch(tmp_path: Path) -> None:
+    (found,) = plan_json("model=gpt", "batch=32", cwd=tmp_path)
+    assert found["kappa"] == 16 and found["scaled"]["steps"] == 512
+
+
+# ---- every laptop experiment runs ----
+
+SMALL = sorted(p.stem for p in (ROOT / "conf" / "experiment").glob("*_small.yaml"))
+
+
+@pytest.mark.parametrize("name", SMALL)
+def test_every_small_experiment_takes_its_first_steps(
+    name: str, tmp_path: Path, request: pytest.FixtureRequest
+) -> None:
+    """Two steps at the largest batch of the file, one evaluation on a few examples, a record and a result."""
+    (composed,) = config.compose([f"experiment={name}"])
+    if composed.dataset.name == "cifar10":
+        request.getfixturevalue("cifar10")
+    batches = composed.batch if isinstance(composed.batch, list) else [composed.batch or composed.recipe.batch]
+    batch = max(b for b in batches if b is not None)
+    (spec, *_) = plan.plan(
+        config.compose(
+            [
+                f"experiment={name}", f"batch={batch}", "seed=0", "recipe.epochs=null", f"recipe.samples={2 * batch}",
+                "measure.evaluations=1", "measure.train_records=2", "measure.noise=free", "dataset.test_size=64",
+                "logger=none", "svag=1", "measure.statistics_samples=64",
+            ]
+        )
+    )  # fmt: skip
+    run_dir = prepare(tmp_path, spec)
+    assert train.run(run_dir) == "finished"
+    result = json.loads((run_dir / "result.json").read_text())
+    assert math.isfinite(result["metrics"]["test_loss"]) and len(rows(run_dir)) >= 3
+    assert spec.margin or name.startswith(("fig3", "fig4", "fig5"))
+
+
+def test_every_experiment_of_the_paper_is_there_and_says_what_it_costs() -> None:
+    folder = ROOT / "conf" / "experiment"
+    for name in (
+        *(f"fig1_{m}_{o}" for m in ("vgg16", "resnet50", "resnet56") for o in ("adam", "rmsprop")),
+        *("fig2_gpt", "fig2_roberta", "fig1_eps_vgg16_adam", "fig1_ablations_vgg16_adam"),
+        *("fig3_svag_adam_resnet50", "fig4_noise_rmsprop_resnet50", "fig5_noise_adam_resnet50"),
+    ):
+        for part in (name, f"{name}_small"):
+            head = (folder / f"{part}.yaml").read_text()
+            assert all(word in head for word in ("Command:", "Cost:", "Expected:")), part
+            assert f"experiment={part}" in head, part
+        if name.startswith("fig2"):
+            (composed,) = config.compose([f"experiment={name}"])
+            assert composed.margin.perplexity == 0.5
+
+
+assert os.environ["HF_HUB_OFFLINE"] == "1"  # conftest: nothing here may reach for the hub
