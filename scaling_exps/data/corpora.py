@@ -1,8 +1,8 @@
 """Texts -> token files: the documents of each corpus, tokenizers, and the memory-mapped files that training reads.
 
-A corpus is converted once, into a folder of the cache: `train.bin`, `test.bin` (of the smallest unsigned
-integers that hold the vocabulary), `meta.json`, and `tokenizer.json` where one was trained. Its name is a hash of the raw files and the
-tokenizer, so another version of either is another folder.
+A corpus is converted once, into a folder of the cache: `train.bin`, `test.bin` (of the smallest unsigned integers
+that hold the vocabulary), `meta.json`, and `tokenizer.json` where one was trained. Its name is a hash of the raw files
+and the tokenizer, so another version of either is another folder.
 """
 
 from __future__ import annotations
