@@ -18,7 +18,7 @@ _STYLE = {"equivalent": "green", "different": "red", "base": "bold"}
 _SHORT = {"test_accuracy": "accuracy", "train_loss": "train loss", "test_loss": "test loss", "perplexity": "perplexity"}
 
 
-def _form(metric: str, value: float, sign: str = "+") -> str:
+def form(metric: str, value: float, sign: str = "+") -> str:
     if not math.isfinite(value):
         return "–"
     return format(value, sign + {"test_accuracy": ".2%", "weight_norm": ".2f", "perplexity": ".3f"}.get(metric, ".4f"))
@@ -40,12 +40,12 @@ def show(rows: list[Row]) -> None:
             style = _STYLE.get(r.verdict, "yellow")
             verdict = f"[{style}]{r.verdict}[/]" + (f", {r.seeds_needed} seeds would decide" if r.seeds_needed else "")
             power = "" if not r.power else "[yellow]no power[/]" if r.power.startswith("no power") else "yes"
-            cells = [_level(r, m) if r.role == "base" else _gap(r.gaps.get(m)) for m in shown]
+            cells = [level(r, m) if r.role == "base" else gap(r.gaps.get(m)) for m in shown]
             arm = escape(r.rule) + (" (control)" if r.role == "control" else "")
             grid.add_row(str(r.batch), f"{r.kappa:g}", arm, str(len(r.seeds)), verdict, power, *cells)
         console.print(grid)
         margins = {t.metric: t.margin for r in mine for t in r.tests if t.margin is not None}
-        said = ", ".join(f"{NAMES[m]} {_form(m, v, '')}" for m, v in margins.items() if v is not None)
+        said = ", ".join(f"{NAMES[m]} {form(m, v, '')}" for m, v in margins.items() if v is not None)
         print(f"  base row: mean ± sd; others: mean difference to the base of that seed [{1 - 2 * ALPHA:.0%} interval]")
         print(f"  margins: {said}" if said else "  no margin was fixed for these runs, so nothing is judged (--margin)")
         for r in mine:
@@ -53,19 +53,19 @@ def show(rows: list[Row]) -> None:
                 print(f"  {r.rule}, batch {r.batch}: {remark}")
 
 
-def _level(row: Row, metric: str) -> str:
+def level(row: Row, metric: str) -> str:
     if metric not in row.metrics:
         return ""
     mean, sd = row.metrics[metric]
-    return _form(metric, mean, "") + ("" if math.isnan(sd) else f" ± {_form(metric, sd, '')}")
+    return form(metric, mean, "") + ("" if math.isnan(sd) else f" ± {form(metric, sd, '')}")
 
 
-def _gap(test: Test | None) -> str:
+def gap(test: Test | None) -> str:
     if test is None or not test.n:
         return "–"
-    text = _form(test.metric, test.difference)
+    text = form(test.metric, test.difference)
     if math.isfinite(test.low):
-        text += f"\n\\[{_form(test.metric, test.low)}, {_form(test.metric, test.high)}]"
+        text += f"\n\\[{form(test.metric, test.low)}, {form(test.metric, test.high)}]"
     return text
 
 
@@ -132,7 +132,7 @@ def as_latex(rows: list[Row], missing: list[Missing]) -> str:
             cells = [_tex_level(r, m) if r.role == "base" else _tex_gap(r.gaps.get(m)) for m in shown]
             lines.append(" & ".join([_tex(r.rule), str(r.batch), f"{r.kappa:g}", str(len(r.seeds)), r.verdict, *cells]))
         margins = {t.metric: t.margin for r in mine for t in r.tests if t.margin is not None}
-        said = ", ".join(f"{_tex(NAMES[m])} {_tex(_form(m, v, ''))}" for m, v in margins.items() if v is not None)
+        said = ", ".join(f"{_tex(NAMES[m])} {_tex(form(m, v, ''))}" for m, v in margins.items() if v is not None)
         made.append(
             f"% {setting}\n\\begin{{tabular}}{{lrrrl{'r' * len(shown)}}}\n\\toprule\n{head} \\\\\n\\midrule\n"
             + " \\\\\n".join(lines)
@@ -165,13 +165,13 @@ def _tex_level(row: Row, metric: str) -> str:
     if metric not in row.metrics:
         return ""
     mean, sd = row.metrics[metric]
-    return _tex(_form(metric, mean, "")) + ("" if math.isnan(sd) else f" $\\pm$ {_tex(_form(metric, sd, ''))}")
+    return _tex(form(metric, mean, "")) + ("" if math.isnan(sd) else f" $\\pm$ {_tex(form(metric, sd, ''))}")
 
 
 def _tex_gap(test: Test | None) -> str:
     if test is None or not test.n:
         return "--"
-    text = f"${_tex(_form(test.metric, test.difference))}$"
+    text = f"${_tex(form(test.metric, test.difference))}$"
     if math.isfinite(test.low):
-        text += f" [${_tex(_form(test.metric, test.low))}$, ${_tex(_form(test.metric, test.high))}$]"
+        text += f" [${_tex(form(test.metric, test.low))}$, ${_tex(form(test.metric, test.high))}$]"
     return text
