@@ -117,12 +117,12 @@ def _noise(rows: list[Row]) -> list[str]:
             last = run.curve[0][-1]
             for row in run.noise:
                 if row.get("method") == "free" and "kappa_r" in row:
-                    halves[row["clock"] > last / 2].append(row["kappa_r"])
+                    halves[int(row["clock"] > last / 2)].append(row["kappa_r"])
         if all(halves):
             first, second = (f"{statistics.median(h):.2f}" for h in halves)
             lines.append(
-                f"* {r.rule} at batch {r.batch}: signal over noise κr, which the theory wants well below 1, measured on "
-                f"the runs themselves: median {first} in the first half of training, {second} in the second"
+                f"* {r.rule} at batch {r.batch}: signal over noise κr, which the theory wants well below 1, measured "
+                f"on the runs themselves: median {first} in the first half of training, {second} in the second"
             )
     return lines
 
