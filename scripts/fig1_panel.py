@@ -63,6 +63,7 @@ PEAKS = {  # dense bfloat16 FLOP/s by the name that CUDA gives (NVIDIA's data sh
     "NVIDIA A100-PCIE-40GB": 312e12,
     "NVIDIA A100 80GB PCIe": 312e12,
 }
+ENVIRONMENT = dict(os.environ)  # before torch is imported, which adds to it
 LAST_STARTS = 0.9  # of a piece: later, starting and compiling would cost more than the run gains
 TRIES = 3  # starts of one run in a piece, where its worker ended without a reason
 STOPS = (signal.SIGTERM, signal.SIGINT, signal.SIGHUP, signal.SIGUSR1, signal.SIGUSR2)
@@ -199,7 +200,7 @@ def piece(runs: list[Run], pack: int, until: float, last_start: float, grace: fl
 
 def environment_of(runs: list[Run], pack: int) -> dict[str, str]:
     threads = str(max(1, (os.cpu_count() or 1) // pack))
-    environment = {"OMP_NUM_THREADS": threads, **os.environ}
+    environment = {"OMP_NUM_THREADS": threads, **ENVIRONMENT}
     if any(r.spec.placement.compile for r in runs):
         kept = str(runs[0].folder.parent / ".compiled")
         environment = {"TORCHINDUCTOR_CACHE_DIR": kept, "TORCHINDUCTOR_COMPILE_THREADS": threads, **environment}
@@ -222,7 +223,8 @@ def ended(run: Run) -> bool:
     if state == "failed":
         run.wrong = directories.reason(run.folder)
     elif state != "finished":
-        if code in (0, AGAIN) and run.tries < TRIES:  # held by another process just then, or told to stop by somebody
+        # held by another process: once that lets go; told to stop by somebody else, or locked out by a glance: at once
+        if state == "running" or (code in (0, AGAIN) and run.tries < TRIES):
             return True
         run.wrong = f"its worker ended with status {code}: {directories.reason(run.folder)}"
     print(f"{'failed' if run.wrong else state:<9} {name(run)}", flush=True)
@@ -341,8 +343,9 @@ def report(runs: list[Run], seconds: float, peak: float | None) -> int:
             + (f"{rate / share:.1%} of {share:.3g}" if share else "share of its peak not known (--peak gives one)")
         )
     if left:
-        hours = f"{left / together / 3600:.1f} hours" if together else "an unknown time"
-        print(f"left: {left:,} samples, {hours} at this rate (while the pack is full)")
+        minutes = left / together / 60 if together else math.nan
+        time_left = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
+        print(f"left: {left:,} samples, {time_left} at this rate (while the pack is full)")
     if any(r.wrong for r in runs):
         return 1
     return 0 if finished == len(runs) else AGAIN

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import subprocess
 import sys
 import time
@@ -68,6 +69,24 @@ def test_pieces_killed_and_stopped_end_in_the_same_bits(tmp_path: Path) -> None:
         assert rows(run_dir) == rows(reference)
         mine, theirs = (torch.load(d / "checkpoint.pt", weights_only=True)["net"] for d in (run_dir, reference))
         assert mine.keys() == theirs.keys() and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def test_the_flop_of_vgg16_are_those_of_its_layers() -> None:
+    """A convolution is 2 C_in C_out 9 H W forward and twice that backward, without the gradient of the image and, its
+    last layer being frozen, of that layer's weights."""
+    found = importlib.util.spec_from_file_location("fig1_panel", ROOT / "scripts/fig1_panel.py")
+    assert found is not None and found.loader is not None
+    script = importlib.util.module_from_spec(found)
+    sys.modules["fig1_panel"] = script  # dataclasses look their module up
+    found.loader.exec_module(script)
+    (spec,) = plan.plan(config.compose(["experiment=fig1_vgg16_adam", "batch=256", "seed=0", "launch.devices=1"]))
+    assert spec.science.freeze_last
+    layers, last = [], 3
+    for side, widths in ((32, [64] * 2), (16, [128] * 2), (8, [256] * 3), (4, [512] * 3), (2, [512] * 3)):
+        for width in widths:
+            layers.append(2 * 9 * last * width * side**2)
+            last = width
+    assert script.flop_per_sample(spec) == 3 * sum(layers) - layers[0] + 2 * 2 * 512 * 10
 
 
 @pytest.mark.parametrize(
