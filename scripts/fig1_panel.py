@@ -27,7 +27,8 @@ Begun runs come first, and among equals the longest, so that the pack stays full
 last tenth of a piece. A run that another process holds is left alone. Whatever ends this script, and however, its
 workers save and stop (Linux tells them of its death); if they are killed too, what is lost is the time since their
 last checkpoint, never the run: it goes on to the same bits. What torch.compile made is kept in RUNS_DIR/.compiled,
-unless TORCHINDUCTOR_CACHE_DIR names another folder, so that later pieces run the same kernels and start sooner.
+unless TORCHINDUCTOR_CACHE_DIR names another folder, so that later pieces start sooner; and unless you set it to 0,
+TORCHINDUCTOR_DETERMINISTIC=1 has it choose kernels by rule, not by timing, so that every piece runs the same ones.
 """
 
 from __future__ import annotations
@@ -203,7 +204,12 @@ def environment_of(runs: list[Run], pack: int) -> dict[str, str]:
     environment = {"OMP_NUM_THREADS": threads, **ENVIRONMENT}
     if any(r.spec.placement.compile for r in runs):
         kept = str(runs[0].folder.parent / ".compiled")
-        environment = {"TORCHINDUCTOR_CACHE_DIR": kept, "TORCHINDUCTOR_COMPILE_THREADS": threads, **environment}
+        environment = {
+            "TORCHINDUCTOR_CACHE_DIR": kept,
+            "TORCHINDUCTOR_COMPILE_THREADS": threads,
+            "TORCHINDUCTOR_DETERMINISTIC": "1",  # sums are not ordered by which kernel was faster on a busy card
+            **environment,
+        }
     return environment
 
 
@@ -343,9 +349,9 @@ def report(runs: list[Run], seconds: float, peak: float | None) -> int:
             + (f"{rate / share:.1%} of {share:.3g}" if share else "share of its peak not known (--peak gives one)")
         )
     if left:
-        minutes = left / together / 60 if together else math.nan
+        minutes = left / together / 60 if together else 0.0
         time_left = f"{minutes / 60:.1f} hours" if minutes > 90 else f"{minutes:.1f} minutes"
-        print(f"left: {left:,} samples, {time_left} at this rate (while the pack is full)")
+        print(f"left: {left:,} samples" + (f", {time_left} at this rate (while the pack is full)" if together else ""))
     if any(r.wrong for r in runs):
         return 1
     return 0 if finished == len(runs) else AGAIN
