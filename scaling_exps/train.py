@@ -124,6 +124,12 @@ class Trainer:
         self.optimizer.step()
         self.step += 1
 
+    def lap(self, started: float) -> None:
+        """Count the time since `started` (time.monotonic) as training."""
+        if self.device.type == "cuda":  # its steps are only queued; the wait belongs to them, not to what comes next
+            torch.cuda.synchronize(self.device)
+        self.seconds += time.monotonic() - started
+
     def check_finite(self) -> None:
         bad = float(self.first_bad)
         if bad != torch.inf:
@@ -438,7 +444,7 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
             trainer.train_step()
             k = trainer.step
             if _crosses(spec, k, s.measure.train_records):
-                trainer.seconds += time.monotonic() - started
+                trainer.lap(started)
                 record = trainer.train_record()
                 if writer:
                     writer.write(record)
@@ -447,13 +453,13 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
             trainer.optimizer.zero_grad(set_to_none=True)
             bar.update(spec.samples(1))
             if s.measure.noise != "none" and _crosses(spec, k, s.measure.noise_records):
-                trainer.seconds += time.monotonic() - started
+                trainer.lap(started)
                 for record in trainer.noise_records(_marks(spec, k, s.measure.noise_records)):
                     if writer:
                         writer.write(record)
                 started = time.monotonic()
             if _crosses(spec, k, s.measure.evaluations):
-                trainer.seconds += time.monotonic() - started
+                trainer.lap(started)
                 record = trainer.evaluate()
                 if writer:
                     writer.write(record)
@@ -470,7 +476,7 @@ def _train(spec: RunSpec, run_dir: Path) -> None:
                     _max_over_ranks(x) for x in (now - saved > 60 * place.checkpoint_minutes, len(_signals), pace)
                 )
                 if due or stop:
-                    trainer.seconds += time.monotonic() - started
+                    trainer.lap(started)
                     trainer.check_finite()
                     trainer.save(writer.sync() if writer else 0)
                     saved = started = time.monotonic()
@@ -590,6 +596,7 @@ def _device() -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))
         device = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
         torch.cuda.set_device(device)
+        torch.backends.cudnn.deterministic = True  # else weight gradients add up in any order: not the same bits again
         return device
     return torch.device("cpu")
 
