@@ -241,8 +241,8 @@ def _explain(error: Exception) -> str:
         folder = CONF / group[1]
         options = sorted(p.stem for p in folder.glob("*.yaml"))
         if group[1] == "recipe":
-            dataset, model, *_ = [*group[2].split("-"), ""]
-            near = [o for o in options if o.split("-")[1] == model or o.split("-")[0] == dataset]
+            asked = group[2].split("-")[:2]  # dataset, model
+            near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
             which = "of this data set or model" if near else ""
             return (
                 f"no recipe {group[2]!r} (dataset-model-optimizer); there are{which and ' '}{which}: "
