@@ -245,49 +245,26 @@ def _probe(t: Any) -> float:
 
 
 def noise_scale(t: Any) -> Noise:
-    """tr(Sigma) / |grad f|^2 at the trainer's weights, from NOISE_BATCHES micro-batches of b examples each:
-
-        tr Sigma = b (sum |g_i|^2 - n |g|^2) / (n - 1),   |grad f|^2 = |g|^2 - tr Sigma / (n b)
-
-    with g the mean of the g_i: both are unbiased. The ratio is of the two means; its interval is the
-    jackknife's, in the logarithm. Two passes, because n gradients of a large network do not fit.
-    """
+    """The gradient-noise scale at the trainer's weights, from NOISE_BATCHES micro-batches (see `noise.full`)."""
     import torch
-    from torch.nn import functional as F
+
+    from scaling_exps import noise, train
 
     n, b = NOISE_BATCHES, t.science.micro_batch
     params = [p for p in t.net.parameters() if p.requires_grad]
 
-    def gradient(i: int) -> Any:
-        x, y = t.stream.batch(i * b, (i + 1) * b)
-        grads = torch.autograd.grad(F.cross_entropy(t.net(x), y), params)
-        return torch.cat([g.flatten() for g in grads]).double()
+    def gradients(units: range) -> Any:
+        def batch(i: int) -> Any:
+            return t.stream.batch(i * b, (i + 1) * b)
 
-    mean = gradient(0) * 0
-    squares = []
-    for i in range(n):
-        g = gradient(i)
-        mean += g / n
-        squares.append(float(g @ g))
-    products = [float(gradient(i) @ mean) for i in range(n)]
-    norm = float(mean @ mean)
+        return noise.unit_gradients(lambda x, y: train.mean_loss(t.net(x), y), params, batch, units, [])
 
-    def ratio(total: float, norm: float, n: int) -> float:
-        trace = b * (total - n * norm) / (n - 1)
-        signal = norm - trace / (n * b)
-        return trace / signal if signal > 0 and trace > 0 else math.nan
-
-    value = ratio(sum(squares), norm, n)
-    without = [
-        ratio(sum(squares) - q, (n * n * norm - 2 * n * p + q) / (n - 1) ** 2, n - 1)
-        for q, p in zip(squares, products, strict=True)
-    ]
-    if not all(map(math.isfinite, (value, *without))):
+    like = torch.cat([p.detach().flatten() for p in params])
+    (found,) = noise.full(gradients, n, b, [None], like)
+    if not found.enough:
         return Noise(None, None, None, n, b)
-    logs = [math.log(x) for x in without]
-    center = sum(logs) / n
-    error = math.sqrt((n - 1) / n * sum((x - center) ** 2 for x in logs))
-    return Noise(value, value * math.exp(-1.96 * error), value * math.exp(1.96 * error), n, b)
+    scale = found.inverse
+    return Noise(1 / scale.value, 1 / scale.high, 1 / scale.low, n, b)
 
 
 def _interval(differences: list[float]) -> tuple[float, float]:
