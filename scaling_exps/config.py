@@ -201,6 +201,8 @@ def compose(argv: list[str]) -> list[Config]:
             raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
         if word.startswith("goal=") and not {*word[5:].split(",")} <= {"match", "best"}:  # it names a key of optimizer
             raise ConfigError(f"{word}; allowed: match, best")
+    # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
+    argv = [f"++{w}" if re.match(r"model\.options[.=]", w) else w for w in argv]
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -230,7 +232,18 @@ def compose(argv: list[str]) -> list[Config]:
                 del os.environ["HYDRA_FULL_ERROR"]
             else:
                 os.environ["HYDRA_FULL_ERROR"] = saved[1]
+    for raw in composed:
+        _check_options(raw["model"])
     return [_typed(Config, raw, "") for raw in composed]
+
+
+def _check_options(model: dict[str, Any]) -> None:
+    options = model.get("options", {})
+    if "options" in model and not {"library", "factory"} & set(model):
+        allowed = ", ".join(f"model.{k}" for k in model if k not in ("name", "options"))
+        raise ConfigError(f"unknown key 'model.options'; model {model['name']} has {allowed}")
+    if not isinstance(options, dict):
+        raise ConfigError(f"model.options={options!r} must be keywords: model.options={{KEY:VALUE}}")
 
 
 def _explain(error: Exception) -> str:

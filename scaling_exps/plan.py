@@ -408,6 +408,8 @@ def _dataset_faults(d: Dataset, model: dict[str, Any]) -> list[tuple[bool, str]]
         ]
     if isinstance(d, FileDataset):
         return [
+            (len(d.shape) != 3 or d.shape[-1] != 3, f"dataset.shape={d.shape} must be [height, width, 3]: RGB"),
+            (d.classes < 2, f"dataset.classes={d.classes}: give the number of classes, dataset.classes=N"),
             (
                 len(d.area) != 2 or not 0 < d.area[0] <= d.area[1] <= 1,
                 f"dataset.area={d.area} must be [smallest, largest] share of an image, in (0, 1]",

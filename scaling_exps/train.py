@@ -94,19 +94,20 @@ class Trainer:
 
     def train_step(self) -> None:
         """One optimizer step; on a CPU a non-finite loss raises before the update."""
-        s = self.science
-        first, micro = self.spec.samples(self.step), s.micro_batch
+        s, micro = self.science, self.science.micro_batch
         last = len(self.weights) * self.per_draw - 1
         loss_sum = torch.zeros((), device=self.device)
         for j in range(last + 1):
-            draw, i = divmod(j, self.per_draw)
-            start = first + draw * s.batch + (self.rank * self.per_draw + i) * micro
+            start = self._start(self.step, j)
             x, y = self.stream.batch(start, start + micro)  # (m, C, H, W), (m,); of tokens (m, T), (m, T)
+            if j < last or self.step + 1 < s.steps:
+                then = self._start(self.step, j + 1) if j < last else self._start(self.step + 1, 0)
+                self.stream.prefetch(then, then + micro)
             self._seed_dropout("dropout", start)
             with self._reduce(j == last):
                 with self._autocast():
                     loss = mean_loss(self.forward(x), y)
-                (loss * self.weights[draw]).backward()
+                (loss * self.weights[j // self.per_draw]).backward()
             loss_sum += loss.detach()
             if self.free is not None:
                 self.free.micro_batch(j)
@@ -129,6 +130,12 @@ class Trainer:
         if self.device.type == "cuda":  # its steps are only queued; the wait belongs to them, not to what comes next
             torch.cuda.synchronize(self.device)
         self.seconds += time.monotonic() - started
+
+    def _start(self, step: int, j: int) -> int:
+        """Where micro-batch j of a step, counted over its draws on this rank, begins in the stream."""
+        draw, i = divmod(j, self.per_draw)
+        place = self.rank * self.per_draw + i
+        return self.spec.samples(step) + draw * self.science.batch + place * self.science.micro_batch
 
     def check_finite(self) -> None:
         bad = float(self.first_bad)
@@ -572,8 +579,11 @@ def preflight(specs: list[RunSpec]) -> None:
             net = build_net(spec).eval()
             try:
                 got = tuple(net(x).shape)
-            except (RuntimeError, ValueError, AssertionError, IndexError, TypeError) as e:
-                raise models.ModelError(f"model {s.model} cannot take inputs of shape {tuple(x.shape[1:])}: {e}") from e
+            except Exception as e:  # whatever a network of the user's own raises
+                what = f"{type(e).__name__}: {e}"
+                raise models.ModelError(
+                    f"model {s.model} cannot take inputs of shape {tuple(x.shape[1:])}: {what}"
+                ) from e
         wanted = (*y.shape, s.dataset["classes"]) if "classes" in s.dataset else (*y.shape, s.dataset["vocab"])
         if len(got) != len(wanted) or got[:-1] != wanted[:-1] or got[-1] < wanted[-1]:
             raise models.ModelError(f"model {s.model} returns {got} for one example; its logits must be {wanted}")

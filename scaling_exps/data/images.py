@@ -27,6 +27,17 @@ class Images:
     test_labels: Tensor
 
 
+class Normalise:
+    """uint8 (n, H, W, C) -> float32 (n, C, H, W), channels_last in memory: (x / 255 - mean) / std of each channel."""
+
+    def __init__(self, mean: list[float], std: list[float], device: torch.device) -> None:
+        m, s = torch.tensor(mean), torch.tensor(std)
+        self.factor, self.offset = (1 / (255 * s)).to(device), (-m / s).to(device)
+
+    def __call__(self, pixels: Tensor) -> Tensor:
+        return torch.addcmul(self.offset, pixels.float(), self.factor).permute(0, 3, 1, 2)
+
+
 class ImageStream(Stream):
     """A stream over resident images: padded crop, flip, and label noise by the sample's index.
 
@@ -47,8 +58,7 @@ class ImageStream(Stream):
         self.train = torch.nn.functional.pad(images.train, (0, 0, s, s, s, s)).to(device).view(-1, self.channels)
         self.labels, self.test_labels = images.train_labels.to(device), images.test_labels.to(device)
         self.test = images.test.to(device)
-        mean, std = torch.tensor(dataset["mean"]), torch.tensor(dataset["std"])
-        self.factor, self.offset = (1 / (255 * std)).to(device), (-mean / std).to(device)
+        self._normalise = Normalise(dataset["mean"], dataset["std"], device)
         padded = self.width + 2 * s
         self.rows = torch.arange(self.height, device=device).view(1, -1, 1) * padded
         self.columns = torch.arange(self.width, device=device).view(1, 1, -1)
@@ -85,9 +95,6 @@ class ImageStream(Stream):
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Test images start..stop-1, normalised, and their labels; shorter at the end."""
         return self._normalise(self.test[start:stop]), self.test_labels[start:stop]
-
-    def _normalise(self, pixels: Tensor) -> Tensor:
-        return torch.addcmul(self.offset, pixels.float(), self.factor).permute(0, 3, 1, 2)
 
 
 def load(dataset: dict[str, Any], path: str | None) -> Images:

@@ -7,6 +7,8 @@ from pathlib import Path
 
 from scaling_exps.data.stream import DataError
 
+GATED = {"imagenet": "ILSVRC/imagenet-1k"}
+
 
 def cache() -> Path:
     """Folder of decoded images and token files; safe to delete."""
@@ -37,4 +39,10 @@ def raw_folder(name: str, path: str | None) -> Path:
 
 def how(name: str) -> str:
     """The command that fetches a data set."""
-    return f"python -m scaling_exps.data.prepare {name}"
+    command = f"python -m scaling_exps.data.prepare {name}"
+    return command if name not in GATED else f"{command} (gated: {access(GATED[name])})"
+
+
+def access(hub_id: str) -> str:
+    """What a data set asks for that the hub gives only to those who accept its terms."""
+    return f"first accept the terms on the hub's page of {hub_id}, then log in with `hf auth login`"

@@ -1,0 +1,319 @@
+"""Images that are decoded as they are needed: a folder for each class, or parquet shards as the hub has them.
+
+A thread pool decodes, crops and resizes (PIL releases the interpreter's lock); `prefetch` lets it work on the next
+micro-batch while the network works on this one. The device normalises.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import math
+import os
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache, partial
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from scaling_exps.data.images import Normalise
+from scaling_exps.data.places import cache, how, raw_folder
+from scaling_exps.data.stream import DataError, Stream, random_bits, uniform
+
+SUFFIXES = (".jpeg", ".jpg", ".png")
+TEST = ("val", "validation", "test")  # what the test part may be called; the first that is there
+ASPECT = (3 / 4, 4 / 3)  # of a random crop, width over height
+TRIES = 10  # of a random crop, before the central one
+LAYOUT = (
+    "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg, or parquet files train*.parquet and "
+    "validation*.parquet with the columns image and label"
+)
+Box = tuple[int, int, int, int]  # left, top, right, bottom
+
+
+@dataclass(frozen=True)
+class Part:
+    """Examples of one part: their labels, int64 (N,), and how to open and to name one of them."""
+
+    labels: Tensor
+    open: Callable[[int], Image.Image]
+    name: Callable[[int], str]
+
+    def subset(self, keep: Tensor) -> Part:
+        rows = keep.tolist()
+        return Part(self.labels[keep], lambda i: self.open(rows[i]), lambda i: self.name(rows[i]))
+
+
+@dataclass(frozen=True)
+class Files:
+    """Both parts. fingerprint: of the names and labels."""
+
+    train: Part
+    test: Part
+    fingerprint: str
+
+
+class FileStream(Stream):
+    """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test.
+
+    Args:
+        files: of the data set.
+        dataset: the `dataset` group of the config, as a dict.
+        seed, device, purpose: see Stream.
+    """
+
+    def __init__(
+        self, files: Files, dataset: dict[str, Any], seed: int, device: torch.device, purpose: str = "train"
+    ) -> None:
+        super().__init__(len(files.train.labels), len(files.test.labels), seed, device, purpose)
+        self.files, self.fingerprint = files, files.fingerprint
+        self.height, self.width, _ = dataset["shape"]
+        self.area, self.flip, self.resize = dataset["area"], dataset["flip"], dataset["resize"]
+        self._normalise = Normalise(dataset["mean"], dataset["std"], device)
+        self._ahead: tuple[tuple[int, int], _Decoding] | None = None
+
+    def sibling(self, seed: int, purpose: str) -> Self:
+        other = super().sibling(seed, purpose)
+        other._ahead = None
+        return other
+
+    def _make_epoch(self, epoch: int) -> tuple[Tensor, ...]:
+        """For every sample of one epoch, on the host: its image; (N,)."""
+        return (self._order(torch.arange(epoch * self.size, (epoch + 1) * self.size)),)
+
+    def crops(self, start: int, stop: int) -> list[tuple[Callable[[int, int], Box], bool]]:
+        """For samples start..stop-1: the crop as a function of the image's (width, height), and whether it is flipped.
+
+        A size is known only once the file is open; all that is random is drawn here.
+        """
+        i = torch.arange(start, stop)
+        tries = i[:, None] * TRIES + torch.arange(TRIES)
+        low, high = self.area
+        area = low + (high - low) * uniform(self.draw("area", tries))  # (n, TRIES), share of the image
+        lows, highs = math.log(ASPECT[0]), math.log(ASPECT[1])
+        aspect = torch.exp(lows + (highs - lows) * uniform(self.draw("aspect", tries)))
+        left, top = uniform(self.draw("column", i)), uniform(self.draw("row", i))
+        flipped = (self.draw("flip", i) >> 9) % 2 == 1 if self.flip else torch.zeros(len(i), dtype=torch.bool)
+        columns = (area.tolist(), aspect.tolist(), left.tolist(), top.tolist(), flipped.tolist())
+        return [
+            (partial(random_crop, area=a, aspect=r, left=x, top=y), f) for a, r, x, y, f in zip(*columns, strict=True)
+        ]
+
+    def _train_image(self, row: int, crop: Callable[[int, int], Box], flipped: bool) -> np.ndarray:
+        image = _decode(self.files.train, row)
+        image = image.crop(crop(*image.size)).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        pixels = np.asarray(image)
+        return pixels[:, ::-1] if flipped else pixels
+
+    def _test_image(self, row: int) -> np.ndarray:
+        image = _decode(self.files.test, row)
+        w, h = (self.resize * side // min(image.size) for side in image.size)
+        image = image.resize((w, h), Image.Resampling.BILINEAR)
+        left, top = round((w - self.width) / 2), round((h - self.height) / 2)  # as torchvision's CenterCrop
+        return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
+
+    def _decode_train(self, start: int, stop: int) -> _Decoding:
+        rows = self.indices(start, stop)
+        work = [
+            (self._train_image, row, *crop) for row, crop in zip(rows.tolist(), self.crops(start, stop), strict=True)
+        ]
+        return _Decoding(work, (self.height, self.width), self.device)
+
+    def prefetch(self, start: int, stop: int) -> None:
+        """Begin to decode samples start..stop-1; one such slice is kept."""
+        self._ahead = (start, stop), self._decode_train(start, stop)
+
+    def pixels(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Augmented pixels, uint8 (n, H, W, 3), and labels, int64 (n,), of samples start..stop-1; on the host."""
+        ahead, self._ahead = self._ahead, None
+        decoding = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._decode_train(start, stop)
+        return decoding.result(), self.files.train.labels[self.indices(start, stop)]
+
+    def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Normalised float32 images (n, 3, H, W), channels_last in memory, and labels, of samples start..stop-1.
+
+        Raises:
+            DataError: an image cannot be decoded.
+        """
+        return self._ready(*self.pixels(start, stop))
+
+    def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
+        """Test images start..stop-1, normalised, and their labels; shorter at the end."""
+        rows = range(start, min(stop, self.test_size))
+        decoding = _Decoding([(self._test_image, row) for row in rows], (self.height, self.width), self.device)
+        return self._ready(decoding.result(), self.files.test.labels[start:stop])
+
+    def _ready(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        return self._normalise(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
+
+
+class _Decoding:
+    """Images on their way into one tensor, uint8 (n, H, W, 3); pinned where a GPU will read it."""
+
+    def __init__(self, work: list[tuple[Any, ...]], size: tuple[int, int], device: torch.device) -> None:
+        self.out = torch.empty((len(work), *size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+        into = self.out.numpy()
+
+        def one(k: int) -> None:
+            make, *given = work[k]
+            into[k] = make(*given)
+
+        self.pending: list[Future[None]] = [_pool().submit(one, k) for k in range(len(work))]
+
+    def result(self) -> Tensor:
+        try:
+            for future in self.pending:
+                future.result()
+        finally:
+            for future in self.pending:
+                future.cancel()
+        return self.out
+
+
+@lru_cache(1)
+def _pool() -> ThreadPoolExecutor:
+    """The process's decoding threads: its share of the CPUs that it may use."""
+    cpus = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return ThreadPoolExecutor(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), "decode")
+
+
+def _decode(part: Part, row: int) -> Image.Image:
+    try:
+        return part.open(row).convert("RGB")
+    except Exception as e:  # PIL has several kinds for a damaged file
+        raise DataError(
+            f"cannot decode image {part.name(row)}: {type(e).__name__}: {e}. Fetch it again, or take it out of the "
+            "data set (then start anew in another runs_dir: the order of the samples changes)"
+        ) from e
+
+
+def random_crop(width: int, height: int, area: list[float], aspect: list[float], left: float, top: float) -> Box:
+    """torchvision's RandomResizedCrop with its random numbers given: (left, top, right, bottom), all inside.
+
+    Args:
+        width, height: of the image, pixels.
+        area, aspect: of each try: share of the image's area; width over height.
+        left, top: in [0, 1): where the crop lies in the room that it leaves.
+
+    >>> random_crop(100, 50, [0.5], [1.0], 0.0, 0.99)
+    (0, 0, 50, 50)
+    """
+    for a, r in zip(area, aspect, strict=True):
+        w, h = round(math.sqrt(width * height * a * r)), round(math.sqrt(width * height * a / r))
+        if 0 < w <= width and 0 < h <= height:
+            x, y = int(left * (width - w + 1)), int(top * (height - h + 1))
+            return x, y, x + w, y + h
+    w = min(width, round(height * ASPECT[1]))
+    h = min(height, round(width / ASPECT[0]))
+    x, y = (width - w) // 2, (height - h) // 2
+    return x, y, x + w, y + h
+
+
+# ---- what is on the disk ----
+
+
+def load(dataset: dict[str, Any], path: str | None) -> Files:
+    """The files of the `dataset` group of the config; nothing is decoded.
+
+    Args:
+        dataset: the group as a dict (`name`, `train_size`, `test_size`, `classes` are used). A size below what there is
+            takes the first so many of a fixed shuffle, since files lie sorted by class.
+        path: folder of the raw data, or None for the data home's.
+
+    Raises:
+        DataError: nothing there, unreadable, fewer images or more classes than the config says.
+    """
+    name = dataset["name"]
+    if name == "imagefolder" and path is None:
+        raise DataError(f"dataset=imagefolder needs dataset.path=FOLDER and dataset.classes=N; {LAYOUT}")
+    files = _load(str(raw_folder(name, path).resolve()), name)
+    parts = {}
+    for which, part in (("train", files.train), ("test", files.test)):
+        have, want = len(part.labels), dataset[f"{which}_size"]
+        if want is not None and want > have:
+            raise DataError(f"dataset.{which}_size={want}: there are only {have} {which} images")
+        low, high = int(part.labels.min()), int(part.labels.max())
+        if low < 0 or high >= dataset["classes"]:
+            raise DataError(
+                f"dataset.classes={dataset['classes']}: the {which} images have labels from {low} to {high}; give "
+                f"dataset.classes={high + 1}, or another folder"
+            )
+        order = torch.argsort(random_bits(0, f"files/{which}", torch.arange(have)), stable=True)
+        parts[which] = part.subset(order[:want])
+    return Files(parts["train"], parts["test"], files.fingerprint)
+
+
+@lru_cache(2)  # a sweep in one process lists once
+def _load(folder: str, name: str) -> Files:
+    root = Path(folder)
+    shards = root if any(root.glob("train*.parquet")) else root / "data"
+    if any(shards.glob("train*.parquet")):
+        return _parquet(shards, name)
+    test = next((root / t for t in TEST if (root / t).is_dir()), None)
+    if not (root / "train").is_dir() or test is None:
+        raise DataError(f"no images in {folder!r}: {LAYOUT}" + ("" if name == "imagefolder" else f"; or {how(name)}"))
+    classes = _class_folders(root / "train")
+    if strange := set(_class_folders(test)) - set(classes):
+        raise DataError(f"{str(test)!r} has the class {min(strange)!r}, which {str(root / 'train')!r} has not")
+    digest = hashlib.sha256()
+    return Files(
+        _folder(root / "train", classes, digest), _folder(test, classes, digest), digest.hexdigest()[:16]
+    )  # in this order: the digest reads both
+
+
+def _class_folders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir())
+
+
+def _folder(folder: Path, classes: list[str], digest: Any) -> Part:
+    """Images below the class folders, numbered as torchvision's ImageFolder does; their names go into `digest`."""
+    names, labels = [], []
+    for label, name in enumerate(classes):
+        for base, subfolders, inside in os.walk(folder / name, followlinks=True):
+            subfolders.sort()
+            found = [os.path.join(base, f) for f in sorted(inside) if f.lower().endswith(SUFFIXES)]
+            names += found
+            labels += [label] * len(found)
+    if not names:
+        raise DataError(f"no image in {str(folder)!r}: {LAYOUT}")
+    digest.update("\n".join(os.path.relpath(n, folder) for n in names).encode())
+    return Part(torch.tensor(labels), lambda i: Image.open(names[i]), lambda i: names[i])
+
+
+def _parquet(folder: Path, name: str) -> Files:
+    import datasets
+
+    test = next((found for t in TEST if (found := sorted(folder.glob(f"{t}*.parquet")))), [])
+    if not test:
+        raise DataError(f"no validation*.parquet in {str(folder)!r}: {LAYOUT}; or {how(name)}")
+    shards = {"train": sorted(folder.glob("train*.parquet")), "test": test}
+    digest = hashlib.sha256(repr([(f.name, f.stat().st_size) for p in shards.values() for f in p]).encode())
+    try:
+        both = datasets.load_dataset(
+            "parquet", data_files={k: [str(f) for f in v] for k, v in shards.items()}, cache_dir=str(cache() / "arrow")
+        )
+        parts = {}
+        for which, rows in both.items():
+            rows = rows.select_columns(["image", "label"]).cast_column("image", datasets.Image(decode=False))
+            labels = torch.from_numpy(rows.data.column("label").to_numpy().astype(np.int64))
+            parts[which] = _rows(rows, labels, f"of {shards[which][0].parent}/{which}*.parquet")
+    except Exception as e:  # datasets raises its own kinds for a corrupt file, a missing column
+        told = str(e.__cause__ or e) or repr(e)
+        raise DataError(
+            f"cannot read columns image and label of the parquet files in {str(folder)!r}: {type(e).__name__}: "
+            f"{told.splitlines()[0]}. Fetch them again, or give another dataset.path=FOLDER"
+        ) from e
+    return Files(parts["train"], parts["test"], digest.hexdigest()[:16])
+
+
+def _rows(rows: Any, labels: Tensor, where: str) -> Part:
+    def name(i: int) -> str:
+        return f"{rows[i]['image']['path'] or ''} (row {i}) {where}".strip()
+
+    return Part(labels, lambda i: Image.open(io.BytesIO(rows[i]["image"]["bytes"])), name)
