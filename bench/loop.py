@@ -80,7 +80,7 @@ def main() -> None:
     for name in options.models.split(","):
         if options.one_step:
             step(trainer(name, options.one_step, options.batch, options.precision))
-            print(train._peak_memory(train._device()))
+            print(train.provenance.peak_memory(train.ranks.device()))
         elif options.memory:
             memory(name, options)
         else:

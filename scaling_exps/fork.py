@@ -122,9 +122,9 @@ def fork(
         raise ForkError(
             f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
         )
-    state, device = None, train._device()
+    state, device = None, train.ranks.device()
     for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        state = state or train._load_checkpoint(run_dir / name, device)
+        state = state or train.trainer.load_checkpoint(run_dir / name, device)
     if state is None:
         raise ForkError(f"{run_dir} has no checkpoint: train it first, or for longer than checkpoint.minutes")
     branches = {k: _Branching(spec, run_dir, state, batches[k], samples, rule) for k in kappas}

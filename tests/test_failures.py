@@ -44,13 +44,13 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     def steps(trainer: train.Trainer) -> None:
         step(trainer)
         if trainer.step >= spec.science.steps // 2:
-            train._signals.append(signal.SIGTERM)  # what the handler does
+            train.runs._signals.append(signal.SIGTERM)  # what the handler does
 
     with monkeypatch.context() as m:
         m.setattr(train.Trainer, "train_step", steps)
         m.setattr(train, "LOOK", 0.1)
         assert train.run(run_dir) == "stopped"
-    train._signals.clear()
+    train.runs._signals.clear()
     assert records.state(run_dir) == "interrupted"
     assert (run_dir / "checkpoint.prev.pt").exists()
     return run_dir
@@ -133,7 +133,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
         assert train.run(run_dir) == "failed"
         why = directories.reason(run_dir)
         assert "space" in why.lower() or "write" in why.lower(), why
-        assert train._load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu")) is not None
+        assert train.trainer.load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu")) is not None
         subprocess.run(["mount", "-o", "remount,size=64m", tmp_path / "disk"], check=True)
         goes_on(run_dir, undisturbed)
 

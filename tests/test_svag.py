@@ -112,7 +112,7 @@ def test_one_clock_for_every_l() -> None:
     times, shares = [], []
     for spec in runs:
         s = spec.science
-        marks = [k for k in range(1, s.steps + 1) if train._crosses(spec, k, 10)]
+        marks = [k for k in range(1, s.steps + 1) if train.trainer.crosses(spec, k, 10)]
         times.append([rules.continuous_time(s.hyper, k, "adaptive") for k in marks])
         shares.append([optim.multiplier(s.schedule, spec.clock(k)) for k in marks])
         assert spec.clock(s.steps) == 296

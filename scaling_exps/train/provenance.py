@@ -1,0 +1,90 @@
+"""What a run leaves about the machine and the code that it ran on."""
+
+from __future__ import annotations
+
+import contextlib
+import functools
+import os
+import platform
+import subprocess
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaling_exps.train import ranks
+
+
+def reset_peak_memory() -> None:
+    if torch.cuda.is_available():
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        with contextlib.suppress(OSError):  # Linux: the high-water mark of resident memory starts anew
+            Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_memory(device: torch.device) -> int:
+    """Bytes: allocated on the GPU, else this process's resident high-water mark."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    try:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(next(line for line in status.splitlines() if line.startswith("VmHWM")).split()[1])
+    except OSError:
+        import resource
+
+        return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+
+
+def environment() -> dict[str, Any]:
+    packages = ("scalerun", "torch", "torchvision", "timm", "numpy")
+    versions = {"python": platform.python_version()}
+    for name in packages:
+        with contextlib.suppress(PackageNotFoundError):
+            versions[name] = version(name)
+    name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
+    return {
+        "versions": versions,
+        **code(None),
+        "device": name,
+        "threads": torch.get_num_threads(),
+        "world_size": ranks.world()[0],
+    }
+
+
+@functools.cache
+def _tree() -> tuple[str | None, str]:
+    """The commit of the code that runs (`-dirty` where the tree is not clean), and the patch of the difference."""
+
+    def git(*words: str) -> str:
+        try:
+            done = subprocess.run(
+                ["git", "-C", str(Path(__file__).resolve().parents[1]), *words], capture_output=True, text=True
+            )
+        except FileNotFoundError:
+            return ""
+        return done.stdout if done.returncode == 0 else ""
+
+    commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
+    return commit, git("diff", "HEAD", "--", ".") if commit and commit.endswith("-dirty") else ""
+
+
+def code(run_dir: Path | None) -> dict[str, Any]:
+    """What ran, for the record; with `run_dir`, the patch of a tree that is not clean is left there."""
+    commit, patch = _tree()
+    if not patch:
+        return {"commit": commit}
+    if run_dir is not None:
+        with open(os.open(run_dir / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
+            f.write(patch)
+    return {"commit": commit, "patch": "code.patch"}
+
+
+def job() -> str | None:
+    """The SLURM job that this process belongs to, as squeue names it; None outside of one."""
+    e = os.environ
+    if "SLURM_STEP_ID" not in e:
+        return None
+    array = e.get("SLURM_ARRAY_JOB_ID")
+    return f"{array}_{e['SLURM_ARRAY_TASK_ID']}" if array else e.get("SLURM_JOB_ID")

@@ -1,0 +1,87 @@
+"""The processes of one run: who is who, sums over them, and the group that torchrun or srun describes."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+def world() -> tuple[int, int]:
+    """(world size, rank)."""
+    return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
+
+
+def device() -> torch.device:
+    if torch.cuda.is_available():
+        local = int(os.environ.get("LOCAL_RANK", 0))
+        mine = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
+        torch.cuda.set_device(mine)
+        torch.backends.cudnn.deterministic = True  # else weight gradients add up in any order: not the same bits again
+        return mine
+    return torch.device("cpu")
+
+
+def total(x: Tensor) -> Tensor:
+    """A new tensor: the sum of every rank's `x`."""
+    x = x.clone()
+    if dist.is_initialized():
+        dist.all_reduce(x)
+    return x
+
+
+def maximum(x: float) -> float:
+    if not dist.is_initialized():
+        return float(x)
+    tensor = torch.tensor(float(x), dtype=torch.float64, device=device())
+    dist.all_reduce(tensor, dist.ReduceOp.MAX)
+    return float(tensor)
+
+
+def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
+    """What torch.distributed wants to know, out of a SLURM step's environment; None for a step of one task, or none.
+
+    The address is the first host of the step; the port follows from job, step and restart, so that jobs which share
+    a node do not meet.
+
+    >>> e = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
+    ...      "SLURM_STEP_NODELIST": "gpu[07-08,11],cpu1", "SLURM_JOB_ID": "41"}
+    >>> slurm_rank(e)["MASTER_ADDR"], slurm_rank(e)["RANK"], slurm_rank(e)["MASTER_PORT"]
+    ('gpu07', '3', '20287')
+    """
+    if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
+        return None
+    host = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment["SLURM_STEP_NODELIST"])
+    assert host is not None
+    salt = 7 * int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_RESTART_COUNT", 0))
+    return {
+        "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
+        "RANK": environment["SLURM_PROCID"],
+        "LOCAL_RANK": environment["SLURM_LOCALID"],
+        "MASTER_ADDR": "".join(part or "" for part in host.groups()),
+        "MASTER_PORT": str(20000 + (salt + int(environment["SLURM_STEP_ID"])) % 12000),
+    }
+
+
+@contextlib.contextmanager
+def process_group() -> Iterator[None]:
+    """Join the group that torchrun's or srun's environment describes; nothing to do for a single process."""
+    if "WORLD_SIZE" not in os.environ:
+        os.environ.update(slurm_rank(os.environ) or {})
+    size = int(os.environ.get("WORLD_SIZE", 1))
+    if size == 1:
+        yield
+        return
+    mine = device()
+    dist.init_process_group(
+        "nccl" if mine.type == "cuda" else "gloo", device_id=mine if mine.index is not None else None
+    )
+    try:
+        yield
+    finally:
+        dist.destroy_process_group()
