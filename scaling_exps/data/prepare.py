@@ -192,7 +192,8 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
     try:
         found = verify(name, aside)
     except DataError:
-        shutil.rmtree(aside)  # wrong as a whole: nothing to go on with
+        if source is not None:  # what came from the hub has its checksum: it is not fetched twice
+            shutil.rmtree(aside)
         raise
     _write_manifest(aside, found, str(source or [p.repository for p in SETS[name]]))
     if folder.exists():
