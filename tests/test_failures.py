@@ -48,7 +48,7 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
 
     with monkeypatch.context() as m:
         m.setattr(train.Trainer, "train_step", steps)
-        m.setattr(train, "LOOK", 0.1)
+        m.setattr(train.runs, "LOOK", 0.1)
         assert train.run(run_dir) == "stopped"
     train.runs._signals.clear()
     assert records.state(run_dir) == "interrupted"

@@ -110,8 +110,8 @@ def test_samples_do_not_depend_on_the_micro_batch_or_on_prefetching(pictures: Pa
             assert torch.equal(torch.cat([q for _, q in parts]), y)
     one = stream(pictures)
     one.prefetch(64, 128)
-    other = one.sibling(0, "train")
-    assert torch.equal(other.batch(0, 64)[0], x[:64])  # a sibling leaves it alone, and asks for another slice
+    other = one.sibling(1, "train").batch(64, 128)[0]
+    assert torch.equal(other, stream(pictures, seed=1).batch(64, 128)[0])  # its own, not what was prefetched here
     assert torch.equal(one.batch(0, 16)[0], x[:16])  # something else than what was prefetched
     assert not torch.equal(one.sibling(0, "noise").batch(0, 64)[0], x[:64])
     assert not torch.equal(stream(pictures, seed=1).batch(0, 64)[0], x[:64])

@@ -232,7 +232,7 @@ def load(dataset: dict[str, Any], path: str | None) -> Files:
     name = dataset["name"]
     if name == "imagefolder" and path is None:
         raise DataError(f"dataset=imagefolder needs dataset.path=FOLDER and dataset.classes=N; {LAYOUT}")
-    files = _load(str(raw_folder(name, path).resolve()), name)
+    files = listing(str(raw_folder(name, path).resolve()), name)
     parts = {}
     for which, part in (("train", files.train), ("test", files.test)):
         have, want = len(part.labels), dataset[f"{which}_size"]
@@ -250,7 +250,8 @@ def load(dataset: dict[str, Any], path: str | None) -> Files:
 
 
 @lru_cache(2)  # a sweep in one process lists once
-def _load(folder: str, name: str) -> Files:
+def listing(folder: str, name: str) -> Files:
+    """Every file of a folder in its own order: by class and name, or by row. Raises as `load` does."""
     root = Path(folder)
     shards = root if any(root.glob("train*.parquet")) else root / "data"
     if any(shards.glob("train*.parquet")):

@@ -180,8 +180,8 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
             for part in SETS[name]:
                 _fetch(name, part, aside)
         finally:
-            if not any(aside.iterdir()):
-                aside.rmdir()
+            if not [*aside.glob("*.parquet"), *aside.rglob("*.incomplete")]:  # nothing to go on with
+                shutil.rmtree(aside)
     else:
         try:
             _copy(name, source, aside)
@@ -192,7 +192,8 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
     try:
         found = verify(name, aside)
     except DataError:
-        shutil.rmtree(aside)  # wrong as a whole: nothing to go on with
+        if source is not None:  # what came from the hub has its checksum: it is not fetched twice
+            shutil.rmtree(aside)
         raise
     _write_manifest(aside, found, str(source or [p.repository for p in SETS[name]]))
     if folder.exists():
@@ -296,10 +297,7 @@ def _copy(name: str, source: Path, aside: Path) -> None:
     heads = {head for part in SETS[name] for head in part.rows}
     found = [f for f in sorted(source.rglob("*.parquet")) if f.name.startswith(tuple(heads))]
     if not found and (source / "train").is_dir() and SETS[name][0].columns == ("image", "label"):
-        _pack(
-            files.load({"name": name, "classes": sys.maxsize, "train_size": None, "test_size": None}, str(source)),
-            aside,
-        )
+        _pack(files.listing(str(source), name), aside)
         return
     if not found:
         raise DataError(f"--from {str(source)!r} has no parquet file named {' or '.join(sorted(heads))}*.parquet")

@@ -224,9 +224,10 @@ def preflight(specs: list[RunSpec]) -> None:
             try:
                 got = tuple(net(x).shape)
             except Exception as e:  # whatever a network of the user's own raises
-                what = f"{type(e).__name__}: {e}"
+                shape, why = tuple(x.shape[1:]), f"{type(e).__name__}: {e}"
                 raise models.ModelError(
-                    f"model {s.model} cannot take inputs of shape {tuple(x.shape[1:])}: {what}"
+                    f"model {s.model} cannot take inputs of shape {shape}: {why}. Choose a network, its "
+                    "options (of timm's ViTs model.options={img_size:N}) or a data set that fit"
                 ) from e
         wanted = (*y.shape, s.dataset["classes"]) if "classes" in s.dataset else (*y.shape, s.dataset["vocab"])
         if len(got) != len(wanted) or got[:-1] != wanted[:-1] or got[-1] < wanted[-1]:

@@ -1,0 +1,297 @@
+"""Data sets are fetched, checked and converted, or refused in words; what is cut leaves no data set behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import torch
+from conftest import ENVIRONMENT, ROOT
+from test_vision import dataset, write
+
+from scaling_exps import data
+from scaling_exps.data import prepare
+
+SMALL = """
+import sys
+from scaling_exps.data import prepare
+from scaling_exps.data.prepare import Source
+prepare.SETS["wikibooks"] = (
+    Source("wiki/pedia", "en/*.parquet", {"wikipedia-": 5}, ("text",), prefix="wikipedia-"),
+    Source("book/corpus", "plain_text/*train/*.parquet", {"bookcorpus-": 4}, ("text",), "refs/convert/parquet",
+           "bookcorpus-"),
+)
+prepare.SETS["imagenet"] = (Source("ILSVRC/imagenet-1k", "data/[tv][ra]*.parquet", {"train": 5}, ("image", "label")),)
+prepare._convert = lambda name, path: None
+raise SystemExit(prepare.main(sys.argv[1:]))
+"""
+
+
+def table(path: Path, rows: int, column: str = "text") -> bytes:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(pa.table({column: [f"{path.name} {i}" for i in range(rows)]}), path)
+    return path.read_bytes()
+
+
+class Hub(BaseHTTPRequestHandler):
+    """As much of the hub as a download needs: the list of files with their checksums, and the files."""
+
+    files: dict[tuple[str, str], dict[str, bytes]]  # (repository, revision) -> name -> content
+    damaged: str = ""  # the file that arrives with another content than its checksum says
+    requests: list[str]
+
+    def do_GET(self) -> None:
+        self._answer(True)
+
+    def do_HEAD(self) -> None:
+        self._answer(False)
+
+    def log_message(self, *_: Any) -> None: ...
+
+    def _answer(self, body: bool) -> None:
+        path = self.path.split("?")[0].replace("%2F", "/").replace("%2f", "/")
+        self.requests.append(path)
+        for (repository, revision), files in self.files.items():
+            if path == f"/api/datasets/{repository}/revision/{revision}":
+                listed = [
+                    {
+                        "rfilename": n, "size": len(b), "blobId": "0" * 40,
+                        "lfs": {"sha256": hashlib.sha256(b).hexdigest(), "size": len(b), "pointerSize": 100},
+                    }
+                    for n, b in files.items()
+                ]  # fmt: skip
+                return self._send(json.dumps({"id": repository, "sha": "a" * 40, "siblings": listed}).encode(), body)
+            head = f"/datasets/{repository}/resolve/"
+            name = next((n for n in files if path.startswith(head) and path.endswith("/" + n)), None)
+            if name is not None:
+                if repository == "ILSVRC/imagenet-1k":
+                    return self._send(b"", body, 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "ask first"})
+                content = files[name]
+                if name.endswith(self.damaged or "\0"):
+                    content = content[:-1] + b"!"
+                tag = hashlib.sha256(files[name]).hexdigest()
+                return self._send(content, body, 200, {"ETag": f'"{tag}"', "X-Repo-Commit": "a" * 40})
+        return self._send(b"", body, 404, {"X-Error-Code": "RepoNotFound"})
+
+    def _send(self, content: bytes, body: bool, status: int = 200, headers: dict[str, str] | None = None) -> None:
+        self.send_response(status)
+        for k, v in {"Content-Length": str(len(content)), **(headers or {})}.items():
+            self.send_header(k, v)
+        self.end_headers()
+        if body:
+            self.wfile.write(content)
+
+
+@pytest.fixture
+def hub(tmp_path: Path) -> Iterator[str]:
+    """The address of a hub on this machine, with two repositories of texts and a gated one."""
+    Hub.files = {
+        ("wiki/pedia", "main"): {
+            f"en/train-{k}.parquet": table(tmp_path / "made" / f"w{k}.parquet", 2 + k) for k in range(2)
+        },
+        ("book/corpus", "refs/convert/parquet"): {
+            "plain_text/partial-train/0000.parquet": table(tmp_path / "made" / "b.parquet", 4)
+        },
+        ("ILSVRC/imagenet-1k", "main"): {"data/train-0.parquet": b"secret", "data/test-0.parquet": b"no labels"},
+    }
+    Hub.damaged, Hub.requests = "", []
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    server.server_close()
+
+
+def run(
+    *words: str, home: Path, endpoint: str, offline: str = "0", code: str = SMALL
+) -> subprocess.CompletedProcess[str]:
+    """What a user gets, with small data sets under the real names."""
+    environment = {
+        **ENVIRONMENT, "SCALERUN_DATA": str(home), "HF_HOME": str(home.parent / "hf"), "HF_ENDPOINT": endpoint,
+        "HF_HUB_OFFLINE": offline, "XDG_CACHE_HOME": str(home.parent / "cache"), "NO_PROXY": "*",
+    }  # fmt: skip
+    done = subprocess.run([sys.executable, "-c", code, *words], env=environment, capture_output=True, text=True)
+    assert "Traceback" not in done.stderr, done.stderr
+    return done
+
+
+def test_files_come_from_the_hub_whole_and_under_their_own_names(
+    hub: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """First with a file damaged on its way: no data set; then the rest is fetched, and only the rest."""
+    home = tmp_path / "home"
+    Hub.damaged = "0000.parquet"
+    done = run("wikibooks", home=home, endpoint=hub)
+    assert done.returncode == 2 and "0000.parquet of book/corpus arrived damaged" in done.stderr
+    assert not (home / "wikibooks").exists()
+    monkeypatch.setenv("SCALERUN_DATA", str(home))
+    assert "partly fetched" in prepare.table()
+    Hub.damaged = ""
+    Hub.requests.clear()
+    done = run("wikibooks", home=home, endpoint=hub)
+    assert done.returncode == 0, done.stderr
+    assert not any("en/train" in r for r in Hub.requests)
+    folder = home / "wikibooks"
+    names = ["bookcorpus-0000.parquet", "manifest.json", "wikipedia-train-0.parquet", "wikipedia-train-1.parquet"]
+    assert sorted(p.name for p in folder.rglob("*")) == names
+    said = json.loads((folder / "manifest.json").read_text())["files"]
+    assert {n: f["rows"] for n, f in said.items()} == {names[0]: 4, names[2]: 2, names[3]: 3}
+    for name, f in said.items():
+        assert f["sha256"] == hashlib.sha256((folder / name).read_bytes()).hexdigest()
+    assert [p.name for p in home.iterdir()] == ["wikibooks"]  # nothing aside
+    prepare.check_manifest(folder)
+    (folder / names[0]).write_bytes(b"altered")
+    with pytest.raises(data.DataError, match="is missing or was altered"):
+        prepare.check_manifest(folder)
+
+
+def test_a_gated_set_says_how_to_get_it(hub: str, tmp_path: Path) -> None:
+    done = run("imagenet", home=tmp_path / "home", endpoint=hub)
+    assert done.returncode == 2 and len(done.stderr.splitlines()) == 1, done.stderr
+    for part in ("ILSVRC/imagenet-1k is gated", "accept the terms", "hf auth login"):
+        assert part in done.stderr
+    assert list((tmp_path / "home").iterdir()) == []
+
+
+@pytest.mark.parametrize("name", ["cifar10", "tokenizer:gpt2"])
+def test_without_a_network(name: str, tmp_path: Path) -> None:
+    """Nobody listens on port 9; and HF_HUB_OFFLINE is respected, as its user expects."""
+    for offline, says in (("0", "cannot be reached for"), ("1", "HF_HUB_OFFLINE is set")):
+        done = run(name, home=tmp_path / "home", endpoint="http://127.0.0.1:9", offline=offline)
+        assert done.returncode == 2 and says in done.stderr and len(done.stderr.splitlines()) == 1, done.stderr
+        assert not any((tmp_path / "home").glob("*"))
+
+
+# ---- files that are here ----
+
+
+@pytest.fixture
+def small(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """Small data sets under the real names, in this process; the data home."""
+    monkeypatch.setitem(
+        prepare.SETS, "imagenet", (prepare.Source("x", "*", {"train": 12, "validation": 6}, ("image", "label")),)
+    )
+    monkeypatch.setitem(prepare.SETS, "wikitext103", (prepare.Source("x", "*", {"train": 5, "test": 2}, ("text",)),))
+    monkeypatch.setattr(prepare, "_convert", lambda name, path: None)
+    monkeypatch.setattr(prepare, "SHARD", 5)
+    monkeypatch.setattr(prepare, "GROUP", 2)
+    monkeypatch.setenv("SCALERUN_DATA", str(tmp_path / "home"))
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "home"
+
+
+def test_an_image_folder_becomes_parquet_and_stays_the_same_data(small: Path, tmp_path: Path) -> None:
+    root = write(tmp_path / "pictures", {"train": 4, "val": 2})
+    assert prepare.main(["imagenet", "--from", str(root)]) == 0
+    names = [f"train-0000{k}-of-00003.parquet" for k in range(3)] + [
+        f"validation-0000{k}-of-00002.parquet" for k in range(2)
+    ]
+    assert sorted(p.name for p in (small / "imagenet").glob("*.parquet")) == names
+
+    def batch(path: Path) -> torch.Tensor:
+        return data.stream(dataset(), str(path), 0, torch.device("cpu")).batch(0, 24)[0]
+
+    assert torch.equal(batch(small / "imagenet"), batch(root))
+
+
+def refused(words: list[str], says: str, capsys: pytest.CaptureFixture[str]) -> None:
+    capsys.readouterr()
+    assert prepare.main(words) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("prepare: ") and len(told.splitlines()) == 1 and says in told, told
+
+
+def test_what_is_not_the_data_set_is_refused(
+    small: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here = tmp_path / "here"
+    words = ["wikitext103", "--from", str(here)]
+    refused(words, "is no folder", capsys)
+    table(here / "train-0.parquet", 4)
+    refused(words, "wikitext103 has 5 rows in train*.parquet, and here are 4", capsys)
+    table(here / "train-0.parquet", 5)
+    refused(words, "2 rows in test*.parquet, and here are 0", capsys)
+    table(here / "test-0.parquet", 2, "words")
+    refused(words, "has the columns ['words'], and wikitext103 needs 'text'", capsys)
+    (here / "test-0.parquet").write_bytes(b"PAR1 cut")
+    refused(words, "test-0.parquet is no whole parquet file", capsys)
+    table(here / "test-0.parquet", 2)
+    with monkeypatch.context() as m:
+        m.setattr("shutil.disk_usage", lambda _: _Usage(10, 5, 5))
+        refused(words, "GB left", capsys)
+    table(here / "deeper" / "test-0.parquet", 2)
+    refused(words, "two parquet files of one name", capsys)
+    (here / "deeper" / "test-0.parquet").unlink()
+    assert not list(small.glob("*")) and not list(small.glob(".*"))  # nothing half
+    assert prepare.main(words) == 0
+    refused(words, "is there already", capsys)
+    for bad, says in (
+        (["mnist"], "unknown data set 'mnist'; allowed: cifar10, imagenet"),
+        (["text"], "text needs --from"),
+        (["stdlib", "--from", str(here)], "takes neither"),
+        (["tokenizer:gpt2", "--out", str(here)], "drop --from and --out"),
+    ):
+        refused(bad, says, capsys)
+    assert prepare.main([]) == 0
+    told = capsys.readouterr().out
+    assert "wikitext103  there: 7 rows" in told and "imagenet     not there: python -m" in told
+
+
+class _Usage:
+    def __init__(self, total: int, used: int, free: int) -> None:
+        self.total, self.used, self.free = total, used, free
+
+
+def test_an_interrupted_copy_leaves_nothing(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table(tmp_path / "here" / "train-0.parquet", 5)
+    table(tmp_path / "here" / "test-0.parquet", 2)
+    copy = prepare.shutil.copyfile
+
+    for error, code, says in (
+        (KeyboardInterrupt(), 130, "interrupted"),
+        (OSError(28, "No space left on device"), 2, "no room left. Give another --out=FOLDER"),
+        (PermissionError(13, "Permission denied"), 2, "Permission denied"),
+    ):
+
+        def cut(a: Path, b: Path, error: BaseException = error) -> None:
+            copy(a, b)
+            raise error
+
+        with monkeypatch.context() as m:
+            m.setattr("shutil.copyfile", cut)
+            assert prepare.main(["wikitext103", "--from", str(tmp_path / "here")]) == code
+        assert says in capsys.readouterr().err
+        assert list(small.iterdir()) == []
+
+
+def test_cifar10_as_it_is(cifar10: str, tmp_path: Path) -> None:
+    """The real files: rows are counted, images decoded, and training then reads what was converted."""
+    environment = {**ENVIRONMENT, "SCALERUN_DATA": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = [str(ROOT / "scripts" / "prepare_data.py"), "cifar10", "--from", cifar10]
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "60,000 rows in 2 files" in done.stdout
+    assert len(list((tmp_path / "cache" / "scalerun").glob("cifar10-*.safetensors"))) == 1
+
+
+def test_ones_own_text_is_converted(tmp_path: Path) -> None:
+    (tmp_path / "mine.txt").write_text("to be or not to be, that is the question\n" * 200)
+    environment = {**ENVIRONMENT, "XDG_CACHE_HOME": str(tmp_path / "cache")}
+    words = ["-m", "scaling_exps.data.prepare", "text", "--from", str(tmp_path / "mine.txt")]
+    done = subprocess.run([sys.executable, *words], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert f"scalerun dataset=text dataset.path={tmp_path / 'mine.txt'}" in done.stdout
+    (folder,) = (tmp_path / "cache" / "scalerun").glob("text-*")
+    assert (folder / "train.bin").stat().st_size > 1000
