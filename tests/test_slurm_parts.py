@@ -32,8 +32,8 @@ def test_devices_follow_from_the_batch() -> None:
 
 
 def test_rank_and_address_come_from_slurm() -> None:
-    assert doctest.testmod(train).attempted > 0
-    assert doctest.testmod(train).failed == 0
+    assert doctest.testmod(train.ranks).attempted > 0
+    assert doctest.testmod(train.ranks).failed == 0
     step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1"}
     assert train.slurm_rank({}) is None
     assert train.slurm_rank(step) is None
