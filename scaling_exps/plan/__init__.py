@@ -1,0 +1,13 @@
+"""Config -> RunSpec: what will run, checked whole before the first run starts.
+
+`expand` takes the product and applies the rule, `checks` refuses, `spec` is the result, `show` prints it.
+"""
+
+from scaling_exps.plan.expand import plan, plan_one
+from scaling_exps.plan.show import describe, print_plan
+from scaling_exps.plan.spec import Arm, Measure, Placement, PlanError, RunSpec, Schedule, Science, run_id
+
+__all__ = [
+    "Arm", "Measure", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "describe", "plan", "plan_one",
+    "print_plan", "run_id",
+]  # fmt: skip
