@@ -16,7 +16,7 @@ import pytest
 import torch
 from conftest import ROOT, plan_json, prepare, rows, scalerun, specs, work
 
-from scaling_exps import config, data, models, plan, records, train
+from scaling_exps import cli, config, data, models, plan, records, train
 from scaling_exps.data import corpora, tokens
 
 CPU = torch.device("cpu")
@@ -312,8 +312,11 @@ def test_bad_words_are_refused_by_the_plan(words: list[str], says: str) -> None:
     assert says in str(refusal.value)
 
 
-def test_what_cannot_run_is_refused_before_the_first_step(tmp_path: Path, text: str) -> None:
-    (tmp_path / "home").mkdir()
+def test_what_cannot_run_is_refused_before_the_first_step(
+    tmp_path: Path, text: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("SCALERUN_DATA", str(tmp_path))
     mine = ["dataset=text", f"dataset.path={text}"]
     for words, says in (
         (["model=gpt", "dataset=text"], "needs dataset.path"),
@@ -329,9 +332,9 @@ def test_what_cannot_run_is_refused_before_the_first_step(tmp_path: Path, text: 
         (["model=gpt", "dataset=digits", "recipe=digits-resnet8-adam"], "reads tokens, and dataset 'digits'"),
         (["model=resnet8", "dataset=stdlib", "recipe=stdlib-gpt-adam"], "reads images, and dataset 'stdlib'"),
     ):  # fmt: skip
-        done = scalerun(*words, "logger=none", cwd=tmp_path, SCALERUN_DATA=str(tmp_path / "home"))
-        assert done.returncode == 2, (words, done.stdout, done.stderr)
-        assert says in done.stderr and "Traceback" not in done.stderr, (words, done.stderr)
+        assert cli.main([*words, "logger=none"]) == 2, words
+        told = capsys.readouterr().err
+        assert says in told and "Traceback" not in told, (words, told)
         assert not (tmp_path / "runs").exists()
 
 
