@@ -263,6 +263,11 @@ def test_dropout_is_of_seed_and_place(tmp_path: Path) -> None:
         return [p.detach().clone() for p in trainer.net.parameters()]
 
     whole = train.Trainer(spec, tmp_path)
+    drawn = []
+    for start in (0, 4, 0):
+        whole._seed_dropout("dropout", start)
+        drawn.append(torch.rand(4))
+    assert torch.equal(drawn[0], drawn[2]) and not torch.equal(drawn[0], drawn[1])  # another place, another mask
     expected = steps(whole, 3)
     part = train.Trainer(spec, tmp_path)
     steps(part, 1)
