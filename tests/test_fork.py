@@ -79,7 +79,7 @@ def test_the_fork_sees_a_missing_rule(run_dir: Path) -> None:
 
 
 def test_a_branch_starts_where_the_checkpoint_is(run_dir: Path) -> None:
-    state = train.load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu"))
+    state = train.trainer.load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu"))
     assert state is not None
     spec = records.read_spec(run_dir)
     for batch in (16, 4):  # and the first must leave nothing behind for the second
