@@ -193,7 +193,8 @@ def label(spec: RunSpec, arm: Arm) -> str:
 
 
 def rule_under_test(spec: RunSpec) -> str:
-    return "sqrt" if spec.science.family == "adaptive" else "linear"
+    """The optimizer's own rule for goal=match (conf/optimizer); all others are its controls."""
+    return {"adamw": "adamw_sde", "sgd": "linear"}.get(spec.science.optimizer, "sqrt")
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
