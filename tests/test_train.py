@@ -326,6 +326,23 @@ def test_two_devices_as_a_user_runs_them(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["world_size"] == 2
 
 
+def test_a_finished_run_is_not_aborted_at_the_interpreters_shutdown(tmp_path: Path) -> None:
+    """gloo's threads outlive their group and sometimes abort the process while the interpreter shuts down; a finalizer
+    that runs there does so always. A worker must be gone before."""
+    (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64")
+    run_dir = prepare(tmp_path, replace(spec, placement=replace(spec.placement, world_size=2)))
+    script = tmp_path / "worker.py"
+    script.write_text(
+        "import os, sys\nfrom pathlib import Path\nfrom scaling_exps.train import work\n\n\n"
+        "class Late:\n    def __del__(self, abort=os.abort):\n        abort()\n\n\nlate = Late()\n"
+        "sys.exit(work([Path(sys.argv[1])]))\n"
+    )
+    command = [*worker(run_dir, 2)[:-3], str(script), str(run_dir)]
+    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    assert done.returncode == 0, done.stderr
+    assert records.state(run_dir) == "finished"
+
+
 def test_what_cannot_run_leaves_nothing(tmp_path: Path) -> None:
     for words, says in (
         (["dataset=cifar10", "dataset.path=nowhere"], "does not exist"),

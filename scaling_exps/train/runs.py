@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import platform
@@ -321,15 +322,30 @@ def work(run_dirs: list[Path], earlier: list[int] | None = None) -> int:
     _signals.extend(earlier or [])
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
-    with _handlers():
-        with ranks.process_group():
-            good = run_all(run_dirs, log=True, patience=60 if provenance.job() else 0)
-            stopped = ranks.maximum(len(_signals)) > 0 and not good
-            rank = ranks.world()[1]
-        if (
-            stopped and provenance.job()
-        ):  # only rank 0 says so, last: srun ends the others as soon as one of them exits badly
-            if rank:
-                return 0
+    status: list[int] = []
+    atexit.register(_leave, status)
+    with _handlers(), ranks.process_group():
+        good = run_all(run_dirs, log=True, patience=60 if provenance.job() else 0)
+        stopped = ranks.maximum(len(_signals)) > 0 and not good
+        rank = ranks.world()[1]
+    code = AGAIN if stopped else 0 if good else 1
+    if stopped and provenance.job():  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
+        if rank:
+            code = 0
+        else:
             time.sleep(1)
-    return AGAIN if stopped else 0 if good else 1
+    status.append(code)
+    return code
+
+
+def _leave(status: list[int]) -> None:
+    """End the process here, before the interpreter shuts down: the last of the exit handlers, as the first registered.
+
+    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14). One that
+    lets go of a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489), and a run that is
+    finished would count as killed.
+    """
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status[0])

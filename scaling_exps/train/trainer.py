@@ -71,7 +71,7 @@ class Trainer:
         self.net = build_net(spec).to(self.device)
         net = torch.compile(self.net) if spec.placement.compile else self.net
         self.forward: nn.Module = (
-            nn.parallel.DistributedDataParallel(net, broadcast_buffers=False, gradient_as_bucket_view=True)
+            nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
             if self.world > 1
             else net  # type: ignore[assignment]
         )
