@@ -60,6 +60,22 @@ def test_pairs_are_the_runs_of_a_seed(sweep: Path) -> None:
     assert any("isolates the exponent" in line and "another run" in line for line in report.reading(rows))
 
 
+@pytest.mark.parametrize(
+    ("optimizer", "rules", "tested"),
+    [
+        ("sgd", ("linear", "linear_momentum", "none"), "linear"),
+        ("adamw", ("adamw_sde", "sqrt", "none"), "adamw_sde"),
+        ("rmsprop", ("sqrt", "sqrt_without_eps", "linear"), "sqrt"),
+    ],
+)
+def test_only_the_optimizers_own_rule_is_not_a_control(
+    optimizer: str, rules: tuple[str, ...], tested: str, tmp_path: Path
+) -> None:
+    fabricate(tmp_path, [*DEMO, f"optimizer={optimizer}"], batches=(4, 16), rules=rules)
+    roles = {r.rule: r.role for r in rows_of(tmp_path) if r.batch == 16}
+    assert roles == {r: "rule" if r == tested else "control" for r in rules}
+
+
 def test_the_trajectory_is_exact_for_unequal_records(tmp_path: Path) -> None:
     """Two runs whose losses differ by 0.25 throughout, recorded at other places: the mean difference is 0.25. Fails if
     records were compared by their number instead of by samples, or interpolated as points instead of as means."""

@@ -296,8 +296,8 @@ def _row(
     assert arm is not None
     spec = runs[0].spec if runs else next(g.spec for g in gone if g.spec)
     bases = tuple(by_id.get(a.base_run_id) for _, a in members)
-    role = "base" if rule == "base" else "rule" if rule_under_test(spec) in rule or "SVAG" in rule else "control"
-    role = "control" if rule.startswith("sqrt_without") else role
+    tested = arm.rule == rule_under_test(spec) or spec.science.svag != 1
+    role = "base" if rule == "base" else "rule" if tested else "control"
     for run in runs:
         remarks += [f"seed {run.spec.science.seed}: {note}" for note in run.notes]
     values: dict[str, list[float]] = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
