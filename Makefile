@@ -14,7 +14,8 @@ demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, a
 	.venv/bin/scalerun report runs --out report
 
 test: $(STAMP) ## every test that this machine can run
-	$(PY) -m pytest
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses=2 --dist=loadfile
+	$(PY) -m pytest -m slurm # alone: its cluster wants the machine
 
 check: $(STAMP) ## format, lint, types, rooms
 	$(PY) -m ruff format --check .
