@@ -33,8 +33,9 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             if not values:
                 faults[f"{key}=[] is empty: give at least one value"] = None
         for batch, rule, ell, seed in itertools.product(batches, names, ells, seeds):
+            batch = config.recipe.batch if batch is None else batch
             try:
-                spec = plan_one(replace(config, svag=ell), config.recipe.batch if batch is None else batch, rule, seed)
+                spec = plan_one(replace(config, svag=ell), batch, rule, seed)
             except (PlanError, rules.RuleError) as e:
                 faults[f"batch={batch} rule={rule}" + (f" svag={ell}" if ell != 1 else "") + f": {e}"] = None
                 continue

@@ -225,7 +225,7 @@ def preflight(specs: list[RunSpec]) -> None:
             try:
                 got = tuple(net(x).shape)
             except Exception as e:  # whatever a network of the user's own raises
-                shape, why = tuple(x.shape[1:]), f"{type(e).__name__}: {e}"
+                shape, why = tuple(x.shape[1:]), f"{type(e).__name__}: {e}".rstrip(".")
                 raise models.ModelError(
                     f"model {s.model} cannot take inputs of shape {shape}: {why}. Choose a network, its "
                     "options (of timm's ViTs model.options={img_size:N}) or a data set that fit"
