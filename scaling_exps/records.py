@@ -112,11 +112,16 @@ def read_events(run_dir: Path) -> list[dict[str, Any]]:
 def lock(run_dir: Path) -> Iterator[None]:
     """Hold the run; BusyError if somebody does. The kernel lets go when the process dies, however it dies."""
     with open(run_dir / "lock", "a+") as f:
-        try:
-            fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            f.seek(0)
-            raise BusyError(f"{run_dir} is being run by {f.read().strip() or 'another process'}") from None
+        for left in reversed(range(5)):  # `holder` takes it for an instant
+            try:
+                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if left:
+                    time.sleep(0.1)
+                    continue
+                f.seek(0)
+                raise BusyError(f"{run_dir} is being run by {f.read().strip() or 'another process'}") from None
         f.truncate(0)
         f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
         f.flush()

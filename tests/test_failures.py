@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
+import json
 import os
 import shutil
 import signal
 import subprocess
+import threading
 import time
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
 
-from scaling_exps import records, train
-from scaling_exps.launch import directories
+from scaling_exps import config, records, train
+from scaling_exps.launch import directories, local
 from scaling_exps.plan import RunSpec
 
 OFTEN = ["batch=16", "recipe.samples=4800", "checkpoint.minutes=1e-9"]  # 300 steps; a save at every look
@@ -97,6 +101,19 @@ def test_records_cut_in_a_line(keep: float, halfway: Path, undisturbed: Path) ->
     goes_on(halfway, undisturbed)
 
 
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(halfway: Path, undisturbed: Path) -> None:
+    """The disk, the network or the memory failed, not the file: starting anew would cut the records off."""
+    whole = {name: (halfway / name).read_bytes() for name in ("checkpoint.pt", "checkpoint.prev.pt", "records.jsonl")}
+    (halfway / "checkpoint.pt").unlink()
+    (halfway / "checkpoint.pt").symlink_to("checkpoint.pt")  # reading it is an OSError, for root too
+    assert train.run(halfway) == "failed"
+    assert "symbolic links" in directories.reason(halfway)
+    (halfway / "checkpoint.pt").unlink()
+    (halfway / "checkpoint.pt").write_bytes(whole["checkpoint.pt"])
+    assert whole == {name: (halfway / name).read_bytes() for name in whole}
+    goes_on(halfway, undisturbed)
+
+
 def test_what_a_killed_save_left_is_removed(halfway: Path, undisturbed: Path) -> None:
     (halfway / ".checkpoint.pt.4711").write_bytes(b"half a checkpoint")
     goes_on(halfway, undisturbed)
@@ -162,6 +179,80 @@ def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
         first.wait()
     assert records.state(run_dir) == "interrupted"
     assert "saved and stopped" in (run_dir / "log.txt").read_text()
+
+
+def two_ranks(root: Path, *words: str) -> Path:
+    (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64", *words)
+    return prepare(root, replace(spec, placement=replace(spec.placement, world_size=2)))
+
+
+def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: Path) -> None:
+    """A shared lock does not show as a running run, and is in the way: what another launcher does between the look and
+    the lock. Fails by a deadlock if rank 0 alone goes on to the next run."""
+    held, free = two_ranks(tmp_path), two_ranks(tmp_path, "seed=1")
+    with open(held / "lock", "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        done = subprocess.run(
+            [*worker(held, 2), str(free)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=100
+        )
+    assert done.returncode == 0, done.stderr
+    assert (records.state(held), records.state(free)) == ("waiting", "finished")
+
+
+def test_a_look_at_a_run_does_not_keep_it_from_starting(spec: RunSpec, tmp_path: Path) -> None:
+    run_dir = prepare(tmp_path, spec)
+    with open(run_dir / "lock", "a+") as f:
+        fcntl.flock(f, fcntl.LOCK_SH)
+        threading.Timer(0.15, fcntl.flock, (f, fcntl.LOCK_UN)).start()
+        with records.lock(run_dir):
+            assert records.holder(run_dir) is not None
+
+
+def test_a_sweep_of_two_devices_goes_past_a_run_that_fails_and_says_why(tmp_path: Path) -> None:
+    """The network dies in its fourth training step on both ranks, for seed 0 only."""
+    (tmp_path / "dying.py").write_text(
+        "import torch\n\n\nclass Net(torch.nn.Module):\n"
+        "    def __init__(self, classes, dies):\n        super().__init__()\n"
+        "        self.layer, self.dies, self.calls = torch.nn.Linear(64, classes), dies, 0\n\n"
+        "    def forward(self, x):\n        self.calls += self.training\n"
+        "        if self.dies and self.calls > 3:\n            raise torch.OutOfMemoryError('no room for a tensor')\n"
+        "        return self.layer(x.flatten(1))\n\n\n"
+        "def net(shape, classes, dies):\n    return Net(classes, dies)\n"
+    )
+    words = [
+        "model=custom", "model.factory=dying:net", "model.norm=layer", "batch=32", "recipe.batch=32",
+        "recipe.micro_batch=16", "recipe.epochs=null", "recipe.samples=256", "logger=none", "launch.devices=2",
+        "measure.evaluations=1",
+    ]  # fmt: skip
+    done = scalerun(
+        "-m", *words, "model.options={dies:true},{dies:false}", cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}"
+    )
+    assert done.returncode == 1
+    states = {r["state"]: r["detail"] for r in json.loads(scalerun("status", "--json", cwd=tmp_path).stdout)}
+    assert states.keys() == {"finished", "failed"}, (states, done.stderr)
+    assert "OutOfMemoryError: no room for a tensor" in states["failed"]
+
+
+def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
+    run_dir = two_ranks(tmp_path)
+    subprocess.run(worker(run_dir, 2), env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
+    (run_dir / "result.json").unlink()  # as if killed in the last instant
+    (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64")
+    assert spec.placement.world_size == 1
+    assert local.launch([spec], tmp_path, config.compose([])[0].launch)
+    assert (records.read_json(run_dir / "result.json") or {})["world_size"] == 2
+
+
+def test_what_a_finished_run_says_of_its_data_stays(spec: RunSpec, undisturbed: Path) -> None:
+    directories.write([replace(spec, dataset_path="/elsewhere", experiment="another")], undisturbed.parent)
+    assert records.read_spec(undisturbed) == spec
+
+
+def test_workers_side_by_side_have_cards_of_their_own() -> None:
+    cards = ["4", "5", "6", "7"]
+    shares = [local._share(cards, share, 2)["CUDA_VISIBLE_DEVICES"] for share in range(3)]
+    assert shares == ["4,5", "6,7", "4,5"]
+    assert local._share([], 1, 2) == {}
 
 
 def test_wandb_unreachable_is_said_once_and_stops_nothing(

@@ -157,6 +157,17 @@ def test_hydras_own_words(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_another_text_is_another_run_and_another_place_of_cifar10_is_not() -> None:
+    def run_id(*words: str) -> str:
+        (spec,) = plan.plan(config.compose(list(words)))
+        return spec.run_id
+
+    mine = ["model=gpt", "dataset=text"]
+    assert run_id(*mine, "dataset.path=/a.txt") == run_id(*mine, "dataset.path=/b/../a.txt")
+    assert run_id(*mine, "dataset.path=/a.txt") != run_id(*mine, "dataset.path=/b.txt")
+    assert run_id("model=resnet50", "dataset.path=/a") == run_id("model=resnet50", "dataset.path=/b")
+
+
 def test_every_recipe_and_experiment_plans() -> None:
     for path in sorted((ROOT / "conf" / "recipe").glob("*.yaml")):
         dataset, model, optimizer = path.stem.split("-")

@@ -11,6 +11,7 @@ import hashlib
 import json
 import os
 import shutil
+import socket
 import sysconfig
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -80,7 +81,7 @@ def _convert(files: list[Path], tokenizer: str, vocab: int, folder: Path) -> Non
     """Write the token files aside and rename the folder, so a reader sees all or nothing."""
     from tqdm import tqdm
 
-    aside = folder.with_name(f".{folder.name}.{os.getpid()}")
+    aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     aside.mkdir(parents=True)
     try:
         encode = _tokenizer(tokenizer, vocab, files, aside)
@@ -107,8 +108,11 @@ def _convert(files: list[Path], tokenizer: str, vocab: int, folder: Path) -> Non
             raise DataError(f"{files[0].parent} has {lengths} tokens: a train and a test part are needed")
         meta = {"dtype": dtype, "vocab": vocab, "bytes": sizes, "tokens": lengths, "sha256": digest.hexdigest()[:16]}
         (aside / "meta.json").write_text(json.dumps(meta))
-        if not folder.exists():  # somebody else may have been faster
+        try:
             os.rename(aside, folder)
+        except OSError:
+            if not (folder / "meta.json").exists():  # else somebody was faster
+                raise
     finally:
         shutil.rmtree(aside, ignore_errors=True)
 

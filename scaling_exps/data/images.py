@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import socket
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
@@ -189,7 +190,7 @@ def _cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> Images:
         pass
     made = make()
     file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
+    aside = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
     save_file(made, aside)
     os.replace(aside, file)
     return Images(**made)

@@ -40,6 +40,8 @@ def write(specs: list[RunSpec], root: Path) -> dict[str, Path]:
                 started = any((run_dir / name).exists() for name in ("checkpoint.pt", "checkpoint.prev.pt"))
                 if started:  # a margin is fixed before the run: a later one does not replace it
                     spec = replace(spec, placement=known.placement, margin=known.margin or spec.margin)
+                if records.state(run_dir) == "finished":  # it says what was run
+                    spec = replace(known, margin=known.margin or spec.margin)
                 spec = replace(spec, arms=arms)
                 if spec == known:
                     dirs[spec.run_id] = run_dir

@@ -13,6 +13,8 @@ from scaling_exps.plan import checks
 from scaling_exps.plan.spec import Arm, Measure, Placement, PlanError, RunSpec, Schedule, Science, run_id, summary
 from scaling_exps.rules import Hyper
 
+OWN = ("text", "imagefolder")  # data sets of the user: their place is their identity
+
 
 def plan(configs: list[Config]) -> list[RunSpec]:
     """Expand the lists of every config, apply the rule, and check the whole sweep.
@@ -74,7 +76,9 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
         total = r.samples if r.samples is not None else round((r.epochs or 0) * (config.dataset.train_size or 0))
         total = round(total * duration)
         dataset = asdict(config.dataset)
-        del dataset["path"]  # where the data lies is not what it is
+        path = dataset.pop("path")  # where the data lies is not what it is,
+        if dataset["name"] in OWN and path is not None:  # unless nothing else says so
+            dataset["path"] = os.path.realpath(path)
         return Science(
             model=config.model,
             dataset=dataset,

@@ -22,9 +22,29 @@ def device() -> torch.device:
         local = int(os.environ.get("LOCAL_RANK", 0))
         mine = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
         torch.cuda.set_device(mine)
-        torch.backends.cudnn.deterministic = True  # else weight gradients add up in any order: not the same bits again
+        # Else gradients add up in any order: not the same bits again. A kernel that has no other way warns.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
         return mine
     return torch.device("cpu")
+
+
+@contextlib.contextmanager
+def first() -> Iterator[None]:
+    """Rank 0 goes through the block before the others do."""
+    if dist.is_initialized() and dist.get_rank():
+        dist.barrier()
+    yield
+    if dist.is_initialized() and not dist.get_rank():
+        dist.barrier()
+
+
+def lost(error: Exception) -> bool:
+    """Whether an error says that another rank is gone: that one's own error is what counts."""
+    return isinstance(error, dist.DistError) or (
+        isinstance(error, RuntimeError) and re.search(r"gloo|nccl", str(error), re.IGNORECASE) is not None
+    )
 
 
 def total(x: Tensor) -> Tensor:
@@ -81,7 +101,5 @@ def process_group() -> Iterator[None]:
     dist.init_process_group(
         "nccl" if mine.type == "cuda" else "gloo", device_id=mine if mine.index is not None else None
     )
-    try:
-        yield
-    finally:
-        dist.destroy_process_group()
+    yield
+    dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

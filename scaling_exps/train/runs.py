@@ -37,7 +37,7 @@ class Stopped(Exception):  # noqa: N818 (no error)
 
 
 def run(run_dir: Path) -> str:
-    """Run what `run_dir/run.json` says, or go on with it, to its end. Every rank calls this.
+    """Run what `run_dir/run.json` says, or go on with it, to its end, holding its lock. Every rank calls this.
 
     Returns:
         How it ended: `finished`, `failed` (the reason is in result.json), or `stopped` by a signal.
@@ -47,12 +47,18 @@ def run(run_dir: Path) -> str:
     """
     spec = records.read_spec(run_dir)
     world, rank = ranks.world()
-    with records.lock(run_dir) if rank == 0 else contextlib.nullcontext():
+    with contextlib.ExitStack() as held:
+        busy = None
+        if rank == 0:
+            try:
+                held.enter_context(records.lock(run_dir))
+            except records.BusyError as e:
+                busy = e
+        if ranks.maximum(busy is not None):  # all ranks know it, or the others wait for rank 0
+            raise busy or records.BusyError(f"{run_dir} is being run by another process")
         previous = records.read_json(run_dir / "result.json")
         if previous is not None and previous["status"] == "finished":
             return "finished"
-        if world > 1:
-            dist.barrier()
         if rank == 0:
             records.append_event(
                 run_dir,
@@ -67,8 +73,9 @@ def run(run_dir: Path) -> str:
                 )
             return "stopped"
         except (TrainError, data.DataError, models.ModelError, OSError, torch.OutOfMemoryError, RuntimeError) as e:
-            if isinstance(e, RuntimeError) and world > 1 and not isinstance(e, TrainError):
-                raise  # most likely another rank died: its own message counts
+            if ranks.lost(e):
+                print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
+                raise
             reason = f"{e}" if isinstance(e, TrainError | ValueError) else f"{type(e).__name__}: {e}"
             with contextlib.suppress(OSError):
                 records.write_json(
@@ -324,10 +331,14 @@ def work(run_dirs: list[Path], earlier: list[int] | None = None) -> int:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     status: list[int] = []
     atexit.register(_leave, status)
-    with _handlers(), ranks.process_group():
-        good = run_all(run_dirs, log=True, patience=60 if provenance.job() else 0)
-        stopped = ranks.maximum(len(_signals)) > 0 and not good
-        rank = ranks.world()[1]
+    try:
+        with _handlers(), ranks.process_group():
+            good = run_all(run_dirs, log=True, patience=60 if provenance.job() else 0)
+            stopped = ranks.maximum(len(_signals)) > 0 and not good
+            rank = ranks.world()[1]
+    except BaseException as e:
+        status.append(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+        raise
     code = AGAIN if stopped else 0 if good else 1
     if stopped and provenance.job():  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
         if rank:

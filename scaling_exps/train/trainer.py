@@ -7,6 +7,7 @@ step k:   g = Σ_i w_i ∇L_i over the micro-batches of its draws   (plain: w_i 
 from __future__ import annotations
 
 import contextlib
+import errno
 import math
 import os
 import sys
@@ -75,7 +76,8 @@ class Trainer:
             if self.world > 1
             else net  # type: ignore[assignment]
         )
-        self.stream = data.stream(s.dataset, spec.dataset_path, s.seed, self.device)
+        with ranks.first():  # it converts raw data, where that is to be done; the others read what it made
+            self.stream = data.stream(s.dataset, spec.dataset_path, s.seed, self.device)
         self.statistics = self.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
         self.noise_stream = self.stream.sibling(s.seed, "noise")
         self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
@@ -320,7 +322,12 @@ class Trainer:
         aside = self.run_dir / f".checkpoint.pt.{os.getpid()}"
         try:
             with open(aside, "wb") as f:
-                torch.save(state, f)
+                try:
+                    torch.save(state, f)
+                except RuntimeError as e:
+                    if isinstance(e.__context__, OSError):  # a full disk; torch tells it as a position in the archive
+                        raise e.__context__ from None
+                    raise
                 f.flush()
                 os.fsync(f.fileno())
             if path.exists():
@@ -362,7 +369,11 @@ class Trainer:
 
 
 def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
-    """The checkpoint, or None if it is absent, cut or altered (the archive's checksums tell)."""
+    """The checkpoint, or None if it is absent, cut or altered (the archive's checksums tell).
+
+    Raises:
+        OSError, torch.OutOfMemoryError: it could not be read now; nothing is known about the file.
+    """
     try:
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
@@ -371,6 +382,10 @@ def load_checkpoint(path: Path, device: torch.device) -> dict[str, Any] | None:
         return state
     except FileNotFoundError:
         return None
+    except torch.OutOfMemoryError:
+        raise
     except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # (a wrong offset in the archive makes an EINVAL)
+            raise
         print(f"{path} is damaged ({type(e).__name__}); using the one before", file=sys.stderr)
         return None
