@@ -25,7 +25,7 @@ def device() -> torch.device:
         # Else gradients add up in any order: not the same bits again. A kernel that has no other way warns.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # it costs time, and nothing here reads such memory
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, of no use
         return mine
     return torch.device("cpu")
 
