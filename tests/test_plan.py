@@ -157,6 +157,39 @@ def test_hydras_own_words(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs_dir=ra,rb"],
+        ["runs_dir=ra,rb", "batch=4,16"],
+        ["launch.compile=false,true"],
+        ["launch.parallel=1,2"],
+        ["launch=local,slurm"],
+        ["noise=na,nb"],
+        ["logger=none,wandb"],
+        ["checkpoint.minutes=1,2"],
+        ["margin.train_loss=0.1,0.2"],
+        ["dataset.path=a,b"],
+    ],
+)
+def test_a_sweep_over_what_makes_no_other_run_is_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(plan.PlanError) as refusal:
+        plan.plan(config.compose(["-m", *words]))
+    key, values = words[0].replace(".train_loss", "").split("=")  # margins are told together
+    said = str(refusal.value)
+    assert said.lower().startswith(f"{key}=") and said.count("\n") == 0, said
+    assert all(v in said.lower() for v in values.split(","))
+    if key == "runs_dir":
+        done = scalerun("-m", *words, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, f"scalerun: {said}\n")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_keeps_what_its_runs_differ_in_beside_the_science() -> None:
+    runs = plan.plan(config.compose(["-m", "experiment=demo,fig1_vgg16_adam_small,fig1_ablations_vgg16_adam_small"]))
+    assert len({str(r.margin) for r in runs}) == 2  # the last two share runs, and agree about them
+
+
 def test_every_recipe_and_experiment_plans() -> None:
     for path in sorted((ROOT / "conf" / "recipe").glob("*.yaml")):
         dataset, model, optimizer = path.stem.split("-")
