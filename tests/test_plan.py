@@ -106,6 +106,9 @@ BAD = [
     ("recipe.lr=fast", "must be float"),
     ("recipe.lr=-1", "must be > 0"),
     ("recipe.betas=[0.9]", "takes 2 value(s)"),
+    ("recipe.decay=inverse_sqrt recipe.warmup_fraction=0", "give recipe.warmup_fraction > 0"),
+    ("recipe.gamma=0", "recipe.gamma=0.0 must lie in (0, 1]"),
+    ("recipe.gamma=1.5", "recipe.gamma=1.5 must lie in (0, 1]"),
     ("recipe.samples=100", "give exactly one"),
     ("+foo=1", "keys cannot be added"),
     ("++batch=4", "keys cannot be added"),
@@ -124,7 +127,7 @@ BAD = [
 @pytest.mark.parametrize(("word", "says"), BAD)
 def test_bad_words_are_refused(word: str, says: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 (each kind of refusal is one)
-        plan.plan(config.compose([word]))
+        plan.plan(config.compose(word.split()))
     assert isinstance(refusal.value, config.ConfigError | plan.PlanError)
     assert says in str(refusal.value)
     assert str(refusal.value).strip()
