@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import doctest
+import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import scalerun
+from conftest import prepare, scalerun, specs
 
-from scaling_exps import config, plan, train
+from scaling_exps import config, plan, records, train
 from scaling_exps.launch import slurm
 
 
@@ -104,3 +106,54 @@ def test_a_site_file_composes() -> None:
     (composed,) = config.compose(["--config-dir", str(folder), "launch=example_site"])
     assert isinstance(composed.launch, config.SlurmLaunch)
     assert (composed.launch.partition, composed.launch.requeues) == ("gpu", 10)
+
+
+Says = Callable[[str, str], None]
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
+    """`says(NAME, SCRIPT)` puts a program before SLURM's own; those that it did not put do not answer."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def put(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    for name in ("squeue", "sacct", "scancel"):
+        put(name, f"echo {name} does not answer >&2; exit 1")
+    return put
+
+
+def test_following_outlives_a_queue_that_does_not_answer(
+    says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers number 1, 2 and 4 are errors; the run is finished when the fifth comes."""
+    root, calls = tmp_path / "runs", tmp_path / "calls"
+    run_dir = prepare(root, specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    says(
+        "squeue",
+        f"""echo >> {calls}
+        case $(wc -l < {calls}) in
+        3) echo "7|RUNNING|None" ;;
+        5) echo '{{"status": "finished"}}' > {run_dir}/result.json ;;
+        *) echo "Unable to contact slurm controller" >&2; exit 1 ;;
+        esac""",
+    )
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    assert slurm._follow([run_dir], root)
+    assert capsys.readouterr().out.splitlines() == ["1 running", "1 finished"]
+
+
+def test_following_ends_where_the_queue_never_answers(
+    says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = prepare(tmp_path / "runs", specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    monkeypatch.setattr(slurm, "PATIENCE", 0.0)
+    assert not slurm._follow([run_dir], tmp_path / "runs")
+    assert "squeue does not answer" in (said := capsys.readouterr().err)
+    assert "stops following" in said
