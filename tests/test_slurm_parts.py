@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import doctest
 import os
+import subprocess
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import prepare, scalerun, specs
+from conftest import ROOT, prepare, scalerun, specs
 
 from scaling_exps import config, plan, records, train
-from scaling_exps.launch import slurm
+from scaling_exps.launch import overview, queue, slurm
 
 
 def settings(*words: str) -> config.SlurmLaunch:
@@ -157,3 +158,46 @@ def test_following_ends_where_the_queue_never_answers(
     assert not slurm._follow([run_dir], tmp_path / "runs")
     assert "squeue does not answer" in (said := capsys.readouterr().err)
     assert "stops following" in said
+
+
+def test_the_job_around_a_run_is_not_the_runs_job(says: Says, tmp_path: Path) -> None:
+    """Somebody ran it in a shell that is job 99, and the shell lives on."""
+    root = tmp_path / "runs"
+    run_dir = prepare(root, specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})  # it is over
+    records.append_event(run_dir, {"event": "start", "job": "99"})
+    (run_dir / "records.jsonl").touch()
+    says("squeue", "echo '99|RUNNING|None'")
+    assert [(r["state"], r["job"]) for r in overview.status(root)] == [("interrupted", "7")]
+    records.write_json(run_dir / "result.json", {"status": "failed", "reason": "why"})
+    assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("failed", "why")]
+    assert not slurm._in_hand(run_dir, queue.entries())
+    assert slurm.cancel(root) == []  # scancel would have said no
+
+    says("squeue", "echo '99|RUNNING|None'; echo '7|PENDING|Priority'")  # tried again
+    says("scancel", f'echo "$@" > {tmp_path}/cancelled')
+    assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("queued", "Priority")]
+    assert slurm._in_hand(run_dir, queue.entries())
+    with records.lock(run_dir):
+        (run_dir / "result.json").unlink()
+        assert [r["state"] for r in overview.status(root)] == ["running"]
+    assert slurm.cancel(root) == ["7"]
+    assert (tmp_path / "cancelled").read_text() == "-- 7\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "job", "environment"),
+    [
+        ("run.sbatch", "7", {"SLURM_JOB_ID": "7"}),
+        ("array.sbatch", "7_0", {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}),
+    ],
+)
+def test_the_scripts_say_whose_job_they_are(
+    script: str, job: str, environment: dict[str, str], says: Says, tmp_path: Path
+) -> None:
+    run_dir = prepare(tmp_path / "runs of 'mine'", specs()[0])
+    says("srun", "exit 200")
+    done = subprocess.run(["bash", ROOT / "slurm" / script, run_dir], env={**os.environ, **environment})
+    assert done.returncode == 200
+    assert queue.last_job(run_dir) == queue.Job(job, 0)
+    assert (run_dir / "jobs.jsonl").stat().st_mode & 0o077 == 0

@@ -55,7 +55,7 @@ def _row(run_dir: Path, job: queue.Job | None, entry: queue.Entry | None, end: s
     rows = records.read_records(run_dir)
     newest = rows[-1] if rows else {"samples": 0}
     state, details = records.state(run_dir), []
-    if entry is not None and state != "finished":
+    if entry is not None and state not in ("finished", "running"):  # a failed run is queued when it is tried again
         state = "queued" if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
     if job is not None:
         times = job.starts if state == "queued" else job.starts - 1
