@@ -178,6 +178,7 @@ def multiplier(schedule: Schedule, samples: float) -> float:
         share = min(1.0, share)
         return 1 - share if schedule.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share))
     if schedule.decay == "inverse_sqrt":
-        return math.sqrt(max(1.0, schedule.warmup_samples) / samples) if samples else 1.0
+        assert schedule.warmup_samples > 0, "the plan refuses it"
+        return math.sqrt(schedule.warmup_samples / samples)
     assert schedule.decay == "constant", schedule.decay
     return 1.0

@@ -95,6 +95,8 @@ def test_schedules() -> None:
     assert [optim.multiplier(line, s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
     root = schedule(decay="inverse_sqrt")
     assert [optim.multiplier(root, s) for s in (100, 400)] == pytest.approx([1, 0.5])
+    root = schedule(decay="inverse_sqrt", warmup_samples=0.25)  # below a sample: still never above the peak
+    assert [optim.multiplier(root, s) for s in (0.25, 1)] == pytest.approx([1, 0.5])
 
 
 def test_a_schedule_in_samples_integrates_alike_at_every_batch_size() -> None:

@@ -106,6 +106,9 @@ BAD = [
     ("recipe.lr=fast", "must be float"),
     ("recipe.lr=-1", "must be > 0"),
     ("recipe.betas=[0.9]", "takes 2 value(s)"),
+    ("recipe.decay=inverse_sqrt recipe.warmup_fraction=0", "give recipe.warmup_fraction > 0"),
+    ("recipe.gamma=0", "recipe.gamma=0.0 must lie in (0, 1]"),
+    ("recipe.gamma=1.5", "recipe.gamma=1.5 must lie in (0, 1]"),
     ("recipe.samples=100", "give exactly one"),
     ("+foo=1", "keys cannot be added"),
     ("++batch=4", "keys cannot be added"),
@@ -124,7 +127,7 @@ BAD = [
 @pytest.mark.parametrize(("word", "says"), BAD)
 def test_bad_words_are_refused(word: str, says: str) -> None:
     with pytest.raises(ValueError) as refusal:  # noqa: PT011 (each kind of refusal is one)
-        plan.plan(config.compose([word]))
+        plan.plan(config.compose(word.split()))
     assert isinstance(refusal.value, config.ConfigError | plan.PlanError)
     assert says in str(refusal.value)
     assert str(refusal.value).strip()
@@ -166,6 +169,39 @@ def test_another_text_is_another_run_and_another_place_of_cifar10_is_not() -> No
     assert run_id(*mine, "dataset.path=/a.txt") == run_id(*mine, "dataset.path=/b/../a.txt")
     assert run_id(*mine, "dataset.path=/a.txt") != run_id(*mine, "dataset.path=/b.txt")
     assert run_id("model=resnet50", "dataset.path=/a") == run_id("model=resnet50", "dataset.path=/b")
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ["runs_dir=ra,rb"],
+        ["runs_dir=ra,rb", "batch=4,16"],
+        ["launch.compile=false,true"],
+        ["launch.parallel=1,2"],
+        ["launch=local,slurm"],
+        ["noise=na,nb"],
+        ["logger=none,wandb"],
+        ["checkpoint.minutes=1,2"],
+        ["margin.train_loss=0.1,0.2"],
+        ["dataset.path=a,b"],
+    ],
+)
+def test_a_sweep_over_what_makes_no_other_run_is_refused(words: list[str], tmp_path: Path) -> None:
+    with pytest.raises(plan.PlanError) as refusal:
+        plan.plan(config.compose(["-m", *words]))
+    key, values = words[0].replace(".train_loss", "").split("=")  # margins are told together
+    said = str(refusal.value)
+    assert said.lower().startswith(f"{key}=") and said.count("\n") == 0, said
+    assert all(v in said.lower() for v in values.split(","))
+    if key == "runs_dir":
+        done = scalerun("-m", *words, cwd=tmp_path)
+        assert (done.returncode, done.stderr) == (2, f"scalerun: {said}\n")
+        assert list(tmp_path.iterdir()) == []
+
+
+def test_a_sweep_keeps_what_its_runs_differ_in_beside_the_science() -> None:
+    runs = plan.plan(config.compose(["-m", "experiment=demo,fig1_vgg16_adam_small,fig1_ablations_vgg16_adam_small"]))
+    assert len({str(r.margin) for r in runs}) == 2  # the last two share runs, and agree about them
 
 
 def test_every_recipe_and_experiment_plans() -> None:

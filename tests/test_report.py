@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT, ROOT
+from conftest import ENVIRONMENT, ROOT, scalerun
 
 from bench.report import fabricate
 from scaling_exps import cli, config, plan, report
@@ -322,6 +322,17 @@ def test_the_page_is_one_small_file_without_network(sweep: Path, tmp_path: Path)
     assert "http:" not in head and "https:" not in head and "src=" not in head
     link = rows[0].runs[0].path
     assert f"{link.parent.name}/{link.name}/records.jsonl" in text
+
+
+@pytest.mark.parametrize("words", [["report"], ["dashboard", "--offline"]])
+def test_a_folder_that_cannot_be_written_is_refused(words: list[str], sweep: Path, tmp_path: Path) -> None:
+    """`/proc` takes no folder from anybody, root included."""
+    (tmp_path / "file").write_text("mine")
+    for out in ("file", "file/in/it", "/proc/report"):
+        done = scalerun(*words, str(sweep), "--out", out, cwd=tmp_path)
+        assert (done.returncode, done.stdout) == (2, "")
+        assert done.stderr.startswith(f"scalerun: cannot write to the folder {out}: ") and done.stderr.count("\n") == 1
+        assert (tmp_path / "file").read_text() == "mine"
 
 
 def test_report_needs_no_torch() -> None:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import doctest
+import os
+import subprocess
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import scalerun
+from conftest import ROOT, prepare, scalerun, specs
 
-from scaling_exps import config, plan, train
-from scaling_exps.launch import slurm
+from scaling_exps import config, plan, records, train
+from scaling_exps.launch import overview, queue, slurm
 
 
 def settings(*words: str) -> config.SlurmLaunch:
@@ -104,3 +107,97 @@ def test_a_site_file_composes() -> None:
     (composed,) = config.compose(["--config-dir", str(folder), "launch=example_site"])
     assert isinstance(composed.launch, config.SlurmLaunch)
     assert (composed.launch.partition, composed.launch.requeues) == ("gpu", 10)
+
+
+Says = Callable[[str, str], None]
+
+
+@pytest.fixture
+def says(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Says:
+    """`says(NAME, SCRIPT)` puts a program before SLURM's own; those that it did not put do not answer."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    monkeypatch.setenv("PATH", f"{folder}:{os.environ['PATH']}")
+
+    def put(name: str, script: str) -> None:
+        (folder / name).write_text(f"#!/bin/sh\n{script}\n")
+        (folder / name).chmod(0o755)
+
+    for name in ("squeue", "sacct", "scancel"):
+        put(name, f"echo {name} does not answer >&2; exit 1")
+    return put
+
+
+def test_following_outlives_a_queue_that_does_not_answer(
+    says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Answers number 1, 2 and 4 are errors; the run is finished when the fifth comes."""
+    root, calls = tmp_path / "runs", tmp_path / "calls"
+    run_dir = prepare(root, specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    says(
+        "squeue",
+        f"""echo >> {calls}
+        case $(wc -l < {calls}) in
+        3) echo "7|RUNNING|None" ;;
+        5) echo '{{"status": "finished"}}' > {run_dir}/result.json ;;
+        *) echo "Unable to contact slurm controller" >&2; exit 1 ;;
+        esac""",
+    )
+    monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
+    assert slurm._follow([run_dir], root)
+    assert capsys.readouterr().out.splitlines() == ["1 running", "1 finished"]
+
+
+def test_following_ends_where_the_queue_never_answers(
+    says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run_dir = prepare(tmp_path / "runs", specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    monkeypatch.setattr(slurm, "PATIENCE", 0.0)
+    assert not slurm._follow([run_dir], tmp_path / "runs")
+    assert "squeue does not answer" in (said := capsys.readouterr().err)
+    assert "stops following" in said
+
+
+def test_the_job_around_a_run_is_not_the_runs_job(says: Says, tmp_path: Path) -> None:
+    """Somebody ran it in a shell that is job 99, and the shell lives on."""
+    root = tmp_path / "runs"
+    run_dir = prepare(root, specs()[0])
+    records.append_event(run_dir, {"event": "submitted", "job": "7"})  # it is over
+    records.append_event(run_dir, {"event": "start", "job": "99"})
+    (run_dir / "records.jsonl").touch()
+    says("squeue", "echo '99|RUNNING|None'")
+    assert [(r["state"], r["job"]) for r in overview.status(root)] == [("interrupted", "7")]
+    records.write_json(run_dir / "result.json", {"status": "failed", "reason": "why"})
+    assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("failed", "why")]
+    assert not slurm._in_hand(run_dir, queue.entries())
+    assert slurm.cancel(root) == []  # scancel would have said no
+
+    says("squeue", "echo '99|RUNNING|None'; echo '7|PENDING|Priority'")  # tried again
+    says("scancel", f'echo "$@" > {tmp_path}/cancelled')
+    assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("queued", "Priority")]
+    assert slurm._in_hand(run_dir, queue.entries())
+    with records.lock(run_dir):
+        (run_dir / "result.json").unlink()
+        assert [r["state"] for r in overview.status(root)] == ["running"]
+    assert slurm.cancel(root) == ["7"]
+    assert (tmp_path / "cancelled").read_text() == "-- 7\n"
+
+
+@pytest.mark.parametrize(
+    ("script", "job", "environment"),
+    [
+        ("run.sbatch", "7", {"SLURM_JOB_ID": "7"}),
+        ("array.sbatch", "7_0", {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}),
+    ],
+)
+def test_the_scripts_say_whose_job_they_are(
+    script: str, job: str, environment: dict[str, str], says: Says, tmp_path: Path
+) -> None:
+    run_dir = prepare(tmp_path / "runs of 'mine'", specs()[0])
+    says("srun", "exit 200")
+    done = subprocess.run(["bash", ROOT / "slurm" / script, run_dir], env={**os.environ, **environment})
+    assert done.returncode == 200
+    assert queue.last_job(run_dir) == queue.Job(job, 0)
+    assert (run_dir / "jobs.jsonl").stat().st_mode & 0o077 == 0

@@ -12,14 +12,18 @@ from scaling_exps.launch import directories, queue
 from scaling_exps.plan import PlanError
 
 
-def status(root: Path) -> list[dict[str, Any]]:
+def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
     """One row for each run under `root`: run_id, model, rule, batch, seed, state, samples, total, job, detail.
 
     State is one of finished, failed, running, queued, interrupted (it goes on when started again), waiting (never
     started), unreadable.
 
+    Args:
+        root: the folder of runs.
+        strict: refuse to tell without SLURM. Otherwise, where it does not answer, the directories have to do.
+
     Raises:
-        LaunchError: there is no such folder.
+        LaunchError: there is no such folder; strictly, also where SLURM does not answer.
     """
     if not root.is_dir():
         raise directories.LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
@@ -33,6 +37,8 @@ def status(root: Path) -> list[dict[str, Any]]:
             gone = [j.id for d, j in jobs.items() if j and j.id not in in_queue and records.state(d) != "finished"]
             ended = queue.ended(gone)
         except directories.LaunchError as e:
+            if strict:
+                raise
             print(f"scalerun: {e}: shown is what the directories say", file=sys.stderr)
     rows = []
     for run_dir in run_dirs:
@@ -49,7 +55,7 @@ def _row(run_dir: Path, job: queue.Job | None, entry: queue.Entry | None, end: s
     rows = records.read_records(run_dir)
     newest = rows[-1] if rows else {"samples": 0}
     state, details = records.state(run_dir), []
-    if entry is not None and state != "finished":
+    if entry is not None and state not in ("finished", "running"):  # a failed run is queued when it is tried again
         state = "queued" if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
     if job is not None:
         times = job.starts if state == "queued" else job.starts - 1

@@ -13,7 +13,7 @@ from scaling_exps.launch.directories import LaunchError
 
 @dataclass(frozen=True)
 class Job:
-    """The last job of a run: its id, and how often it has started."""
+    """The job of a run: its id, and how often the run has started in it."""
 
     id: str
     starts: int
@@ -28,9 +28,13 @@ class Entry:
 
 
 def last_job(run_dir: Path) -> Job | None:
-    """The job that was last submitted for this run, or that last worked on it."""
+    """The job that was last submitted for this run, by `launch=slurm` or with slurm/*.sbatch.
+
+    A start names its job, too, and that one does not count: it may be the shell (`srun --pty bash`) of somebody who
+    ran it there, which lives on when the run has ended, and is not ours to cancel.
+    """
     events = records.read_events(run_dir)
-    ids = [str(e["job"]) for e in events if e.get("job")]
+    ids = [str(e["job"]) for e in events if e.get("event") == "submitted" and e.get("job")]
     if not ids:
         return None
     return Job(ids[-1], sum(e.get("event") == "start" and e.get("job") == ids[-1] for e in events))

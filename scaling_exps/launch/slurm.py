@@ -20,6 +20,7 @@ from scaling_exps.launch import directories, queue
 from scaling_exps.launch.directories import LaunchError
 from scaling_exps.plan import RunSpec
 
+PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
 _WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
 _SECRET = re.compile(r"\w*(API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*=", re.IGNORECASE)
@@ -253,8 +254,21 @@ def _follow(run_dirs: list[Path], root: Path) -> bool:
     from scaling_exps.launch import overview
 
     wanted, before = {d.name for d in run_dirs}, ""
+    answered = time.monotonic()
     while True:
-        rows = [r for r in overview.status(root) if r["run_id"] in wanted]
+        try:
+            rows = [r for r in overview.status(root, strict=True) if r["run_id"] in wanted]
+            answered = time.monotonic()
+        except LaunchError as e:  # the directories alone do not say which run is still queued
+            if time.monotonic() - answered > PATIENCE:
+                print(
+                    f"scalerun: {e}; so it was for {PATIENCE / 60:g} minutes, and this command stops following. The "
+                    "jobs are not touched: scalerun status shows how they stand, the same command again follows them",
+                    file=sys.stderr,
+                )
+                return False
+            time.sleep(2)
+            continue
         if (now := overview.count(rows)) != before:
             overview.print_status(rows) if sys.stdout.isatty() else print(now, flush=True)
             before = now

@@ -49,6 +49,11 @@ def check(c: Config, batch: int, seed: int) -> None:
         ),
         (not 0 <= r.warmup_fraction <= 1, f"recipe.warmup_fraction={r.warmup_fraction} must lie in [0, 1]"),
         (r.decay not in DECAYS, f"recipe.decay={r.decay!r}; allowed: {', '.join(DECAYS)}"),
+        (
+            r.decay == "inverse_sqrt" and r.warmup_fraction == 0,  # its peak would be that of the first step
+            "recipe.decay=inverse_sqrt falls from the end of the warm-up: give recipe.warmup_fraction > 0",
+        ),
+        (not 0 < r.gamma <= 1, f"recipe.gamma={r.gamma} must lie in (0, 1]: what a milestone multiplies the rate by"),
         (not all(0 <= x <= 1 for x in r.milestones_fraction), "recipe.milestones_fraction: each must lie in [0, 1]"),
         (c.precision not in PRECISIONS, f"precision={c.precision!r}; allowed: {', '.join(PRECISIONS)}"),
         (c.logger not in ("wandb", "none"), f"logger={c.logger!r}; allowed: wandb, none"),

@@ -6,6 +6,7 @@ import glob
 import itertools
 import os
 from dataclasses import asdict, replace
+from typing import Any
 
 from scaling_exps import rules
 from scaling_exps.config import Config, Launch, SlurmLaunch
@@ -25,7 +26,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         PlanError: with every fault of every run, one a line.
     """
     runs: dict[str, RunSpec] = {}
-    faults: dict[str, None] = {}  # an ordered set: a fault shared by several seeds is told once
+    faults = dict.fromkeys(_differing([_whole_list(c) for c in configs]))  # an ordered set: each is told once
     for config in configs:
         batches = config.batch if isinstance(config.batch, list) else [config.batch]
         seeds = config.seed if isinstance(config.seed, list) else [config.seed]
@@ -43,12 +44,43 @@ def plan(configs: list[Config]) -> list[RunSpec]:
                 continue
             known = runs.get(spec.run_id)
             if known is not None:
+                faults.update(dict.fromkeys(_differing([_beside_science(known), _beside_science(spec)])))
                 arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
                 spec = replace(known, arms=arms)
             runs[spec.run_id] = spec
     if faults:
         raise PlanError("\n".join(faults))
     return list(runs.values())
+
+
+def _whole_list(c: Config) -> dict[str, Any]:
+    """What one command takes once, for all of its runs."""
+    launch = asdict(c.launch)
+    return {"runs_dir": c.runs_dir, "noise": c.noise, "launch": launch.pop("name")} | {
+        f"launch.{k}": v for k, v in launch.items()
+    }
+
+
+def _beside_science(s: RunSpec) -> dict[str, Any]:
+    """What two askings for the same run may differ in, and one run cannot: it is trained once."""
+    return {
+        "dataset.path": s.dataset_path,
+        "logger": s.logger,
+        "checkpoint.minutes": s.placement.checkpoint_minutes,
+        "margin": s.margin,
+    }
+
+
+def _differing(asked: list[dict[str, Any]]) -> list[str]:
+    """The keys that have several values where one is used, as faults."""
+    first = asked[0] if asked else {}
+    values = {key: list(dict.fromkeys(str(a[key]) for a in asked if key in a)) for key in first}
+    return [
+        f"{key}={','.join(several)}: it makes no other run, so that only the first value would count; "
+        "give one, or a command for each"
+        for key, several in values.items()
+        if len(several) > 1
+    ]
 
 
 def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:

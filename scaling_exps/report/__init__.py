@@ -13,7 +13,7 @@ from pathlib import Path
 
 from scaling_exps.report import charts as _charts
 from scaling_exps.report import tables
-from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect
+from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, judge, reading
 
 __all__ = ["Collection", "Missing", "ReportError", "Row", "Run", "collect", "compare", "judge", "main", "reading"]
@@ -41,7 +41,7 @@ def main(
         0.
 
     Raises:
-        ReportError: a folder is missing, no run is finished, or a margin cannot be read.
+        ReportError: a folder is missing, no run is finished, a margin cannot be read, or `out` cannot be written.
     """
     given = _margins(margins or [])
     known: dict[Path, Run] = {}
@@ -52,6 +52,7 @@ def main(
             raise ReportError(_nothing(dirs, found))
         rows = compare(found, given)
         if form == "table":
+            make_folder(out)
             if watch and sys.stdout.isatty():
                 print("\033[2J\033[H", end="")
             more = bool(watch) and (bool(unfinished) or not found.runs)

@@ -12,7 +12,7 @@ from typing import Any
 
 from scaling_exps import records
 from scaling_exps.report import verdict
-from scaling_exps.report.runs import ReportError, collect
+from scaling_exps.report.runs import ReportError, collect, make_folder
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
 
@@ -27,19 +27,19 @@ def publish(dirs: list[Path], out: Path, entity: str | None, project: str | None
         offline: publish nothing.
 
     Raises:
-        ReportError: no finished run, or wandb refuses.
+        ReportError: no finished run, `out` cannot be written, or wandb refuses.
     """
     os.environ.setdefault("WANDB_SILENT", "true")
     found = collect(dirs)
     if not found.runs:
         raise ReportError(f"no finished run under {', '.join(map(str, dirs))}: a dashboard of nothing")
+    make_folder(out)
     rows = verdict.compare(found)
     project = project or os.environ.get("WANDB_PROJECT", "scalerun")
     offline = offline or os.environ.get("WANDB_MODE") == "offline" or not records.logged_in()
     if not offline and entity is None:
         entity = _asked(lambda: _default_entity())
     workspace, article = build(rows, entity or "ENTITY", project)
-    out.mkdir(parents=True, exist_ok=True)
     specification = {
         "workspace": json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)),
         "report": json.loads(article._to_model().model_dump_json(by_alias=True, exclude_none=True)),

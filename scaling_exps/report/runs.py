@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -58,6 +59,18 @@ class Missing:
 class Collection:
     runs: list[Run] = field(default_factory=list)
     missing: list[Missing] = field(default_factory=list)
+
+
+def make_folder(out: Path) -> None:
+    """Make the folder that a report is written to; ReportError where that cannot be."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        if not os.access(out, os.W_OK | os.X_OK):
+            raise PermissionError(13, "read-only", str(out))
+    except OSError as e:
+        raise ReportError(
+            f"cannot write to the folder {out}: {e.strerror} ({e.filename}); choose another with --out"
+        ) from e
 
 
 def collect(dirs: Iterable[Path], known: dict[Path, Run] | None = None) -> Collection:
