@@ -282,6 +282,14 @@ def test_dropout_is_of_seed_and_place(tmp_path: Path) -> None:
     assert not all(torch.equal(p, q) for p, q in zip(steps(other, 3), expected, strict=True))
 
 
+def test_who_converts_a_corpus_second_takes_what_is_there(text: str, tmp_path: Path) -> None:
+    folder = tmp_path / "cache" / "tokens"
+    for _ in range(2):  # the second as if both had begun before either was done
+        corpora._convert([Path(text)], "bytes", 256, folder)
+    assert {p.name for p in folder.parent.iterdir()} == {"tokens"}
+    assert {p.name for p in folder.iterdir()} == {"meta.json", "train.bin", "test.bin"}
+
+
 def test_other_tokens_are_not_gone_on_with(text: str, tmp_path: Path) -> None:
     (spec,) = specs("model=gpt", "dataset=text", f"dataset.path={text}", "dataset.context=16", "recipe.samples=64")
     trainer = train.Trainer(spec, tmp_path)

@@ -24,7 +24,8 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
 
     Raises:
         LaunchError, PlanError: the run folder or the cluster cannot be used; nothing was started.
-        data.DataError, models.ModelError: a data set or a network of the list cannot be had; nothing was started.
+        data.DataError, models.ModelError: a data set or a network of the list cannot be had here; nothing was started.
+            (A job on a cluster finds out where it runs: its run fails, with the reason in its record.)
     """
     root = Path(config.runs_dir)
     if isinstance(config.launch, SlurmLaunch):

@@ -6,6 +6,7 @@ import contextlib
 import os
 import re
 from collections.abc import Iterator, Mapping
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -32,12 +33,18 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others do."""
-    if dist.is_initialized() and dist.get_rank():
-        dist.barrier()
+    """Rank 0 goes through the block before the others do, for whom that may be hours: a corpus takes its time."""
+    if not dist.is_initialized():
+        yield
+        return
+    patient = dist.new_group(backend="gloo", timeout=timedelta(hours=12))
+    assert isinstance(patient, dist.ProcessGroup)
+    if dist.get_rank():
+        dist.barrier(patient)
     yield
-    if dist.is_initialized() and not dist.get_rank():
-        dist.barrier()
+    if not dist.get_rank():
+        dist.barrier(patient)
+    dist.destroy_process_group(patient)
 
 
 def lost(error: Exception) -> bool:
