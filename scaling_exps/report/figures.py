@@ -5,6 +5,7 @@ from __future__ import annotations
 import multiprocessing
 import os
 import sys
+import textwrap
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +103,10 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
             axis.set_visible(False)
     spread = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "first seed"}
     note = spread.get(group, "mean ± sd over seeds")
-    figure.suptitle(f"{GROUPS[group]}\n{setting}" + (f"  ({note})" if note else ""), fontsize=10)
-    fitting = int(figure.get_figwidth() * 11 / (max(map(len, handles)) + 6))  # about 11 letters an inch
+    width = figure.get_figwidth()
+    lines = [GROUPS[group], *textwrap.wrap(setting + (f"  ({note})" if note else ""), int(width * 13))]
+    figure.suptitle("\n".join(lines), fontsize=10)  # about 13 letters an inch; 11 with the legend's
+    fitting = int(width * 11 / (max(map(len, handles)) + 6))
     figure.legend(
         handles=list(handles.values()), labels=list(handles), loc="outside lower center",
         ncols=max(1, min(len(handles), fitting)), fontsize=9, frameon=False,
