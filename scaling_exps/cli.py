@@ -29,6 +29,11 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def _dispatch(words: list[str]) -> int:
+    if words == ["--version"]:
+        from scaling_exps import __version__
+
+        print(f"scalerun {__version__}")
+        return 0
     if words and words[0] in COMMANDS:
         return COMMANDS[words[0]](words[1:])
     return _run(words)

@@ -286,10 +286,11 @@ def _nearest_key(word: str) -> str:
             kinds[name] = make_dataclass(name, [(f, Any) for f in every])
     sub = {n: [f"{n}.{f.name}" for f in fields(kind)] for n, kind in kinds.items()}
     known = [*hints, *(k for keys in sub.values() for k in keys)]
-    close = difflib.get_close_matches(key, known, 1, 0.5)
+    inside = [k for k in known if k.endswith(f".{key}")]  # lr=0.1 is meant for recipe.lr
+    close = inside or difflib.get_close_matches(key, known, 1, 0.5)
     section = key.split(".")[0]
     allowed = sub.get(section, list(hints))
-    return (f"did you mean {close[0]!r}? " if close else "") + f"Allowed: {', '.join(allowed)}"
+    return (f"did you mean {' or '.join(map(repr, close))}? " if close else "") + f"Allowed: {', '.join(allowed)}"
 
 
 def _typed(kind: Any, raw: dict[str, Any], where: str) -> Any:

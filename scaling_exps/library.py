@@ -85,8 +85,9 @@ def scale(
     not divide them). A learning-rate scheduler that counts steps cannot be reached through an optimizer: build it anew.
 
     Raises:
-        RuleError: no base batch, a beta that does not survive, an optimizer that is not known, fields that are
-            missing, a schedule in steps without its length. Nothing has been changed then.
+        RuleError: no base batch, another name of what is scaled (epsilon, beta1, ...), a beta that does not survive,
+            an optimizer that is not known, fields that are missing, a schedule in steps without its length. Nothing
+            has been changed then.
 
     >>> scale(lr=1e-3, betas=(0.9, 0.99), eps=1e-8, base_batch=256, batch=1024, rule="sqrt")
     {'lr': 0.002, 'betas': (0.6, 0.96), 'eps': 5e-09}
@@ -107,6 +108,15 @@ def scale(
         f"cannot scale a {type(target).__name__}; allowed: numbers by keyword, a dict, a list of parameter groups, "
         "a torch optimizer"
     )
+
+
+OTHER_NAMES = {  # that people give to what is scaled
+    "learning_rate": "lr",
+    "beta1": "betas=(beta1, beta2)",
+    "beta2": "betas=(beta1, beta2)",
+    "epsilon": "eps",
+    "wd": "weight_decay",
+}
 
 
 @dataclass(frozen=True)
@@ -158,6 +168,9 @@ class _Job:
         return rule, field
 
     def mapping(self, given: dict[str, Any]) -> dict[str, Any]:
+        for name in given:
+            if name in OTHER_NAMES:  # carried along unscaled it would be a wrong recipe that looks right
+                raise RuleError(f"{name}={given[name]!r}: write it as {OTHER_NAMES[name]}")
         base_batch = self.start(given.get("batch"))
         kappa = self.batch / base_batch
         rule, field = self.by_fields(given, "the recipe")

@@ -480,3 +480,12 @@ def test_documents() -> None:
     t.set(("s", "k"), [4, 5])
     t.set(("new", "k"), 1e-9)
     assert t.render() == "a = 3  # z\n[s]\nk = [4, 5]\n\n[new]\nk = 1.0e-09\n"
+
+
+@pytest.mark.parametrize(
+    ("target", "said"),
+    [("hf", "warmup_ratio: 0.1"), ("plain", "warmup_steps: 25"), ("torchtitan", "warmup_steps = 25")],
+)
+def test_a_warm_up_that_is_a_share_of_the_run_stays_one(target: str, said: str) -> None:
+    text = "learning_rate: 0.0003\nwarmup_ratio: 0.1\nmax_steps: 1000\nper_device_train_batch_size: 32\n"
+    assert said in convert(text, "hf", target, 128).text

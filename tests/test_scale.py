@@ -311,6 +311,8 @@ ADAM = {"lr": 1e-3, "betas": (0.9, 0.999)}
         (lambda: scale(torch.optim.Adam(P), batch=2, base_batch=1, rule="linear_momentum"), "allowed here: sqrt"),
         (lambda: scale(torch.optim.Adam(P, weight_decay=1), batch=2, base_batch=1, rule="adamw_sde"), "L2"),
         (lambda: scale(torch.optim.RMSprop(P, momentum=0.9), batch=2, base_batch=1), "no rule covers"),
+        (lambda: scale({"lr": 1, "beta1": 0.9}, batch=2, base_batch=1, rule="sqrt"), "write it as betas"),
+        (lambda: scale({**ADAM, "epsilon": 1e-8}, batch=2, base_batch=1, rule="sqrt"), "write it as eps"),
         (lambda: scale(3.0, batch=2, base_batch=1, rule="sqrt"), "cannot scale a float"),
         (lambda: scale([], batch=2, base_batch=1, rule="sqrt", lr=1), "one or the other"),
     ],

@@ -8,6 +8,7 @@ import os
 import random
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -374,18 +375,25 @@ def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in run_dir.iterdir()] == ["run.json"]
 
 
-def test_ctrl_c_leaves_a_run_that_goes_on(tmp_path: Path) -> None:
-    (spec,) = specs("batch=4", "recipe.samples=40000")
-    run_dir = prepare(tmp_path, spec)
+@pytest.mark.parametrize("parallel", [1, 2])
+def test_ctrl_c_saves_and_the_same_command_goes_on(parallel: int, tmp_path: Path) -> None:
+    words = [
+        "batch=4", "seed=[0,1]", "model.width=4", "recipe.epochs=null", "recipe.samples=40000", "logger=none",
+        "measure.statistics_samples=64", f"launch.parallel={parallel}",
+    ]  # fmt: skip
     process = subprocess.Popen(
-        worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL,
+        [sys.executable, "-m", "scaling_exps.cli", *words], env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE,
+        stdout=subprocess.PIPE, text=True, start_new_session=True,
         preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell has it ignored
     )  # fmt: skip
-    while not (run_dir / "records.jsonl").exists():
+    while len(list((tmp_path / "runs").glob("*/records.jsonl"))) < parallel:
         time.sleep(0.05)
-    process.send_signal(signal.SIGINT)
-    assert process.wait(timeout=20) != 0
-    assert records.state(run_dir) == "interrupted"
+    os.killpg(process.pid, signal.SIGINT)  # what a terminal does
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert "Traceback" not in said and "goes on from the newest checkpoint" in said
+    begun = [p.parent for p in (tmp_path / "runs").glob("*/records.jsonl")]
+    assert all(records.state(d) == "interrupted" and (d / "checkpoint.pt").exists() for d in begun)
 
 
 def test_records_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:

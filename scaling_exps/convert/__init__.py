@@ -325,10 +325,16 @@ class _Edit:
             tree[there.accumulation] = accumulation
         if there.whole is not None:
             tree[there.whole] = scaled.batch
+        warmup, place, called = scaled.warmup, there.warmup[0] if there.warmup else None, "the warm-up in steps"
+        if warmup is not None and 0 < warmup < 1:
+            if scaled.steps is None:
+                place, called = None, "the warm-up as a share of the run"
+            else:
+                warmup = _round(warmup * scaled.steps)
         for name, value, path in (
             ("the length in epochs", scaled.epochs, there.epochs),
             ("the length in steps", scaled.steps, there.steps),
-            ("the warm-up in steps", scaled.warmup, there.warmup[0] if there.warmup else None),
+            (called, warmup, place),
         ):
             if value is None:
                 continue

@@ -125,6 +125,9 @@ def hf(text: str, where: str) -> Layout:
         fields["eps"] = (("adam_epsilon",), 1e-8)
     counts = [("logging_steps",), ("eval_steps",), ("save_steps",)]  # below 1 they are shares of the run
     warmup = doc.get(("warmup_steps",)) or 0
+    ratio = not warmup and bool(
+        doc.get(("warmup_ratio",))
+    )  # a share of the run; a positive warmup_steps goes before it
     notes = []
     if doc.get(("deepspeed",)) is not None:
         notes.append("the DeepSpeed file that `deepspeed` names is not read: convert it too, or keep its values auto")
@@ -140,7 +143,7 @@ def hf(text: str, where: str) -> Layout:
         accumulation=("gradient_accumulation_steps",),
         epochs=("num_train_epochs",),
         steps=("max_steps",),
-        warmup=(("warmup_steps",), 0),
+        warmup=(("warmup_ratio" if ratio else "warmup_steps",), 0),
         counts=tuple(counts),
         lengthless=isinstance(warmup, int | float) and warmup >= 1,
         clipping=(("max_grad_norm",), 1.0),

@@ -36,6 +36,7 @@ def launch(specs: list[RunSpec], root: Path, settings: Launch) -> bool:
     print(f"{len(specs)} run(s), {len(specs) - len(todo)} finished already, under {root}/", flush=True)
     if len(todo) == 1 and worlds[todo_dirs[0]] == 1:
         train.run_all(todo_dirs, log=False)
+        train.stop_requested()
     elif settings.parallel == 1 and all(world == 1 for world in worlds.values()):
         for i, run_dir in enumerate(todo_dirs, 1):
             print(f"[{i}/{len(todo)}] ", end="", flush=True)

@@ -56,6 +56,7 @@ def check(c: Config, batch: int, seed: int) -> None:
         (not 0 < r.gamma <= 1, f"recipe.gamma={r.gamma} must lie in (0, 1]: what a milestone multiplies the rate by"),
         (not all(0 <= x <= 1 for x in r.milestones_fraction), "recipe.milestones_fraction: each must lie in [0, 1]"),
         (c.precision not in PRECISIONS, f"precision={c.precision!r}; allowed: {', '.join(PRECISIONS)}"),
+        (not c.runs_dir, "runs_dir= is empty: give a folder"),
         (c.logger not in ("wandb", "none"), f"logger={c.logger!r}; allowed: wandb, none"),
         (m.evaluations < 1 or m.train_records < 1, "measure.evaluations and measure.train_records must be >= 1"),
         (m.noise not in NOISES, f"measure.noise={m.noise!r}; allowed: {', '.join(NOISES)}"),

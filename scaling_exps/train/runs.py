@@ -13,6 +13,7 @@ import time
 import traceback
 from collections.abc import Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import torch
@@ -244,12 +245,21 @@ def preflight(specs: list[RunSpec]) -> None:
 
 @contextlib.contextmanager
 def _handlers() -> Iterator[None]:
-    """SIGTERM, SIGUSR1 and SIGUSR2 leave a note, which the ranks read at a step's boundary."""
+    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C leave a note, which the ranks read at a step's boundary.
+
+    A second Ctrl-C stops a single process at once. (torchrun passes on the one that its ranks have already had.)
+    """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2)
-    before = {n: signal.signal(n, lambda number, _: _signals.append(number)) for n in numbers}
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in _signals and ranks.world()[0] == 1:
+            signal.default_int_handler(number, frame)
+        _signals.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield
     finally:
@@ -258,7 +268,13 @@ def _handlers() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Whether a signal has asked this process to save and stop."""
+    """Whether a signal has asked this process to save and stop.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C; the run is saved.
+    """
+    if signal.SIGINT in _signals:
+        raise KeyboardInterrupt
     return bool(_signals)
 
 

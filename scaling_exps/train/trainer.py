@@ -144,8 +144,9 @@ class Trainer:
         bad = float(self.first_bad)
         if bad != torch.inf:
             raise TrainError(
-                f"the loss is not finite at step {bad:.0f} ({self.spec.samples(int(bad))} samples): the run stops; "
-                "checkpoint.pt is the last good state. Lower the learning rate or lengthen the warm-up"
+                f"the loss is not finite at step {bad:.0f} ({self.spec.samples(int(bad))} samples): the run stops"
+                + ("; checkpoint.pt is the last good state" if (self.run_dir / "checkpoint.pt").exists() else "")
+                + ". Lower the learning rate or lengthen the warm-up"
             )
 
     def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
