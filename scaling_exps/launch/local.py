@@ -46,6 +46,10 @@ def launch(specs: list[RunSpec], root: Path, settings: Launch) -> bool:
     else:
         for world in sorted(set(worlds.values())):
             _workers([d for d in todo_dirs if worlds[d] == world], world, settings.parallel, cards)
+        for run_dir in todo_dirs:  # what a run in this process says itself
+            result = records.read_json(run_dir / "result.json") or {}
+            if told := ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result.get("metrics", {}).items()):
+                print(f"finished: {run_dir}: {told}")
     states = {d: records.state(d) for d in dirs.values()}
     for run_dir, state in states.items():
         if state != "finished":
