@@ -125,9 +125,7 @@ def hf(text: str, where: str) -> Layout:
         fields["eps"] = (("adam_epsilon",), 1e-8)
     counts = [("logging_steps",), ("eval_steps",), ("save_steps",)]  # below 1 they are shares of the run
     warmup = doc.get(("warmup_steps",)) or 0
-    ratio = not warmup and bool(
-        doc.get(("warmup_ratio",))
-    )  # a share of the run; a positive warmup_steps goes before it
+    ratio = not warmup and doc.get(("warmup_ratio",))  # a share of the run; warmup_steps, if given, goes before it
     notes = []
     if doc.get(("deepspeed",)) is not None:
         notes.append("the DeepSpeed file that `deepspeed` names is not read: convert it too, or keep its values auto")

@@ -74,7 +74,7 @@ def run(run_dir: Path) -> str:
                 )
             return "stopped"
         except (TrainError, data.DataError, models.ModelError, OSError, torch.OutOfMemoryError, RuntimeError) as e:
-            if ranks.lost(e):
+            if world > 1 and ranks.lost(e):
                 print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
                 raise
             reason = f"{e}" if isinstance(e, TrainError | ValueError) else f"{type(e).__name__}: {e}"
