@@ -1,314 +1,412 @@
-"""What was measured, on disk. wandb is a mirror of it.
+"""A run's folder. `RunDir` is the only thing that knows its files, and it believes none of them.
 
-A run's directory:
+    run.json               the RunSpec; written before the run starts
+    records.jsonl          one object a line: kind, step, samples, t, and the metrics
+    checkpoint.pt          the newest state, and checkpoint.prev.pt the one before
+    checkpoint-STEP.pt     states that are kept (checkpoint.keep)
+    result.json            how it ended
+    log.txt                what a worker printed, when it had no terminal
+    jobs.jsonl             jobs submitted for it and processes started on it: event, job, commit, time
+    code.patch             what the code that ran had over its commit, where the tree was not clean
+    lock                   held while a process works on the run; says who
 
-    run.json        the RunSpec; written once, before the run starts
-    records.jsonl   one object a line: kind, step, samples, t, and the metrics
-    checkpoint.pt   the newest state, and checkpoint.prev.pt the one before
-    result.json     how it ended
-    log.txt         what a worker printed, when it had no terminal
-    jobs.jsonl      which jobs were submitted for it and which processes started on it: event, job, commit, time
-    code.patch      what the code that ran had over its commit, where the tree was not clean
-    lock            held while a process works on the run; says who
+Reading: what is no regular file, or cannot be parsed, counts as absent or damaged; nothing raises for it but `spec`.
+Writing: whole files are written aside and renamed; symbolic links are not followed.
 """
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import socket
-import sys
+import stat
 import time
+import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import IO, Any, Literal, Self, get_args
+
+import msgspec
 
 from scaling_exps.plan import PlanError, RunSpec
+
+State = Literal["finished", "failed", "running", "interrupted", "waiting"]
+Kind = Literal["train", "eval", "noise", "event"]
+TAIL = 8192  # bytes of records or log that are read to see how far a run is
 
 
 class BusyError(RuntimeError):
     """Another process works on this run; the message says which."""
 
 
+@dataclass(frozen=True)
+class Records:
+    """The readable records of a run, and how many lines could not be read (a torn last line is none of them)."""
+
+    rows: list[dict[str, Any]]
+    damaged: int
+
+
+class RunDir:
+    """The folder of one run.
+
+    Args:
+        path: of the folder; it need not exist.
+    """
+
+    def __init__(self, path: Path | str) -> None:
+        self.path = Path(path)
+        self.newest = self.path / "checkpoint.pt"
+        self.previous = self.path / "checkpoint.prev.pt"
+        self.log = self.path / "log.txt"
+        self._records = self.path / "records.jsonl"
+
+    def __str__(self) -> str:
+        return str(self.path)
+
+    def __repr__(self) -> str:
+        return f"RunDir({str(self.path)!r})"
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, RunDir) and self.path == other.path
+
+    def __hash__(self) -> int:
+        return hash(self.path)
+
+    @staticmethod
+    def under(root: Path) -> list[RunDir]:
+        """The run folders in `root`, by name: every folder that holds a run.json of whatever kind."""
+        try:
+            with os.scandir(root) as entries:
+                names = sorted(e.name for e in entries if os.path.lexists(os.path.join(e.path, "run.json")))
+        except OSError:
+            return []
+        return [RunDir(root / name) for name in names]
+
+    # ---- what is to be run ----
+
+    @property
+    def exists(self) -> bool:
+        """Whether somebody wrote a run.json here."""
+        return os.path.lexists(self.path / "run.json")
+
+    def spec(self) -> RunSpec:
+        """The RunSpec.
+
+        Raises:
+            PlanError: run.json is missing, or not one that this version can read.
+        """
+        raw = _object(self.path / "run.json")
+        if raw is None:
+            raise PlanError(f"{self}: no readable run.json; plan it anew in another runs_dir, or remove the folder")
+        try:
+            return RunSpec.from_json(raw)
+        except PlanError as e:
+            raise PlanError(f"{self}: {e}") from e
+
+    def prepare(self, spec: RunSpec) -> RunSpec:
+        """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
+
+        Returns:
+            What run.json now says.
+
+        Raises:
+            PlanError: a run.json lies here that this version cannot read.
+            OSError: the folder cannot be written.
+        """
+        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
+        if not os.access(self.path, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, "read-only", str(self.path))
+        known = self.spec() if self.exists else None
+        if known is not None:
+            arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
+            margin = (known.margin or spec.margin) if self.begun else spec.margin  # it is fixed before the run
+            if self.state() == "finished":
+                measure = known.measure
+                if spec.measure.noise == "full" and known.noise != "full":  # it is measured from kept checkpoints
+                    measure = msgspec.structs.replace(
+                        spec.measure, evaluations=measure.evaluations, train_records=measure.train_records
+                    )
+                spec = msgspec.structs.replace(known, arms=arms, margin=margin, measure=measure)
+            elif self.begun:
+                spec = msgspec.structs.replace(
+                    spec, arms=arms, margin=margin, placement=known.placement, measure=known.measure
+                )
+            else:
+                spec = msgspec.structs.replace(spec, arms=arms)
+        if spec != known:
+            write_json(self.path / "run.json", spec.to_json())
+        return spec
+
+    # ---- how it stands ----
+
+    @property
+    def begun(self) -> bool:
+        """Whether a checkpoint lies here."""
+        return self.newest.exists() or self.previous.exists()
+
+    def result(self) -> dict[str, Any] | None:
+        """result.json of a run that has ended: `status` is finished or failed. None: not ended, or not readable."""
+        value = _object(self.path / "result.json")
+        return value if value is not None and value.get("status") in ("finished", "failed") else None
+
+    def write_result(self, value: dict[str, Any]) -> None:
+        """How the run ended, with the time."""
+        write_json(self.path / "result.json", {**value, "ended": time.time()})
+
+    def clear_result(self) -> None:
+        (self.path / "result.json").unlink(missing_ok=True)
+
+    def state(self) -> State:
+        """`interrupted`: it goes on when it is started again; `waiting`: it was never started."""
+        result = self.result()
+        if result is not None:
+            return "finished" if result["status"] == "finished" else "failed"
+        if self.holder() is not None:
+            return "running"
+        return "interrupted" if self._records.exists() else "waiting"
+
+    def lacks_noise(self, spec: RunSpec) -> bool:
+        """Whether full noise records were asked for and the run has none."""
+        if spec.measure.noise != "full":
+            return False
+        return not any(r["kind"] == "noise" and r.get("method") == "full" for r in self.records().rows)
+
+    def reason(self) -> str:
+        """Why a run is not finished: its result's reason, else who holds it, else the last line of its log."""
+        result = self.result() or {}
+        if "reason" in result:
+            return str(result["reason"])
+        if who := self.holder():
+            return f"held by {who}"
+        lines = [line.split("\r")[-1].strip() for line in (_tail(self.log) or "").split("\n")]
+        return next((line for line in reversed(lines) if line), "")
+
+    def newest_record(self) -> dict[str, Any] | None:
+        """The last readable record, from the end of the file."""
+        for line in reversed((_tail(self._records) or "").split("\n")):
+            record = _record(line)
+            if record is not None:
+                return record
+        return None
+
+    # ---- records ----
+
+    def records(self) -> Records:
+        """All records; a line that was cut by a crash is left out."""
+        raw = _read(self._records)
+        lines = (raw or b"").split(b"\n")
+        rows = [_record(line) for line in lines[:-1]]
+        return Records([r for r in rows if r is not None], sum(r is None for r in rows))
+
+    def records_size(self) -> int:
+        """Bytes of records on the disk."""
+        return len(_read(self._records) or b"")
+
+    def records_checksum(self, size: int) -> int | None:
+        """CRC-32 of the first `size` bytes of records; None where there are fewer."""
+        raw = _read(self._records) or b""
+        return zlib.crc32(raw[:size]) if len(raw) >= size else None
+
+    def writer(self, size: int) -> Writer:
+        """A writer that appends to the first `size` bytes of records; what follows them is cut off."""
+        return Writer(self._records, size)
+
+    # ---- events ----
+
+    def append_event(self, event: dict[str, Any]) -> None:
+        """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
+        line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
+        descriptor = _open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+        try:
+            os.write(descriptor, line.encode())
+        finally:
+            os.close(descriptor)
+
+    def events(self) -> list[dict[str, Any]]:
+        """The lines of jobs.jsonl; what cannot be read is left out."""
+        lines = (_read(self.path / "jobs.jsonl") or b"").splitlines()
+        return [e for e in map(_parse, lines) if isinstance(e, dict)]
+
+    def write_patch(self, patch: str) -> None:
+        with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
+            f.write(patch)
+
+    # ---- checkpoints ----
+
+    def kept(self) -> list[Path]:
+        """Checkpoints that are kept, by step."""
+        numbered = {}
+        for path in self.path.glob("checkpoint-*.pt"):
+            if step := re.fullmatch(r"checkpoint-(\d+)\.pt", path.name):
+                numbered[int(step[1])] = path
+        return [numbered[step] for step in sorted(numbered)]
+
+    def keep(self, step: int) -> None:
+        """Keep the newest checkpoint under its step."""
+        path = self.path / f"checkpoint-{step}.pt"
+        path.unlink(missing_ok=True)
+        os.link(self.newest, path)
+
+    def publish(self, aside: Path) -> None:
+        """Make `aside` the newest checkpoint, and the newest the one before."""
+        if self.newest.exists():
+            os.replace(self.newest, self.previous)
+        os.replace(aside, self.newest)
+
+    def sweep(self) -> None:
+        """Remove what killed processes were writing."""
+        for pattern in (".checkpoint.pt.*", ".*.json.*"):
+            for leftover in self.path.glob(pattern):
+                leftover.unlink(missing_ok=True)
+
+    # ---- the lock ----
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the run. The kernel lets go when the process dies, however it dies.
+
+        Raises:
+            BusyError: another process holds it.
+            OSError: the folder cannot be written, or its file system has no locks.
+        """
+        with os.fdopen(_open(self.path / "lock", os.O_RDWR | os.O_CREAT), "r+") as f:
+            for attempts_left in reversed(range(5)):  # retry: `holder` holds a shared lock briefly
+                try:
+                    fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                    break
+                except BlockingIOError:
+                    if not attempts_left:
+                        who = f.read().strip() or "another process"
+                        raise BusyError(f"{self} is being run by {who}") from None
+                    time.sleep(0.1)
+                except OSError as e:
+                    raise OSError(
+                        e.errno,
+                        f"the file system of {self} has no file locks (flock: {e.strerror}), so two processes could "
+                        "train one run; mount it with locks (Lustre: -o flock), or choose another runs_dir",
+                    ) from e
+            f.truncate(0)
+            f.seek(0)
+            f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
+            f.flush()
+            yield
+
+    def holder(self) -> str | None:
+        """Who holds the run's lock, or None."""
+        with suppress(OSError), open(_open(self.path / "lock", os.O_RDONLY), errors="replace") as f:
+            try:
+                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return f.read(200).strip() or "another process"
+        return None
+
+
+class Writer:
+    """Appends records, and knows size and checksum of what it wrote: a checkpoint holds both.
+
+    Raises:
+        OSError: fewer than `size` bytes are there, or the file cannot be written.
+    """
+
+    def __init__(self, path: Path, size: int) -> None:
+        self.file: IO[bytes] = os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+b")
+        kept = self.file.read(size)
+        if len(kept) < size:
+            self.file.close()
+            raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
+        self.file.truncate(size)
+        self.size, self.checksum, self.lines = size, zlib.crc32(kept), kept.count(b"\n")
+
+    def write(self, record: dict[str, Any]) -> None:
+        line = json.dumps(record).encode() + b"\n"
+        self.file.write(line)
+        self.file.flush()
+        self.size += len(line)
+        self.checksum = zlib.crc32(line, self.checksum)
+        self.lines += 1
+
+    def sync(self) -> None:
+        """Put the records up to here on the disk."""
+        os.fsync(self.file.fileno())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self.file.close()
+
+
 def write_json(path: Path, value: dict[str, Any]) -> None:
     """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with open(aside, "w") as f:
+    aside.unlink(missing_ok=True)
+    with os.fdopen(_open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as f:
         json.dump(value, f, indent=1)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
 
 
-def read_json(path: Path) -> dict[str, Any] | None:
-    """The object in `path`, or None where there is no file or no JSON object."""
+def _open(path: Path, flags: int) -> int:
+    """A descriptor of a regular file (mode 0600); links are not followed for writing, a fifo does not block.
+
+    Raises:
+        OSError: it is no regular file, or the system refuses.
+    """
+    if flags & (os.O_WRONLY | os.O_RDWR):
+        flags |= os.O_NOFOLLOW
+    descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise OSError(errno.EINVAL, "no regular file", str(path))
+    return descriptor
+
+
+def _read(path: Path) -> bytes | None:
+    """The content of a regular file, or None."""
     try:
-        value = json.loads(path.read_text())
-    except (FileNotFoundError, NotADirectoryError, UnicodeDecodeError, json.JSONDecodeError):
+        with open(_open(path, os.O_RDONLY), "rb") as f:
+            return f.read()
+    except OSError:
         return None
+
+
+def _tail(path: Path) -> str | None:
+    try:
+        with open(_open(path, os.O_RDONLY), "rb") as f:
+            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
+            return f.read().decode(errors="replace")
+    except OSError:
+        return None
+
+
+def _parse(text: bytes | str) -> Any:
+    """The JSON value, or None."""
+    try:
+        return msgspec.json.decode(text)
+    except (ValueError, RecursionError):
+        try:
+            return json.loads(text)  # Python's own form of NaN and infinity
+        except (ValueError, RecursionError):
+            return None
+
+
+def _object(path: Path) -> dict[str, Any] | None:
+    value = _parse(_read(path) or b"")
     return value if isinstance(value, dict) else None
 
 
-def read_spec(run_dir: Path) -> RunSpec:
-    """The RunSpec in `run_dir`; PlanError where there is none that this version can read."""
-    raw = read_json(run_dir / "run.json")
-    if raw is None:
-        raise PlanError(f"{run_dir}: no readable run.json")
-    try:
-        return RunSpec.from_json(raw)
-    except PlanError as e:
-        raise PlanError(f"{run_dir}: {e}") from e
-
-
-def read_records(run_dir: Path) -> list[dict[str, Any]]:
-    """All whole records; a line that was cut by a crash is left out."""
-    records = []
-    try:
-        with open(run_dir / "records.jsonl", errors="replace") as f:
-            for line in f:
-                if line.endswith("\n"):
-                    try:
-                        records.append(json.loads(line))
-                    except json.JSONDecodeError:
-                        continue
-    except FileNotFoundError:
-        pass
-    return records
-
-
-def state(run_dir: Path) -> str:
-    """`finished`, `failed`, `running`, `interrupted` (it will go on), `waiting` (never started)."""
-    result = read_json(run_dir / "result.json")
-    if result is not None:
-        return str(result.get("status", "failed"))
-    if holder(run_dir) is not None:
-        return "running"
-    return "interrupted" if (run_dir / "records.jsonl").exists() else "waiting"
-
-
-def append_event(run_dir: Path, event: dict[str, Any]) -> None:
-    """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
-    line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
-    descriptor = os.open(run_dir / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o600)
-    try:
-        os.write(descriptor, line.encode())
-    finally:
-        os.close(descriptor)
-
-
-def read_events(run_dir: Path) -> list[dict[str, Any]]:
-    """The lines of jobs.jsonl; what was cut by a crash is left out."""
-    events = []
-    with suppress(FileNotFoundError):
-        for line in (run_dir / "jobs.jsonl").read_text(errors="replace").splitlines():
-            with suppress(json.JSONDecodeError):
-                events.append(json.loads(line))
-    return events
-
-
-@contextmanager
-def lock(run_dir: Path) -> Iterator[None]:
-    """Hold the run; BusyError if somebody does. The kernel lets go when the process dies, however it dies."""
-    with open(run_dir / "lock", "a+") as f:
-        for left in reversed(range(5)):  # `holder` takes it for an instant
-            try:
-                fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if left:
-                    time.sleep(0.1)
-                    continue
-                f.seek(0)
-                raise BusyError(f"{run_dir} is being run by {f.read().strip() or 'another process'}") from None
-        f.truncate(0)
-        f.write(f"process {os.getpid()} on {socket.gethostname()}\n")
-        f.flush()
-        yield
-
-
-def holder(run_dir: Path) -> str | None:
-    """Who holds the run's lock, or None."""
-    try:
-        with open(run_dir / "lock") as f:
-            try:
-                fcntl.flock(f, fcntl.LOCK_SH | fcntl.LOCK_NB)
-            except BlockingIOError:
-                return f.read().strip() or "another process"
-    except FileNotFoundError:
-        pass
-    return None
-
-
-class Writer:
-    """Appends records to a run, and mirrors them to wandb.
-
-    Args:
-        run_dir: the run's directory.
-        spec: the run.
-        size: bytes of records that belong to the checkpoint the run goes on from; the rest is cut off.
-    """
-
-    def __init__(self, run_dir: Path, spec: RunSpec, size: int) -> None:
-        path = run_dir / "records.jsonl"
-        if size > (path.stat().st_size if path.exists() else 0):
-            raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
-        self.file = open(path, "a")  # noqa: SIM115 (closed by close)
-        self.file.truncate(size)
-        self.mirror = _Mirror(run_dir, spec) if spec.logger == "wandb" else None
-
-    def write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
-        self.file.flush()
-        if self.mirror is not None:
-            self.mirror.log(record)
-
-    def sync(self) -> int:
-        """Records up to here are on the disk; returns their size in bytes."""
-        self.file.flush()
-        os.fsync(self.file.fileno())
-        return os.fstat(self.file.fileno()).st_size
-
-    def close(self, summary: dict[str, Any]) -> None:
-        self.file.close()
-        if self.mirror is not None:
-            self.mirror.close(summary)
-
-
-class _Mirror:
-    """The run in wandb: same id, records as `train/loss`, `eval/accuracy`, ... over `samples`.
-
-    Runs lie there as they are compared: the group is the experiment, the job type the arm, `batch`, `rule`, `kappa` and
-    `seed` are columns and tags, and the summary holds the gap to the base run where that is finished. A run that is
-    resumed offline leaves a second file; what the first one holds is not written again. Whatever goes wrong there is
-    said once and never stops the run.
-    """
-
-    def __init__(self, run_dir: Path, spec: RunSpec) -> None:
-        self.run: Any = None
-        self.run_dir, self.spec = run_dir, spec
-        self.written = -1  # the last step that an earlier offline file has whole
-        self.speed: float | None = None
-        os.environ.setdefault("WANDB_SILENT", "true")
-        try:
-            import wandb
-
-            described, science, arm = spec.to_json(), spec.science, spec.arms[0]
-            base = spec.run_id == arm.base_run_id
-            job = "base" if base else f"{arm.rule} x{arm.kappa:g}"
-            job += f" svag {science.svag}" if science.svag > 1 else ""
-            mode = os.environ.get("WANDB_MODE") or ("online" if logged_in() else "offline")
-            if mode == "offline":
-                self.written = max((row["_step"] for row in read_mirror(run_dir)), default=-1)
-            columns = {
-                "model": science.model["name"],
-                "dataset": science.dataset["name"],
-                "optimizer": science.optimizer,
-                "batch": science.batch,
-                "rule": "base" if base else arm.rule,
-                "kappa": arm.kappa,
-                "svag": science.svag,
-                "seed": science.seed,
-                "lr": science.hyper.lr,
-            }
-            tags = [spec.experiment, *(columns[k] for k in ("model", "dataset", "optimizer", "rule"))]
-            self.run = wandb.init(
-                id=spec.run_id,
-                name=f"{science.model['name']} {job} batch {science.batch} seed {science.seed}",
-                project=os.environ.get("WANDB_PROJECT", "scalerun"),
-                group=spec.experiment or f"{science.model['name']}-{science.dataset['name']}-{science.optimizer}",
-                job_type=job,
-                tags=list(dict.fromkeys([*(str(t)[:64] for t in tags if t), f"batch {science.batch}"])),
-                config=columns | {k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
-                dir=run_dir,
-                resume="allow",
-                mode=mode,  # type: ignore[arg-type]
-                settings=wandb.Settings(console="off", x_disable_stats=True, init_timeout=30, disable_git=True),
-            )
-            for kind in ("train", "eval", "noise", "event"):
-                self.run.define_metric(f"{kind}/*", step_metric="samples")
-        except Exception as e:
-            self._lost(e)
-
-    def log(self, record: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        if record["kind"] == "train" and record.get("seconds"):
-            self.speed = record["samples"] / record["seconds"]
-        if record["step"] <= self.written:
-            return
-        clock = {k: record[k] for k in ("samples", "t")}
-        place = "/".join(
-            str(record[k]) for k in ("kind", "method") if k in record
-        )  # two estimates of noise at one step
-        metrics = {f"{place}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t", "method")}
-        try:
-            self.run.log(clock | metrics, step=record["step"])
-        except Exception as e:
-            self._lost(e)
-
-    def close(self, summary: dict[str, Any]) -> None:
-        if self.run is None:
-            return
-        try:
-            speed = {} if self.speed is None else {"samples_per_second": self.speed}
-            self.run.summary.update(summary | speed | self._gaps(summary))
-            self.run.finish()
-        except Exception as e:
-            self._lost(e)
-
-    def _gaps(self, summary: dict[str, Any]) -> dict[str, float]:
-        """`gap/...` of each `final/...` to the base run of the same seed, if that lies beside this run, finished."""
-        base = read_json(self.run_dir.parent / self.spec.arms[0].base_run_id / "result.json") or {}
-        if base.get("status") != "finished" or self.spec.run_id == self.spec.arms[0].base_run_id:
-            return {}
-        theirs = {f"final/{k}": v for k, v in base.get("metrics", {}).items()}
-        return {k.replace("final/", "gap/", 1): v - theirs[k] for k, v in summary.items() if k in theirs}
-
-    def _lost(self, error: Exception) -> None:
-        self.run = None
-        print(
-            f"wandb is off for the rest of this run ({type(error).__name__}: {error}); records.jsonl has it all",
-            file=sys.stderr,
-        )
-
-
-def read_mirror(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of the offline wandb files under `run_dir`, oldest file first.
-
-    The file is a LevelDB log: 7 bytes of head, then blocks of 32 KiB of fragments, each crc32 (4), length (2), type (1:
-    1 whole, 2 first, 3 middle, 4 last) and data; a joined record is wandb's own `Record` message. A torn end is left
-    out. (wandb's Python reader went with its release 0.31.)
-    """
-    files = sorted(run_dir.glob("wandb/offline-run-*/run-*.wandb"))
-    if not files:
-        return []
-    from wandb.proto import wandb_internal_pb2 as proto
-
-    message: Any = proto.Record  # type: ignore[attr-defined]
-
-    rows = []
-    for file in files:
-        raw, at, joined = file.read_bytes(), 7, b""
-        while at + 7 <= len(raw):
-            if 32768 - at % 32768 < 7:  # the rest of a block that holds no head is padding
-                at += 32768 - at % 32768
-                continue
-            length, kind = int.from_bytes(raw[at + 4 : at + 6], "little"), raw[at + 6]
-            if kind not in (1, 2, 3, 4) or at + 7 + length > len(raw):
-                break
-            joined = raw[at + 7 : at + 7 + length] if kind in (1, 2) else joined + raw[at + 7 : at + 7 + length]
-            at += 7 + length
-            if kind in (1, 4):
-                record = message.FromString(joined)
-                if record.WhichOneof("record_type") == "history":
-                    items = record.history.item
-                    rows.append({"/".join(i.nested_key) or i.key: json.loads(i.value_json) for i in items})
-    return rows
-
-
-def logged_in() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))
+def _record(line: bytes | str) -> dict[str, Any] | None:
+    """A line of records.jsonl, if it is one."""
+    value = _parse(line)
+    if not isinstance(value, dict) or value.get("kind") not in get_args(Kind):
+        return None
+    clock = (value.get("step"), value.get("samples"))
+    return value if all(isinstance(x, int | float) and not isinstance(x, bool) for x in clock) else None

@@ -5,9 +5,9 @@
 
 from scaling_exps.plan.expand import plan, plan_one
 from scaling_exps.plan.show import describe, print_plan
-from scaling_exps.plan.spec import Arm, Measure, Placement, PlanError, RunSpec, Schedule, Science, run_id
+from scaling_exps.plan.spec import Arm, Numbers, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
 
 __all__ = [
-    "Arm", "Measure", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "describe", "plan", "plan_one",
+    "Arm", "Numbers", "Placement", "PlanError", "Role", "RunSpec", "Schedule", "Science", "describe", "plan", "plan_one",
     "print_plan", "run_id",
 ]  # fmt: skip

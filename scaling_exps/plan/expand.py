@@ -5,16 +5,21 @@ from __future__ import annotations
 import glob
 import itertools
 import os
-from dataclasses import asdict, replace
+import re
+from importlib.util import find_spec
+from pathlib import Path
 from typing import Any
 
-from scaling_exps import rules
-from scaling_exps.config import Config, Launch, SlurmLaunch
-from scaling_exps.plan import checks
-from scaling_exps.plan.spec import Arm, Measure, Placement, PlanError, RunSpec, Schedule, Science, run_id, summary
-from scaling_exps.rules import Hyper
+import msgspec
 
-OWN = ("text", "imagefolder")  # data sets of the user: their place is their identity
+from scaling_exps import config as schema
+from scaling_exps import rules, sources
+from scaling_exps.config import Config, FileDataset, ImageDataset, LocalLaunch, SlurmLaunch
+from scaling_exps.plan import checks
+from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science, run_id
+from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
+
+ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
 
 
 def plan(configs: list[Config]) -> list[RunSpec]:
@@ -26,48 +31,51 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         PlanError: with every fault of every run, one a line.
     """
     runs: dict[str, RunSpec] = {}
-    faults = dict.fromkeys(_differing([_whole_list(c) for c in configs]))  # an ordered set: each is told once
+    faults = dict.fromkeys(_differing([_whole_list(c) for c in configs]))  # an ordered set: each is said once
     for config in configs:
-        batches = config.batch if isinstance(config.batch, list) else [config.batch]
-        seeds = config.seed if isinstance(config.seed, list) else [config.seed]
-        names = config.rule if isinstance(config.rule, list) else [config.rule]
-        ells = config.svag if isinstance(config.svag, list) else [config.svag]
-        for key, values in (("batch", batches), ("seed", seeds), ("rule", names), ("svag", ells)):
-            if not values:
-                faults[f"{key}=[] is empty: give at least one value"] = None
-        for batch, rule, ell, seed in itertools.product(batches, names, ells, seeds):
-            batch = config.recipe.batch if batch is None else batch
+        lists = {key: _list(getattr(config, key)) for key in ("batch", "rule", "svag", "seed")}
+        faults |= dict.fromkeys(f"{key}=[] is empty: give at least one value" for key, v in lists.items() if not v)
+        faults |= dict.fromkeys(checks.faults(config))
+        if faults:
+            continue
+        for batch, rule, ell, seed in itertools.product(*lists.values()):
             try:
-                spec = plan_one(replace(config, svag=ell), batch, rule, seed)
-            except (PlanError, rules.RuleError) as e:
-                faults[f"batch={batch} rule={rule}" + (f" svag={ell}" if ell != 1 else "") + f": {e}"] = None
+                spec = plan_one(config, batch or config.recipe.batch, rule, ell, seed)
+            except (PlanError, rules.RuleError, sources.DataError) as e:
+                where = f"batch={batch or config.recipe.batch}" + (f" rule={rule}" if rule else "")
+                faults[where + (f" svag={ell}" if ell != 1 else "") + f": {e}"] = None
                 continue
             known = runs.get(spec.run_id)
             if known is not None:
-                faults.update(dict.fromkeys(_differing([_beside_science(known), _beside_science(spec)])))
+                faults |= dict.fromkeys(_differing([_beside_science(known), _beside_science(spec)]))
                 arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
-                spec = replace(known, arms=arms)
+                spec = msgspec.structs.replace(known, arms=arms)
             runs[spec.run_id] = spec
     if faults:
         raise PlanError("\n".join(faults))
     return list(runs.values())
 
 
-def _whole_list(c: Config) -> dict[str, Any]:
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else [value]
+
+
+def _whole_list(config: Config) -> dict[str, Any]:
     """What one command takes once, for all of its runs."""
-    launch = asdict(c.launch)
-    return {"runs_dir": c.runs_dir, "noise": c.noise, "launch": launch.pop("name")} | {
+    launch = msgspec.to_builtins(config.launch)
+    return {"runs_dir": config.runs_dir, "noise_from": config.noise_from, "launch": launch.pop("name")} | {
         f"launch.{k}": v for k, v in launch.items()
     }
 
 
-def _beside_science(s: RunSpec) -> dict[str, Any]:
-    """What two askings for the same run may differ in, and one run cannot: it is trained once."""
+def _beside_science(spec: RunSpec) -> dict[str, Any]:
+    """Settings that are no part of the run id, and of which a run has one."""
     return {
-        "dataset.path": s.dataset_path,
-        "logger": s.logger,
-        "checkpoint.minutes": s.placement.checkpoint_minutes,
-        "margin": s.margin,
+        "dataset.path": spec.dataset_path,
+        "logger": spec.logger,
+        "margin": spec.margin,
+        **{f"measure.{k}": v for k, v in msgspec.structs.asdict(spec.measure).items()},
+        **{f"checkpoint.{k}": v for k, v in msgspec.structs.asdict(spec.checkpoint).items()},
     }
 
 
@@ -76,144 +84,183 @@ def _differing(asked: list[dict[str, Any]]) -> list[str]:
     first = asked[0] if asked else {}
     values = {key: list(dict.fromkeys(str(a[key]) for a in asked if key in a)) for key in first}
     return [
-        f"{key}={','.join(several)}: it makes no other run, so that only the first value would count; "
-        "give one, or a command for each"
+        f"{key}={','.join(several)}: this setting does not change the run, so it cannot be swept; give one value"
         for key, several in values.items()
         if len(several) > 1
     ]
 
 
-def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
-    """One run at one batch size, rule and seed; PlanError or RuleError if it cannot be."""
-    checks.check(config, batch, seed)
-    ell = config.svag
-    assert isinstance(ell, int)  # `plan` takes the product
-    r, o = config.recipe, config.optimizer
-    family: rules.Family = "adaptive" if o.family == "adaptive" else "sgd"
-    rule = rules.find(rule_name, family, l2=not o.decoupled and r.weight_decay > 0)
-    base = Hyper(r.lr, tuple(r.betas), r.eps, r.weight_decay)
-    kappa = batch / r.batch
-    beta_map: rules.BetaMap = "power" if config.beta_map == "power" else "linear"
-    scaled = rule.scale(
-        base,
-        kappa,
-        base_batch=r.batch,
-        duration=config.duration,
-        noise_scale=config.noise_scale,
-        beta_map=beta_map,
+def plan_one(config: Config, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
+    """One run at one batch size, rule, ell and seed.
+
+    Raises:
+        PlanError, RuleError, DataError: it cannot be.
+    """
+    recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
+    base = base_hyper(config)
+    rule = rules.find(
+        rule_name or optimizer.default(config.goal),
+        optimizer.family,
+        l2=not optimizer.decoupled and base.weight_decay > 0,
     )
-
-    def science(hyper: Hyper, batch: int, svag: int, duration: float) -> Science:
-        hyper, stretch = rules.svag(hyper, svag, family)
-        total = r.samples if r.samples is not None else round((r.epochs or 0) * (config.dataset.train_size or 0))
-        total = round(total * duration)
-        dataset = asdict(config.dataset)
-        path = dataset.pop("path")  # where the data lies is not what it is,
-        if dataset["name"] in OWN and path is not None:  # unless nothing else says so
-            dataset["path"] = os.path.realpath(path)
-        return Science(
-            model=config.model,
-            dataset=dataset,
-            optimizer=o.name,
-            family=family,
-            hyper=hyper,
-            schedule=Schedule(
-                total, r.warmup_fraction * total, r.warmup, r.warmup_from, r.decay,
-                tuple(m * total for m in r.milestones_fraction), r.gamma,
-            ),
-            svag=svag,
-            batch=batch,
-            micro_batch=min(r.micro_batch, batch),
-            steps=max(1, round(total / batch)) * stretch,
-            precision=config.precision,
-            freeze_last=r.freeze_last,
-            measure=Measure(**asdict(config.measure)),
-            seed=seed,
-        )  # fmt: skip
-
-    mine, base_run = science(scaled, batch, ell, config.duration), science(base, r.batch, 1, 1.0)
-    micro = mine.micro_batch
+    move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
+    science = _science(config, rule.scale(base, move), batch, svag, config.duration, seed)
+    base_science = _science(config, base, recipe.batch, 1, 1.0, seed)
+    micro = science.micro_batch
     if batch % micro:
         low = batch // micro * micro
+        why = " (the network normalises over the micro-batch, so it is part of the recipe)"
         raise PlanError(
             f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {low} and {low + micro}"
-            + (
-                " (the network normalises over the micro-batch, so it is part of the recipe)"
-                if _batch_norm(config)
-                else ""
-            )
+            + (why if config.model.normalises_over_batch else "")
         )
-    if ell > 1:
-        checks.check_svag(config, batch)
-    if config.measure.noise == "full":
-        checks.check_noise(mine)
+    if svag > 1:
+        checks.check_svag(config, batch, svag)
     world = _world_size(config.launch, batch // micro)
-    draws = 1 if ell == 1 else 2
-    return RunSpec(
-        science=mine,
+    base_id, goal = run_id(base_science), rule.goals[optimizer.family]
+    tested = rule.name in config.tested if config.tested is not None else goal != "control"
+    spec = RunSpec(
+        science=science,
+        measure=config.measure,
         placement=Placement(
-            world, micro, batch // micro // world * draws, config.launch.compile, config.checkpoint.minutes
+            world_size=world, accumulation=batch // micro // world * science.draws, compile=config.launch.compile
         ),
-        arms=(Arm(rule_name, kappa, summary(base_run, base, 1), run_id(base_run)),),
+        arms=(
+            Arm(
+                rule=rule.name,
+                goal=goal,
+                role="base" if run_id(science) == base_id else "rule" if tested or svag > 1 else "control",
+                kappa=move.kappa,
+                duration=config.duration,
+                base=base_science.numbers(),
+                base_run_id=base_id,
+            ),
+        ),
         dataset_path=config.dataset.path,
         experiment=config.experiment,
         logger=config.logger,
-        notes=tuple(_notes(config, rule, base, scaled, batch)),
-        margin={k: v for k, v in asdict(config.margin).items() if v is not None},
+        wandb=config.wandb,
+        checkpoint=config.checkpoint,
+        notes=tuple(_notes(config, rule, move, base, science)),
+        margin={k: v for k, v in msgspec.structs.asdict(config.margin).items() if v is not None},
     )
+    if spec.noise == "full":
+        checks.check_noise(spec)
+    return spec
 
 
-def _world_size(launch: Launch, micro_batches: int) -> int:
-    devices = launch.devices
-    if devices == "auto" and isinstance(launch, SlurmLaunch):  # the machine that submits is not the one that runs
-        return max(d for d in range(1, min(launch.max_devices, micro_batches) + 1) if micro_batches % d == 0)
-    if devices == "auto":
-        visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-        count = (
-            len(glob.glob("/dev/nvidia[0-9]*"))
-            if visible is None
-            else len([v for v in visible.split(",") if v.strip()])
-        )
-        return max(d for d in range(1, max(1, min(count, micro_batches)) + 1) if micro_batches % d == 0)
-    if not isinstance(devices, int) or devices < 1:
-        raise PlanError(f"launch.devices={devices!r} must be a number >= 1, or auto")
-    if micro_batches % devices:
-        fit = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0][:12]
+def base_hyper(config: Config) -> Hyper:
+    """The recipe's numbers for the optimizer.
+
+    Raises:
+        PlanError: the recipe has none for it.
+    """
+    recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
+    values = [0.0 if name is None else getattr(recipe, name) for name in optimizer.betas]
+    lacking = [f"recipe.{n}" for n, v in zip(optimizer.betas, values, strict=True) if v is None]
+    if config.optimizer not in recipe.optimizers or lacking:
         raise PlanError(
-            f"launch.devices={devices} does not divide the {micro_batches} micro-batches of a step; allowed: {fit}"
+            f"no reference point for optimizer={config.optimizer} with model={config.model.name} on "
+            f"dataset={config.dataset.name}: the recipe is for {', '.join(recipe.optimizers)}. Choose one of these, or "
+            f"another model; recipes for {config.optimizer}: {', '.join(schema.recipes_for(config.optimizer))}. "
+            "Or give numbers of your own: recipe=NAME --config-dir DIR"
+            + (f" (with {', '.join(lacking)})" if lacking else "")
         )
-    return devices
+    decay = recipe.decoupled_decay if optimizer.decoupled else recipe.l2
+    return Hyper(recipe.lr, tuple(values), recipe.eps, decay)
 
 
-def _batch_norm(config: Config) -> bool:
-    return config.model.get("norm") == "batch"
+def _science(config: Config, hyper: Hyper, batch: int, svag: int, duration: float, seed: int) -> Science:
+    recipe, dataset = config.recipe, config.dataset
+    hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
+    epochs = round((recipe.epochs or 0) * (dataset.train_size or 0))
+    total = round((recipe.samples if recipe.samples is not None else epochs) * duration)
+    images = isinstance(dataset, ImageDataset | FileDataset)
+    return Science(
+        model=config.model,
+        dataset=msgspec.structs.replace(dataset, path=None),
+        content=sources.fingerprint(
+            dataset.name, dataset.path,
+            *((None, None) if images else (dataset.tokenizer, dataset.tokenizer_revision)),
+        ),
+        optimizer=config.optimizer,
+        hyper=hyper,
+        schedule=Schedule(
+            total_samples=total, warmup_samples=recipe.warmup_fraction * total, warmup=recipe.warmup,
+            warmup_from=recipe.warmup_from, decay=recipe.decay,
+            milestones=tuple(m * total for m in recipe.milestones_fraction), gamma=recipe.gamma,
+        ),
+        svag=svag,
+        batch=batch,
+        micro_batch=min(recipe.micro_batch, batch),
+        steps=max(1, round(total / batch)) * stretch,
+        precision=config.precision,
+        freeze_last=recipe.freeze_last,
+        statistics_samples=recipe.statistics_samples,
+        seed=seed,
+    )  # fmt: skip
 
 
-def _notes(c: Config, rule: rules.Rule, base: Hyper, scaled: Hyper, batch: int) -> list[str]:
-    r, kappa = c.recipe, batch / c.recipe.batch
+def _world_size(launch: LocalLaunch | SlurmLaunch, micro_batches: int) -> int:
+    """Processes of a run: as asked, or the most that divide the micro-batches of a step."""
+    if launch.devices != "auto":
+        if micro_batches % launch.devices:
+            fit = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0][:12]
+            raise PlanError(
+                f"launch.devices={launch.devices} does not divide the {micro_batches} micro-batches of a step; "
+                f"allowed: {fit}"
+            )
+        return launch.devices
+    # under SLURM the machine that submits is not the one that runs
+    most = launch.max_devices if isinstance(launch, SlurmLaunch) else max(1, _gpus())
+    return max(d for d in range(1, min(most, micro_batches) + 1) if micro_batches % d == 0)
+
+
+def _gpus() -> int:
+    """GPUs that a worker will see, without importing torch: none where torch is a build for CPUs."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    devices = glob.glob("/dev/nvidia[0-9]*") if visible is None else [v for v in visible.split(",") if v.strip()]
+    torch = find_spec("torch") if devices else None
+    if torch is None or torch.origin is None:
+        return 0
+    version = Path(torch.origin).with_name("version.py").read_text()
+    return 0 if re.search(r"^cuda\b.*= None$", version, re.MULTILINE) else len(devices)
+
+
+def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science) -> list[str]:
+    recipe, optimizer, kappa = config.recipe, OPTIMIZERS[config.optimizer], move.kappa
+    scaled, batch_norm = science.hyper, config.model.normalises_over_batch
     notes = []
     if kappa != 1:
-        notes.append(f"rule {rule.name} ({rule.evidence}) answers goal={rule.goal}: {rules.QUESTIONS[rule.goal]}")
+        notes.append(rule.answers(optimizer.family))
         notes.append(f"rule {rule.name} leaves alone: {rule.leaves_alone}")
-        if c.optimizer.decoupled and r.weight_decay and not rule.decoupled:
+        if optimizer.decoupled and base.weight_decay and not rule.decoupled:
             shrink = scaled.lr * scaled.weight_decay / (base.lr * base.weight_decay)  # of a step
             notes.append(
-                f"decoupled weight decay {r.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
+                f"decoupled weight decay {base.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
                 f"shrinks weights by {shrink / kappa:.3g} times what the base does"
             )
-    if batch < r.micro_batch:
-        seen = " and the network normalises over fewer examples than the recipe's" if _batch_norm(c) else ""
+    total, trained = science.schedule.total_samples, science.clock(science.steps)
+    if abs(trained / total - 1) > ROUNDING:
         notes.append(
-            f"batch {batch} is below the recipe's micro-batch {r.micro_batch}: it runs as one micro-batch{seen}"
+            f"whole steps of {science.batch} make {trained:,.0f} samples of the {total:,} asked for "
+            f"({trained / total - 1:+.0%}): give a duration that is a multiple of the batch"
         )
-    if _batch_norm(c):
-        notes.append(f"normalisation batch: {min(r.micro_batch, batch)} examples (the micro-batch), whatever the batch")
-    if c.duration != 1 and not rule.moves_duration:
-        notes.append(f"duration={c.duration:g} is not covered by rule {rule.name}; completed and adamw_timescale do")
-    if c.beta_map == "power" and scaled.betas != base.betas:
+    if science.batch < recipe.micro_batch:
+        seen = " and the network normalises over fewer examples than the recipe's" if batch_norm else ""
+        notes.append(
+            f"batch {science.batch} is below the recipe's micro-batch {recipe.micro_batch}: it runs as one "
+            f"micro-batch{seen}"
+        )
+    if batch_norm:
+        notes.append(f"normalisation batch: {science.micro_batch} examples (the micro-batch), whatever the batch")
+    if config.duration != 1 and not rule.moves_duration:
+        notes.append(f"duration={config.duration:g} is not covered by rule {rule.name}; completed and adamw_timescale do")
+    if config.beta_map == "power" and scaled.betas != base.betas:
         notes.append("beta_map=power: β -> β^κ in place of 1 - κ·(1 - β)")
-    smallest = min((b for b in r.betas if b > 0), default=1.0)
-    if kappa > 1 and smallest < 1 and (low := 1 - kappa * (1 - smallest)) < 0.8 and round(low, 15) in scaled.betas:
+    smallest = min((b for b in base.betas if b > 0), default=1.0)
+    low = 1 - kappa * (1 - smallest)
+    if kappa > 1 and smallest < 1 and low < 0.8 and round(low, 15) in scaled.betas:
         limit = 1 / (1 - smallest)
         notes.append(f"smallest scaled beta is {low:.3g}: the rule is near its limit kappa < {limit:.4g}")
     return notes

@@ -3,28 +3,30 @@
 from __future__ import annotations
 
 import json
-from dataclasses import asdict, replace
 from typing import Any
 
+import msgspec
+
 from scaling_exps import rules
-from scaling_exps.plan.spec import Arm, RunSpec, summary
+from scaling_exps.plan.spec import Arm, RunSpec
 
 
 def describe(spec: RunSpec) -> list[dict[str, Any]]:
     """The contract of `scalerun plan --json`: one object for each arm of the run."""
-    s = spec.science
+    science = spec.science
     return [
         {
             "run_id": spec.run_id,
             "rule": arm.rule,
+            "role": arm.role,
             "kappa": arm.kappa,
-            "svag": s.svag,
-            "seed": s.seed,
-            "base": arm.base,
-            "scaled": summary(s, s.hyper, spec.stretch),
+            "svag": science.svag,
+            "seed": science.seed,
+            "base": msgspec.to_builtins(arm.base),
+            "scaled": msgspec.to_builtins(science.numbers()),
             "placement": {
                 "world_size": spec.placement.world_size,
-                "micro_batch": s.micro_batch,
+                "micro_batch": science.micro_batch,
                 "accumulation": spec.placement.accumulation,
             },
             "notes": list(spec.notes),
@@ -35,34 +37,36 @@ def describe(spec: RunSpec) -> list[dict[str, Any]]:
 
 def print_plan(specs: list[RunSpec]) -> None:
     """base -> scaled with the formula, for each arm and batch (seeds share a table); the batch arithmetic; notes."""
-    groups: dict[str, list[tuple[RunSpec, Arm]]] = {}
+    tables: dict[str, list[tuple[RunSpec, Arm]]] = {}
     for spec in specs:
-        for arm in spec.arms if spec.science.batch != arm_batch(spec.arms[0]) else spec.arms[:1]:
-            twin = asdict(replace(spec.science, seed=0))
-            groups.setdefault(json.dumps([twin, arm.rule], sort_keys=True), []).append((spec, arm))
-    for members in groups.values():
+        for arm in spec.arms if spec.science.batch != spec.arms[0].base.batch else spec.arms[:1]:
+            without_seed = msgspec.to_builtins(msgspec.structs.replace(spec.science, seed=0))
+            tables.setdefault(json.dumps([without_seed, arm.rule], sort_keys=True), []).append((spec, arm))
+    for members in tables.values():
         spec, arm = members[0]
-        s, p = spec.science, spec.placement
-        rule = rules.find(arm.rule)
-        base, scaled = arm.base, summary(s, s.hyper, spec.stretch)
+        science, placement = spec.science, spec.placement
+        scaled = science.numbers()
         print(
-            f"\n{s.model['name']} on {s.dataset['name']}, {s.optimizer}: "
-            f"batch {base['batch']} -> {s.batch}, κ = {arm.kappa:g}, rule {'(any)' if arm.kappa == 1 else arm.rule}"
-            + (f", SVAG ℓ = {s.svag}" if s.svag > 1 else "")
+            f"\n{science.model.name} on {science.dataset.name}, {science.optimizer}: batch {arm.base.batch} -> "
+            f"{science.batch}, κ = {arm.kappa:g}, rule {'(any)' if arm.kappa == 1 else arm.rule}"
+            + (f", SVAG ℓ = {science.svag}" if science.svag > 1 else "")
         )
-        longer = "" if s.svag > 1 or abs(scaled["samples"] / base["samples"] - 1) < 0.5 / s.steps else "δ·"
+        delta = "δ·" if arm.duration != 1 else ""
         formulas = {
-            **rule.formulas(),
-            "steps": f"{longer}steps/κ",
-            "warmup_steps": "same samples" if not longer else "δ·samples",
-            "samples": "δ·samples" if longer else "same",
+            **rules.find(arm.rule).formulas(),
+            "steps": f"{delta}steps/κ",
+            "warmup_steps": f"{delta}samples" if delta else "same samples",
+            "samples": f"{delta}samples" if delta else "same",
         }
+        if scaled.samples != round(arm.duration * arm.base.samples) and science.svag == 1:
+            formulas["samples"] += ", to whole steps"
         for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):
-            then = formulas[key] if arm.kappa != 1 else ""
-            print(f"  {key:<13} {_show(base[key]):>20} -> {_show(scaled[key]):<26} {then}".rstrip())
+            formula = formulas[key] if arm.kappa != 1 or arm.duration != 1 else ""
+            print(f"  {key:<13} {_show(getattr(arm.base, key)):>20} -> {_show(getattr(scaled, key)):<26} {formula}".rstrip())
         print(
-            f"  batch {s.batch} = micro-batch {s.micro_batch} × accumulation {p.accumulation // spec.draws} "
-            f"× world size {p.world_size}" + (f", {spec.draws} draws a step" if spec.draws > 1 else "")
+            f"  batch {science.batch} = micro-batch {science.micro_batch} × accumulation "
+            f"{placement.accumulation // science.draws} × world size {placement.world_size}"
+            + (f", {science.draws} draws a step" if science.draws > 1 else "")
         )
         for note in spec.notes:
             print(f"  note: {note}")
@@ -70,11 +74,7 @@ def print_plan(specs: list[RunSpec]) -> None:
     print(f"\n{len(specs)} run(s)")
 
 
-def arm_batch(arm: Arm) -> int:
-    return int(arm.base["batch"])
-
-
 def _show(value: Any) -> str:
-    if isinstance(value, list):
+    if isinstance(value, list | tuple):
         return "(" + ", ".join(_show(v) for v in value) + ")"
     return f"{value:,}" if isinstance(value, int) else f"{value:.6g}"

@@ -1,60 +1,54 @@
 """RunSpec, what `run.json` holds.
 
-Its science half is everything that decides the numbers a run produces, and its hash is the run id; placement and
-provenance (which rule, from which base) are not in it.
+Its science is everything that decides the numbers a run produces, and the hash of it is the run id. The rest says
+where it runs, what is measured, and which recipe led to it.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict, dataclass, field
-from typing import Any
+from functools import cached_property
+from typing import Any, Literal
 
-from scaling_exps.rules import Hyper
+import msgspec
 
-VERSION = 1  # of run.json
+from scaling_exps.config import Checkpoint, Dataset, Measure, Model, Wandb
+from scaling_exps.rules import OPTIMIZERS, Family, Goal, Hyper
+
+VERSION = 2  # of run.json
 UNIT = 16  # examples in one gradient of a full noise measurement, where the network lets examples be independent
+
+Role = Literal["base", "rule", "control"]
 
 
 class PlanError(ValueError):
     """One or more runs of the list cannot be run as asked; the message lists every fault."""
 
 
-@dataclass(frozen=True)
-class Schedule:
+class _Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    pass
+
+
+class Schedule(_Value, frozen=True):
     """Multiplier of the learning rate, in samples of plain training (see `optim.multiplier`)."""
 
     total_samples: int
     warmup_samples: float
-    warmup: str  # geometric | linear
+    warmup: str
     warmup_from: float  # share of the peak at the first sample
-    decay: str  # one of DECAYS
+    decay: str
     milestones: tuple[float, ...]  # samples
     gamma: float
 
 
-@dataclass(frozen=True)
-class Measure:
-    """What is recorded, and how often."""
+class Science(_Value, frozen=True):
+    """Everything that decides the numbers. Two runs with equal science are one run."""
 
-    evaluations: int
-    train_records: int
-    statistics_samples: int
-    noise: str  # free | full | none
-    noise_records: int
-    noise_examples: int  # of each full measurement
-    noise_unit: int | None  # examples in each of its gradients; see RunSpec.noise_unit
-
-
-@dataclass(frozen=True)
-class Science:
-    """Everything that decides the numbers. Two runs with equal Science are one run."""
-
-    model: dict[str, Any]
-    dataset: dict[str, Any]
+    model: Model
+    dataset: Dataset  # its path is None: where the data lies is not what it is
+    content: str  # fingerprint of the data, where its name and revision do not fix it
     optimizer: str
-    family: str
     hyper: Hyper  # what is executed: after the rule and after SVAG
     schedule: Schedule
     svag: int
@@ -63,69 +57,128 @@ class Science:
     steps: int
     precision: str
     freeze_last: bool
-    measure: Measure
+    statistics_samples: int
     seed: int
 
+    @property
+    def family(self) -> Family:
+        return OPTIMIZERS[self.optimizer].family
 
-@dataclass(frozen=True)
-class Arm:
+    @property
+    def draws(self) -> int:
+        """Independent mini-batches a step: 2 under SVAG, else 1."""
+        return 1 if self.svag == 1 else 2
+
+    @property
+    def stretch(self) -> int:
+        """Steps for what plain training does in one: SVAG's l^2 (l for SGD)."""
+        return self.svag ** (2 if self.family == "adaptive" else 1)
+
+    def samples(self, step: int) -> int:
+        """Samples of the stream consumed after `step` steps."""
+        return step * self.batch * self.draws
+
+    def clock(self, step: float) -> float:
+        """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
+        return step * self.batch / self.stretch
+
+    def numbers(self) -> Numbers:
+        """What the plan shows of it."""
+        warmup = self.schedule.warmup_samples * self.stretch / self.batch
+        h = self.hyper
+        return Numbers(
+            batch=self.batch, lr=h.lr, betas=h.betas, eps=h.eps, weight_decay=h.weight_decay,
+            steps=self.steps, warmup_steps=round(warmup, 2), samples=self.samples(self.steps),
+        )  # fmt: skip
+
+
+class Numbers(_Value, frozen=True):
+    """The numbers of a recipe at one batch size, as the plan shows them."""
+
+    batch: int
+    lr: float
+    betas: tuple[float, ...]
+    eps: float
+    weight_decay: float
+    steps: int
+    warmup_steps: float
+    samples: int
+
+
+class Arm(_Value, frozen=True):
     """How a recipe led to this run. At kappa = 1 a run is the base of every arm."""
 
     rule: str
+    goal: Goal  # of the rule, for this family of optimizers
+    role: Role  # in a comparison: base, rule under test, control
     kappa: float
-    base: dict[str, Any]  # batch, lr, betas, eps, weight_decay, steps, warmup_steps, samples
+    duration: float  # budget over the base's
+    base: Numbers
     base_run_id: str
 
 
-@dataclass(frozen=True)
-class Placement:
+class Placement(_Value, frozen=True):
+    """Where it runs; no result depends on it."""
+
     world_size: int
-    micro_batch: int
     accumulation: int  # micro-batches a process adds up before its step, each draw counted
     compile: bool
-    checkpoint_minutes: float
 
 
-@dataclass(frozen=True)
-class RunSpec:
+class RunSpec(_Value, frozen=True, dict=True):
     science: Science
+    measure: Measure
     placement: Placement
     arms: tuple[Arm, ...]
     dataset_path: str | None
     experiment: str | None
     logger: str
+    wandb: Wandb
+    checkpoint: Checkpoint
     notes: tuple[str, ...]
-    margin: dict[str, float] = field(default_factory=dict)  # metric -> largest gap that counts as equal; provenance
+    margin: dict[str, float]  # metric -> largest gap that counts as equal
 
-    @property
+    @cached_property
     def run_id(self) -> str:
         return run_id(self.science)
 
     @property
-    def draws(self) -> int:
-        """Independent mini-batches a step: 2 under SVAG, else 1."""
-        return 1 if self.science.svag == 1 else 2
+    def chunks(self) -> int:
+        """Gradients that one step averages, over draws, ranks and accumulation."""
+        return self.placement.accumulation * self.placement.world_size
 
     @property
-    def stretch(self) -> int:
-        """Steps for what plain training does in one: SVAG's l^2 (l for SGD)."""
-        return self.science.svag ** (2 if self.science.family == "adaptive" else 1)
-
-    def samples(self, step: int) -> int:
-        """Samples of the stream consumed after `step` steps."""
-        return step * self.science.batch * self.draws
-
-    def clock(self, step: float) -> float:
-        """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
-        return step * self.science.batch / self.stretch
+    def noise(self) -> str:
+        """How the gradient noise is measured: free, full or none. `auto` is full where a step has one gradient."""
+        if self.measure.noise != "auto":
+            return self.measure.noise
+        size = self.science.dataset.train_size
+        able = size is None or size >= 2 * self.noise_unit
+        return "full" if self.chunks == 1 and able else "free"
 
     @property
     def noise_unit(self) -> int:
         """Examples in each gradient of a full noise measurement: with BN its batch, the micro-batch."""
-        return noise_unit_of(self.science.measure, self.science.model, self.science.micro_batch)
+        micro = self.science.micro_batch
+        if self.measure.noise_unit is not None:
+            return self.measure.noise_unit
+        if self.science.model.normalises_over_batch:
+            return micro
+        return max(u for u in range(1, min(UNIT, micro) + 1) if (self.measure.noise_examples or 256) % u == 0)
+
+    @property
+    def noise_examples(self) -> int:
+        """Training examples of a full noise measurement."""
+        if self.measure.noise_examples is not None:
+            return self.measure.noise_examples
+        unit, size = self.noise_unit, self.science.dataset.train_size
+        wanted = max(256, 8 * unit)
+        return (wanted if size is None else min(wanted, size)) // unit * unit
 
     def to_json(self) -> dict[str, Any]:
-        return {"version": VERSION, "run_id": self.run_id, **asdict(self)}
+        """What run.json holds; `from_json` is its inverse."""
+        fields: dict[str, Any] = msgspec.to_builtins(self)
+        return {"version": VERSION, "run_id": self.run_id, **fields}
 
     @staticmethod
     def from_json(raw: dict[str, Any]) -> RunSpec:
@@ -134,39 +187,28 @@ class RunSpec:
         Raises:
             PlanError: written by another version, or edited: the run id no longer fits the science.
         """
-        if raw.get("version") != VERSION:
+        fields = dict(raw)
+        version, identity = fields.pop("version", None), fields.pop("run_id", None)
+        if version != VERSION:
             raise PlanError(
-                f"run.json has version {raw.get('version')!r}, this scalerun reads version {VERSION}: "
+                f"run.json has version {version!r}, this scalerun reads version {VERSION}: "
                 "use the scalerun that wrote it, or another runs_dir"
             )
         try:
-            s = dict(raw["science"])
-            s["hyper"] = Hyper(**{**s["hyper"], "betas": tuple(s["hyper"]["betas"])})
-            s["schedule"] = Schedule(**{**s["schedule"], "milestones": tuple(s["schedule"]["milestones"])})
-            s["measure"] = Measure(**s["measure"])
-            spec = RunSpec(
-                science=Science(**s),
-                placement=Placement(**raw["placement"]),
-                arms=tuple(Arm(**a) for a in raw["arms"]),
-                dataset_path=raw["dataset_path"],
-                experiment=raw["experiment"],
-                logger=raw["logger"],
-                notes=tuple(raw["notes"]),
-                margin=dict(raw.get("margin", {})),
-            )
-        except (KeyError, TypeError) as e:
-            raise PlanError(f"run.json is not one that this scalerun wrote ({type(e).__name__}: {e})") from e
-        if spec.run_id != raw["run_id"]:
-            raise PlanError(
-                f"run.json says run id {raw['run_id']} but describes {spec.run_id}: it was edited; plan anew"
-            )
+            spec = msgspec.convert(fields, RunSpec)
+        except (msgspec.ValidationError, ValueError) as e:
+            raise PlanError(f"run.json is not one that this scalerun wrote: {e}") from e
+        if spec.run_id != identity:
+            raise PlanError(f"run.json says run id {identity} but describes {spec.run_id}: it was edited; plan anew")
+        if not spec.arms:
+            raise PlanError("run.json names no arm; plan anew")
         return spec
 
 
 def run_id(science: Science) -> str:
     """Hash of the science: 12 hexadecimal digits. Floats count to 12 significant digits, so that two ways to
     the same hyperparameters (kappa = 4, or 2 twice) are one run."""
-    text = json.dumps(_rounded(asdict(science)), sort_keys=True, separators=(",", ":"))
+    text = json.dumps(_rounded(msgspec.to_builtins(science)), sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
 
 
@@ -178,24 +220,3 @@ def _rounded(value: Any) -> Any:
     if isinstance(value, list | tuple):
         return [_rounded(v) for v in value]
     return value
-
-
-def noise_unit_of(measure: Measure, model: dict[str, Any], micro_batch: int) -> int:
-    if measure.noise_unit is not None:
-        return measure.noise_unit
-    if model.get("norm") == "batch":
-        return micro_batch
-    return max(u for u in range(1, min(UNIT, micro_batch) + 1) if measure.noise_examples % u == 0)
-
-
-def summary(science: Science, hyper: Hyper, stretch: int) -> dict[str, Any]:
-    warmup = science.schedule.warmup_samples * stretch / science.batch
-    draws = 1 if science.svag == 1 else 2
-    return {
-        "batch": science.batch,
-        **asdict(hyper),
-        "betas": list(hyper.betas),
-        "steps": science.steps,
-        "warmup_steps": round(warmup, 2),
-        "samples": science.steps * science.batch * draws,
-    }

@@ -1,13 +1,15 @@
-"""The one training loop: RUN_DIR in, records and result out. One process a device.
+"""Training: RUN_DIR in, records and result out. One process a device.
 
-`trainer` is the step, `runs` takes a directory to its end, `ranks` are the processes, `provenance` the machine.
+`worker` takes directories, `loop.fit` is one run, `trainer` the step and its state, `measure` what is measured,
+`checkpoint` what is saved, `fork` branches off a checkpoint, `ranks` are the processes, `provenance` the machine.
 """
 
+from scaling_exps.train.loop import fit, preflight
 from scaling_exps.train.ranks import slurm_rank
-from scaling_exps.train.runs import AGAIN, FAILED, final_metrics, preflight, run, run_all, stop_requested, work
-from scaling_exps.train.trainer import Trainer, TrainError, build_net, mean_loss
+from scaling_exps.train.trainer import Trainer, TrainError
+from scaling_exps.train.worker import AGAIN, FAILED, run, run_all, stop_requested, work
 
 __all__ = [
-    "AGAIN", "FAILED", "TrainError", "Trainer", "build_net", "final_metrics", "mean_loss", "preflight", "run",
-    "run_all", "slurm_rank", "stop_requested", "work",
+    "AGAIN", "FAILED", "TrainError", "Trainer", "fit", "preflight", "run", "run_all", "slurm_rank", "stop_requested",
+    "work",
 ]  # fmt: skip

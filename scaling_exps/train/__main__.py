@@ -1,8 +1,12 @@
-"""A worker: python -m scaling_exps.train RUN_DIR ..."""
+"""A worker: python -m scaling_exps.train [--since TIME] RUN_DIR ..."""
 
-import sys
+import argparse
 from pathlib import Path
 
 from scaling_exps.train import work
 
-raise SystemExit(work([Path(a) for a in sys.argv[1:]]))
+parser = argparse.ArgumentParser(prog="python -m scaling_exps.train")
+parser.add_argument("--since", type=float, default=float("inf"), help="leave runs that failed after this time alone")
+parser.add_argument("run_dirs", nargs="+", type=Path)
+options = parser.parse_args()
+raise SystemExit(work(options.run_dirs, options.since))

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from scaling_exps.records import RunDir
 from scaling_exps.train import ranks
 
 
@@ -55,7 +56,10 @@ def environment() -> dict[str, Any]:
 
 @functools.cache
 def _tree() -> tuple[str | None, str]:
-    """The commit of the code that runs (`-dirty` where the tree is not clean), and the patch of the difference."""
+    """The commit of the code that runs (`-dirty` where the tree is not clean), and the patch of the difference.
+
+    None for code that no repository tracks: installed below somebody else's repository it must not name that one's.
+    """
 
     def git(*words: str) -> str:
         try:
@@ -66,18 +70,19 @@ def _tree() -> tuple[str | None, str]:
             return ""
         return done.stdout if done.returncode == 0 else ""
 
+    if not git("ls-files", "--error-unmatch", "--", str(Path(__file__).resolve())):
+        return None, ""
     commit = git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*").strip() or None
     return commit, git("diff", "HEAD", "--", ".") if commit and commit.endswith("-dirty") else ""
 
 
-def code(run_dir: Path | None) -> dict[str, Any]:
+def code(run_dir: RunDir | None) -> dict[str, Any]:
     """What ran, for the record; with `run_dir`, the patch of a tree that is not clean is left there."""
     commit, patch = _tree()
     if not patch:
         return {"commit": commit}
     if run_dir is not None:
-        with open(os.open(run_dir / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600), "w") as f:
-            f.write(patch)
+        run_dir.write_patch(patch)
     return {"commit": commit, "patch": "code.patch"}
 
 

@@ -33,7 +33,7 @@ def device() -> torch.device:
 
 @contextlib.contextmanager
 def first() -> Iterator[None]:
-    """Rank 0 goes through the block before the others do, for whom that may be hours: a corpus takes its time."""
+    """Rank 0 goes through the block first; the others wait up to 12 hours (the conversion of a corpus)."""
     if not dist.is_initialized():
         yield
         return
@@ -60,6 +60,12 @@ def total(x: Tensor) -> Tensor:
     if dist.is_initialized():
         dist.all_reduce(x)
     return x
+
+
+def barrier() -> None:
+    """Wait for every rank."""
+    if dist.is_initialized():
+        dist.barrier()
 
 
 def maximum(x: float) -> float:

@@ -1,0 +1,13 @@
+"""The configuration: its schema, and its composition by Hydra."""
+
+from scaling_exps.config.compose import CONF, compose, dataset, recipes_for
+from scaling_exps.config.schema import (
+    GPT, VGG16, Checkpoint, Config, ConfigError, Custom, Dataset, FileDataset, Group, ImageDataset, Launch, LocalLaunch,
+    Margin, Measure, Model, Recipe, ResNet, ResNet50, Roberta, SlurmLaunch, Timm, TokenDataset, Wandb, keys,
+)  # fmt: skip
+
+__all__ = [
+    "CONF", "GPT", "VGG16", "Checkpoint", "Config", "ConfigError", "Custom", "Dataset", "FileDataset", "Group",
+    "ImageDataset", "Launch", "LocalLaunch", "Margin", "Measure", "Model", "Recipe", "ResNet", "ResNet50", "Roberta",
+    "SlurmLaunch", "Timm", "TokenDataset", "Wandb", "compose", "dataset", "keys", "recipes_for",
+]  # fmt: skip

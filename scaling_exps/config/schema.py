@@ -1,0 +1,535 @@
+"""Every key of the configuration: its name, type, range, unit and meaning, said here and nowhere else.
+
+The values stand in conf/*.yaml. `build` turns plain values into these types and collects every fault; `keys` lists
+them for docs/keys.md and for spelling hints. A group with cross-field conditions has a method `faults`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import types
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+
+import msgspec
+
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Goal
+
+
+class ConfigError(ValueError):
+    """What the user typed cannot be used; the message says what was given, what is allowed, and what to do."""
+
+
+def _is(meaning: str, unit: str = "", **limits: Any) -> msgspec.Meta:
+    return msgspec.Meta(description=meaning, extra={"unit": unit}, **limits)
+
+
+class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
+    """A group of keys."""
+
+    def faults(self) -> list[str]:
+        """What its keys, each legal by itself, make wrong together."""
+        return []
+
+
+Fraction = Annotated[float, _is("", ge=0, le=1)]
+Positive = Annotated[int, _is("", ge=1)]
+
+
+# ---- dataset ----
+
+
+class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
+    name: Annotated[str, _is("what is read: digits, cifar10, imagenet, imagefolder, stdlib, text, wikitext103, wikibooks")]
+    path: Annotated[str | None, _is("folder or file of your own copy; null: embedded, or in SCALERUN_DATA")]
+    revision: Annotated[str | None, _is("commit of the data set on the hub; null where it is not from there")]
+    train_size: Annotated[Positive | None, _is("the first so many training examples; null: all", "examples")]
+    test_size: Annotated[Positive | None, _is("the first so many test examples; null: all", "examples")]
+
+
+class _Images(_Dataset, frozen=True, kw_only=True):
+    shape: Annotated[list[Positive], _is("height, width, channels", "pixels", min_length=3, max_length=3)]
+    classes: Annotated[int, _is("classes; imagefolder must be given it", ge=0)]
+    mean: Annotated[list[float], _is("of each channel, of pixels in [0, 1]", min_length=1)]
+    std: Annotated[list[Annotated[float, _is("", gt=0)]], _is("of each channel", min_length=1)]
+    flip: Annotated[bool, _is("flip half of the training images")]
+
+    def faults(self) -> list[str]:
+        channels = self.shape[2]
+        wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
+        if not len(self.mean) == len(self.std) == channels:
+            wrong.append(f"dataset.mean={self.mean} and dataset.std={self.std} must have {channels} values each (channels)")
+        return wrong
+
+
+class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
+    """Images that are held in memory."""
+
+    shift: Annotated[int, _is("padding of the random crop", "pixels", ge=0)]
+    label_noise: Annotated[Fraction, _is("share of labels drawn at random, afresh at each occurrence")]
+
+    def faults(self) -> list[str]:
+        sizes = {"train_size": self.train_size, "test_size": self.test_size}
+        return super().faults() + [f"dataset.{k}=null: {self.name} needs a number" for k, v in sizes.items() if v is None]
+
+
+class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
+    """Images that are decoded as they are needed."""
+
+    area: Annotated[list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)]
+    resize: Annotated[Positive, _is("shorter side of a test image before its central crop", "pixels")]
+
+    def faults(self) -> list[str]:
+        wrong = super().faults()
+        if self.shape[2] != 3:
+            wrong.append(f"dataset.shape={self.shape} must be [height, width, 3]: images are read as RGB")
+        if not 0 < self.area[0] <= self.area[1]:
+            wrong.append(f"dataset.area={self.area} must be [smallest, largest], in (0, 1]")
+        if self.resize < max(self.shape[:2]):
+            wrong.append(f"dataset.resize={self.resize} must be >= the image size {self.shape[:2]}")
+        return wrong
+
+
+class TokenDataset(_Dataset, frozen=True, kw_only=True, tag="tokens"):
+    """Texts, as sequences of tokens; an example is a sequence."""
+
+    tokenizer: Annotated[str, _is("bytes, bpe (trained on the corpus), or a tokenizer of the hub or of a folder")]
+    tokenizer_revision: Annotated[str | None, _is("commit of the hub's tokenizer; null: the one in the local cache")]
+    vocab: Annotated[int, _is("token ids", ge=2)]
+    context: Annotated[int, _is("length of a sequence", "tokens", ge=2)]
+    mask: Annotated[float, _is("share of tokens that are hidden and predicted; 0 predicts the next token", ge=0, lt=1)]
+
+    def faults(self) -> list[str]:
+        if self.mask and round(self.mask * self.context) < 1:
+            return [f"dataset.mask={self.mask} hides no token of {self.context}: raise it, or dataset.context"]
+        return []
+
+
+Dataset = ImageDataset | FileDataset | TokenDataset
+
+
+# ---- model ----
+
+Norm = Literal["batch", "group", "layer", "none"]
+ANY_NORM = "what the network normalises over; refused where the network says otherwise"
+
+
+class _Model(Group, frozen=True, kw_only=True, tag_field="kind"):
+    name: Annotated[str, _is("what the network is called in tables; of `timm`: which network")]
+
+    @property
+    def normalises_over_batch(self) -> bool:
+        """Whether examples of a micro-batch see each other, so that its size is science."""
+        return getattr(self, "norm", None) == "batch"
+
+
+class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
+    """He et al. 2016, section 4.2: the CIFAR ResNet of depth 6n + 2."""
+
+    depth: Annotated[int, _is("layers, 6n + 2", ge=8)]
+    width: Annotated[Positive, _is("channels of the first stage; the others have 2 and 4 times as many")]
+    norm: Annotated[Literal["batch", "group"], _is("group: GroupNorm in groups of 4 channels")]
+
+    def faults(self) -> list[str]:
+        wrong = [f"model.depth={self.depth} must be 6n + 2: 8, 14, 20, ..."] if (self.depth - 2) % 6 else []
+        if self.norm == "group" and self.width % 4:
+            wrong.append(f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4 channels)")
+        return wrong
+
+
+class ResNet50(_Model, frozen=True, kw_only=True, tag="resnet50"):
+    """timm's ResNet-50; up to 64 pixels in CIFAR form."""
+
+    norm: Annotated[Literal["batch"], _is("it comes with batch normalisation only")]
+
+
+class VGG16(_Model, frozen=True, kw_only=True, tag="vgg16"):
+    """torchvision's vgg16_bn features and one linear layer."""
+
+    width: Annotated[Positive, _is("channels of the first layer (VGG-16: 64); the others in proportion")]
+    norm: Annotated[Literal["batch"], _is("it comes with batch normalisation only")]
+
+
+class Timm(_Model, frozen=True, kw_only=True, tag="timm"):
+    """Any network of timm, untrained."""
+
+    options: Annotated[dict[str, Any], _is("keywords of timm.create_model: model.options={drop_path_rate:0.1}")]
+    norm: Annotated[Norm, _is(ANY_NORM)]
+
+
+class Custom(_Model, frozen=True, kw_only=True, tag="custom"):
+    """Your own network: a function that returns a torch.nn.Module."""
+
+    factory: Annotated[str | None, _is("package.module:function; called with shape=(H, W, C), classes=K or vocab=V, context=T")]
+    options: Annotated[dict[str, Any], _is("further keywords of the function")]
+    norm: Annotated[Norm, _is(ANY_NORM)]
+
+    def faults(self) -> list[str]:
+        module, _, function = (self.factory or "").partition(":")
+        return [] if module and function else [f"model.factory={self.factory!r} must be package.module:function"]
+
+
+class _Language(_Model, frozen=True, kw_only=True):
+    layers: Annotated[Positive, _is("transformer layers")]
+    width: Annotated[Positive, _is("features of a token")]
+    heads: Annotated[Positive, _is("attention heads; they divide the width")]
+    context: Annotated[Positive | None, _is("positions that it has; null: dataset.context", "tokens")]
+    dropout: Annotated[float, _is("share of features dropped", ge=0, lt=1)]
+    norm: Annotated[Literal["layer"], _is("layer normalisation")]
+
+    def faults(self) -> list[str]:
+        if self.width % self.heads:
+            return [f"model.width={self.width} must be a multiple of model.heads={self.heads}"]
+        return []
+
+
+class GPT(_Language, frozen=True, kw_only=True, tag="gpt"):
+    """transformers' GPT-2 from a config: predicts the next token."""
+
+
+class Roberta(_Language, frozen=True, kw_only=True, tag="roberta"):
+    """transformers' RoBERTa from a config: predicts hidden tokens."""
+
+
+Model = ResNet | ResNet50 | VGG16 | Timm | Custom | GPT | Roberta
+
+
+# ---- recipe ----
+
+Trainable = Literal["adam", "adamw", "rmsprop", "paper_adam", "paper_rmsprop", "sgd"]
+assert set(get_args(Trainable)) == {name for name, o in OPTIMIZERS.items() if o.trainable}
+Beta = Annotated[float, _is("", ge=0, lt=1)]
+
+
+class Recipe(Group, frozen=True, kw_only=True):
+    """The tuned reference point. Fractions are of its duration."""
+
+    optimizers: Annotated[list[Trainable], _is("for which optimizers these numbers are meant", min_length=1)]
+    batch: Annotated[Positive, _is("global batch at which it was tuned", "examples")]
+    micro_batch: Annotated[Positive, _is("examples of one backward pass; what batch normalisation sees", "examples")]
+    lr: Annotated[float, _is("peak learning rate", gt=0)]
+    beta1: Annotated[Beta | None, _is("decay of the average of gradients (Adam), a step; null: not tuned")]
+    beta2: Annotated[Beta | None, _is("decay of the average of squared gradients, a step; null: not tuned")]
+    momentum: Annotated[Beta | None, _is("of SGD, a step; null: not tuned")]
+    eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0)]
+    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw)", ge=0)]
+    decoupled_decay: Annotated[float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0)]
+    epochs: Annotated[Annotated[float, _is("", gt=0)] | None, _is("duration; give it or samples", "epochs")]
+    samples: Annotated[Positive | None, _is("duration; give it or epochs", "examples")]
+    warmup_fraction: Annotated[Fraction, _is("length of the warm-up")]
+    warmup: Annotated[Literal["geometric", "linear"], _is("its form")]
+    warmup_from: Annotated[Fraction, _is("share of the peak at the first sample")]
+    decay: Annotated[
+        Literal["constant", "milestones", "cosine", "linear", "inverse_sqrt"], _is("what follows the warm-up")
+    ]
+    milestones_fraction: Annotated[list[Fraction], _is("where decay=milestones lowers the rate")]
+    gamma: Annotated[float, _is("what a milestone multiplies the rate by", gt=0, le=1)]
+    freeze_last: Annotated[bool, _is("keep the last linear layer at N(0, 0.01^2), as the authors' VGG")]
+    statistics_samples: Annotated[
+        Positive, _is("training examples on which BN's evaluation statistics are recomputed", "examples")
+    ]
+
+    def faults(self) -> list[str]:
+        wrong = []
+        if (self.epochs is None) == (self.samples is None):
+            wrong.append(f"recipe.epochs={self.epochs}, recipe.samples={self.samples}: give exactly one, the other null")
+        if self.warmup == "geometric" and self.warmup_from == 0:
+            wrong.append("recipe.warmup_from=0.0 must be > 0 for recipe.warmup=geometric")
+        if self.decay == "inverse_sqrt" and self.warmup_fraction == 0:  # its peak would be that of the first step
+            wrong.append("recipe.decay=inverse_sqrt falls from the end of the warm-up: give recipe.warmup_fraction > 0")
+        return wrong
+
+
+# ---- where and how it runs ----
+
+Devices = Annotated[Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: as many as the machine and the batch allow")]
+
+
+class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local"):
+    """On this machine."""
+
+    devices: Devices
+    parallel: Annotated[Positive, _is("runs of a sweep side by side")]
+    compile: Annotated[bool, _is("torch.compile the network")]
+    minutes: Annotated[
+        Annotated[float, _is("", gt=0)] | None,
+        _is("after so long, runs save and stop; the same command goes on. null: no limit", "minutes"),
+    ]
+
+
+class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm"):
+    """On a SLURM cluster. null leaves a setting to the site's defaults."""
+
+    devices: Devices
+    compile: Annotated[bool, _is("torch.compile the network")]
+    max_devices: Annotated[Positive, _is("processes that devices=auto may take for one run")]
+    devices_per_node: Annotated[Positive, _is("processes on a node")]
+    gpus: Annotated[bool, _is("a GPU for each process; false: CPUs only")]
+    cpus_per_task: Annotated[Positive, _is("CPUs of a process")]
+    memory_gb: Annotated[Annotated[float, _is("", gt=0)] | None, _is("memory of a node", "GB")]
+    minutes: Annotated[Positive, _is("wall clock of a job; a longer run saves, requeues itself and goes on", "minutes")]
+    signal_seconds: Annotated[Positive, _is("how long before that limit a run saves", "seconds")]
+    requeues: Annotated[int, _is("restarts of a run whose process was killed", ge=0)]
+    array_parallelism: Annotated[Positive, _is("runs of a job array at one time")]
+    partition: Annotated[str | None, _is("sbatch --partition")]
+    account: Annotated[str | None, _is("sbatch --account")]
+    qos: Annotated[str | None, _is("sbatch --qos")]
+    constraint: Annotated[str | None, _is("sbatch --constraint")]
+    exclude: Annotated[str | None, _is("sbatch --exclude")]
+    setup: Annotated[list[str], _is("lines of the job script before srun: module load cuda")]
+    container: Annotated[list[str], _is("words put before python: [apptainer, exec, --nv, image.sif]")]
+    python: Annotated[str | None, _is("on the nodes; null: the one that submits")]
+    node_local: Annotated[list[str], _is("folders that each node has for itself: code and runs there are refused")]
+    wait: Annotated[bool, _is("follow until every run has ended")]
+
+    def faults(self) -> list[str]:
+        if self.signal_seconds >= 60 * self.minutes:
+            return [
+                f"launch.signal_seconds={self.signal_seconds} must be below the time limit, "
+                f"{60 * self.minutes} s (launch.minutes={self.minutes})"
+            ]
+        return []
+
+
+Launch = LocalLaunch | SlurmLaunch
+
+
+class Measure(Group, frozen=True, kw_only=True):
+    """What is recorded. It decides nothing about the run and is no part of its id."""
+
+    evaluations: Annotated[Positive, _is("on the test set, evenly spaced in samples, the last at the end")]
+    train_records: Annotated[Positive, _is("each is the mean loss of the samples since the last")]
+    noise: Annotated[
+        Literal["auto", "free", "full", "none"],
+        _is(
+            "gradient noise: free (of the micro-batches of a step), full (of examples of its own), "
+            "auto (free where a step has several micro-batches, else full)"
+        ),
+    ]
+    noise_records: Annotated[Positive, _is("measurements of the noise, evenly spaced in samples")]
+    noise_examples: Annotated[
+        Annotated[int, _is("", ge=2)] | None,
+        _is("training examples of a full measurement; null: 256, or 8 gradients where that is more", "examples"),
+    ]
+    noise_unit: Annotated[
+        Positive | None, _is("examples in each of its gradients; null: up to 16, with BN the micro-batch", "examples")
+    ]
+
+
+Gap = Annotated[float, _is("", gt=0)]
+
+
+class Margin(Group, frozen=True, kw_only=True):
+    """The largest gap to the base run that still is the same run; null is not judged. See docs/comparison.md."""
+
+    test_accuracy: Annotated[Gap | None, _is("share of the test set")]
+    test_loss: Annotated[Gap | None, _is("at the end", "nats")]
+    train_loss: Annotated[Gap | None, _is("mean of the last tenth of training", "nats")]
+    trajectory: Annotated[Gap | None, _is("mean |difference| of train losses at equal samples", "nats")]
+    weight_norm: Annotated[Gap | None, _is("at the end")]
+    perplexity: Annotated[Gap | None, _is("at the end")]
+
+
+class Checkpoint(Group, frozen=True, kw_only=True):
+    """What a kill can cost, and what stays for `fork` and later measurements."""
+
+    minutes: Annotated[float, _is("between checkpoints; one is always written at the end", "minutes", gt=0)]
+    keep: Annotated[list[Annotated[float, _is("", gt=0, le=1)]], _is("shares of the run at which a checkpoint is kept")]
+
+
+class Wandb(Group, frozen=True, kw_only=True):
+    """Where the mirror of the records lies."""
+
+    project: Annotated[str | None, _is("null: WANDB_PROJECT, or scalerun")]
+    entity: Annotated[str | None, _is("user or team; null: WANDB_ENTITY, or yours")]
+    tags: Annotated[list[str], _is("tags of every run, beside its own")]
+
+
+# ---- all of it ----
+
+Batch = Annotated[int, _is("", ge=1, le=2**24)]
+Seed = Annotated[int, _is("", ge=0, lt=2**31)]
+
+
+class Config(Group, frozen=True, kw_only=True):
+    """One composed command."""
+
+    model: Model
+    dataset: Dataset
+    optimizer: Annotated[Trainable, _is("see docs/rules.md for what each is")]
+    recipe: Recipe
+    launch: Launch
+    measure: Measure
+    margin: Margin
+    checkpoint: Checkpoint
+    wandb: Wandb
+    batch: Annotated[
+        Batch | list[Batch] | None,
+        _is("examples per optimizer step over all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
+    ]
+    seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
+    goal: Annotated[Goal, _is("which default rule: the base run (match), or the best at this batch (best)")]
+    rule: Annotated[str | list[str] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")]
+    tested: Annotated[list[str] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
+    beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
+    noise_scale: Annotated[Annotated[float, _is("", gt=0)] | None, _is("measured B_noise, for the rules that need it", "examples")]
+    duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0)]
+    svag: Annotated[Positive | list[Positive], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
+    precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
+    logger: Annotated[Literal["wandb", "none"], _is("mirror of the records; wandb is online when you are logged in")]
+    runs_dir: Annotated[str, _is("folder of runs", min_length=1)]
+    noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
+    experiment: Annotated[str | None, _is("file of conf/experiment")] = None
+    words: Annotated[list[str], _is("the words of the command line; not to be given")] = []
+
+
+# ---- reading plain values ----
+
+G = TypeVar("G", bound=Group)
+
+
+def build(kind: type[G], raw: Any) -> G:
+    """Plain values as the group `kind`, checked.
+
+    Raises:
+        ConfigError: with every fault, one a line.
+    """
+    faults: list[str] = []
+    value: G | None = _group(kind, raw, "", faults)
+    if faults or value is None:
+        raise ConfigError("\n".join(faults))
+    return value
+
+
+def _group(kind: type[Group], raw: Any, prefix: str, faults: list[str]) -> Any:
+    if not isinstance(raw, dict):
+        name = prefix.rstrip(".")
+        faults.append(f"{name}={raw!r} must be a group of keys, or the name of an option of the group {name!r}")
+        return None
+    fields = {f.name: f for f in msgspec.structs.fields(kind)}
+    tag = kind.__struct_config__.tag_field
+    before = len(faults)
+    for name in sorted(set(raw) - set(fields) - {tag}):
+        close = difflib.get_close_matches(str(name), fields, 1)
+        hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
+        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(fields)}")
+    if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
+        faults.append(f"missing: {', '.join(missing)}; give them")
+    values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}
+    if len(faults) > before:
+        return None
+    group = kind(**values)
+    faults.extend(group.faults())
+    return group
+
+
+def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
+    if groups := _groups(kind):
+        if len(groups) == 1:
+            return _group(groups[0], raw, key + ".", faults)
+        by = {g.__struct_config__.tag: g for g in groups}
+        field = groups[0].__struct_config__.tag_field
+        chosen = by.get(raw.get(field)) if isinstance(raw, dict) else None
+        if chosen is None:
+            given = f"{key}.{field}={raw.get(field)!r}" if isinstance(raw, dict) else f"{key}={raw!r}"
+            faults.append(f"{given} must be one of {', '.join(map(str, by))}")
+            return None
+        return _group(chosen, raw, key + ".", faults)
+    try:
+        value = msgspec.convert(raw, kind)
+        if not _finite(value):
+            raise msgspec.ValidationError
+        return value
+    except msgspec.ValidationError:
+        meaning = _described(kind)
+        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else ""))
+        return None
+
+
+def _groups(kind: Any) -> list[type[Group]]:
+    """The groups that a field may hold; none for a plain value."""
+    if isinstance(kind, type) and issubclass(kind, Group):
+        return [kind]
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    return [m for m in members if isinstance(m, type) and issubclass(m, Group)]
+
+
+def _finite(value: Any) -> bool:
+    if isinstance(value, list):
+        return all(map(_finite, value))
+    return not isinstance(value, float) or math.isfinite(value)
+
+
+def allowed(kind: Any) -> str:
+    """What a value of this type may be, in words.
+
+    >>> allowed(Annotated[float, msgspec.Meta(gt=0, le=1)] | None)
+    'a number in (0, 1], or null'
+    """
+    limits: dict[str, Any] = {}
+    while get_origin(kind) is Annotated:
+        kind, *metas = get_args(kind)
+        for meta in metas:
+            names = ("ge", "gt", "le", "lt", "min_length", "max_length")
+            limits |= {n: getattr(meta, n) for n in names if getattr(meta, n) is not None}
+    if get_origin(kind) in (Union, types.UnionType):
+        return ", or ".join(allowed(k) for k in sorted(get_args(kind), key=lambda k: k is type(None)))
+    if get_origin(kind) is Literal:
+        return "one of " + ", ".join(map(str, get_args(kind))) if len(get_args(kind)) > 1 else str(get_args(kind)[0])
+    if get_origin(kind) is list:
+        inner = allowed(get_args(kind)[0]).removeprefix("an ").removeprefix("a ")
+        least, most = limits.get("min_length"), limits.get("max_length")
+        count = "" if least is None else f" of {least}" if least == most else " of at least one"
+        return f"a list{count}, each {inner}"
+    words = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
+    name = words.get(kind, "keywords {KEY:VALUE}")
+    if kind is str and limits.get("min_length"):
+        return "text that is not empty"
+    low = next((limits[n] for n in ("ge", "gt") if n in limits), None)
+    high = next((limits[n] for n in ("le", "lt") if n in limits), None)
+    if low is None:
+        return name
+    if high is None:
+        return f"{name} {'>=' if 'ge' in limits else '>'} {low}"
+    return f"{name} in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
+
+
+def _described(kind: Any) -> str:
+    metas = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
+    return next((m.description for m in metas if m.description), "")
+
+
+@dataclass(frozen=True)
+class Key:
+    """A key as a person types it; `variants`: the kinds of its group that have it, empty for all."""
+
+    name: str
+    allowed: str
+    unit: str
+    meaning: str
+    variants: tuple[str, ...] = ()
+
+
+def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
+    """Every key of the configuration, in the order of the schema."""
+    rows: dict[str, Key] = {}
+    for field in msgspec.structs.fields(kind):
+        groups = _groups(field.type)
+        if not groups:
+            metas = get_args(field.type)[1:] if get_origin(field.type) is Annotated else ()
+            unit = next((m.extra["unit"] for m in metas if m.extra), "")
+            rows[field.name] = Key(prefix + field.name, allowed(field.type), unit, _described(field.type))
+            continue
+        inner: dict[str, list[tuple[str, Key]]] = {}
+        for group in groups:
+            for key in keys(group, f"{prefix}{field.name}."):
+                inner.setdefault(key.name, []).append((str(group.__struct_config__.tag), key))
+        for name, several in inner.items():
+            variants = () if len(several) == len(groups) else tuple(tag for tag, _ in several)
+            texts = dict.fromkeys(key.allowed for _, key in several)
+            rows[name] = Key(name, " | ".join(texts), several[0][1].unit, several[0][1].meaning, variants)
+    return list(rows.values())
+
+

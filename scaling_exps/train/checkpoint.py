@@ -1,0 +1,145 @@
+"""Checkpoints of a run: written aside and renamed, verified when they are read, gone back from when they are bad."""
+
+from __future__ import annotations
+
+import errno
+import os
+import sys
+import zipfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from scaling_exps.records import RunDir, Writer
+from scaling_exps.train import ranks
+from scaling_exps.train.trainer import Trainer, TrainError
+
+
+def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False) -> None:
+    """The whole state and how many records belong to it, on the disk. Every rank calls this; rank 0 has the writer.
+
+    Args:
+        keep: keep it beside the newest one, under its step.
+
+    Raises:
+        OSError: it cannot be written; the checkpoints before it stay.
+    """
+    loss_sum = ranks.total(t.loss_sum)  # float64 sums of float32 losses: exact, so any split of it is
+    noise_rows = None if t.free is None else t.free.window(ranks.total)
+    t.check_finite()
+    if writer is None:
+        return
+    writer.sync()
+    state = {
+        "run_id": t.spec.run_id,
+        "data": t.stream.fingerprint,
+        "step": t.step,
+        "net": t.net.state_dict(),
+        "optimizer": t.optimizer.state_dict(),
+        "loss_sum": loss_sum,
+        "noise": noise_rows,
+        "loss_count": t.loss_count,
+        "records_size": writer.size,
+        "records_checksum": writer.checksum,
+        "seconds": t.seconds,
+    }
+    aside = run_dir.path / f".checkpoint.pt.{os.getpid()}"
+    aside.unlink(missing_ok=True)
+    try:
+        with open(os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as f:
+            try:
+                torch.save(state, f)
+            except RuntimeError as e:
+                if isinstance(e.__context__, OSError):  # a full disk; torch says it as a position in the archive
+                    raise e.__context__ from None
+                raise
+            f.flush()
+            os.fsync(f.fileno())
+        run_dir.publish(aside)
+        if keep:
+            run_dir.keep(t.step)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def restore(t: Trainer, run_dir: RunDir) -> int:
+    """Go on from the newest checkpoint that is whole and whose records are; bytes of its records (0: from the start).
+
+    Raises:
+        TrainError: the checkpoint is another run's, the data changed, or ranks read different checkpoints.
+    """
+    if t.rank == 0:
+        run_dir.sweep()
+    size = 0
+    for path in (run_dir.newest, run_dir.previous):
+        state = load(path, t.device)
+        if state is None:
+            continue
+        if state.get("run_id") != t.spec.run_id:
+            raise TrainError(f"{path} belongs to run {state.get('run_id')}; remove it, or choose another runs_dir")
+        if not 0 <= state["step"] <= t.science.steps:
+            print(f"{path} says step {state['step']} of {t.science.steps}; going further back", file=sys.stderr)
+            continue
+        if run_dir.records_checksum(state["records_size"]) != state["records_checksum"]:
+            print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
+            continue
+        put(t, state, path)
+        size = int(state["records_size"])
+        break
+    if ranks.maximum(t.step) != -ranks.maximum(-t.step):
+        raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
+    return size
+
+
+def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
+    """Give the trainer the state that `load` read from `path`.
+
+    Raises:
+        TrainError: the data is not what the state was trained on.
+    """
+    if state["data"] != t.stream.fingerprint:
+        raise TrainError(
+            f"the data changed since {path} was written (its tokens were {state['data']}, now "
+            f"{t.stream.fingerprint}): go on with the data it began with, or start anew in another runs_dir"
+        )
+    t.net.load_state_dict(state["net"])
+    t.optimizer.load_state_dict(state["optimizer"])
+    t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"]
+    if t.rank == 0:  # the sum over ranks is what counts
+        t.loss_sum.copy_(state["loss_sum"])
+    if t.free is not None and state["noise"] is not None:
+        t.free.rows = list(state["noise"].to(t.device))
+
+
+def newest(run_dir: RunDir, device: torch.device) -> dict[str, Any] | None:
+    """The newest checkpoint that is whole."""
+    for path in (run_dir.newest, run_dir.previous):
+        if (state := load(path, device)) is not None:
+            return state
+    return None
+
+
+def load(path: Path, device: torch.device) -> dict[str, Any] | None:
+    """The checkpoint, or None if it is absent, cut or altered (the archive's checksums say).
+
+    Raises:
+        OSError, torch.OutOfMemoryError: it could not be read now; nothing is known about the file.
+    """
+    try:
+        if not path.is_file():
+            return None
+        with zipfile.ZipFile(path) as archive:
+            if archive.testzip() is not None:
+                raise zipfile.BadZipFile
+        state: dict[str, Any] = torch.load(path, map_location=device, weights_only=True)
+        return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
+    except FileNotFoundError:
+        return None
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
+        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # (a wrong offset in the archive makes an EINVAL)
+            raise
+        print(f"{path} is damaged ({type(e).__name__}); using the one before", file=sys.stderr)
+        return None

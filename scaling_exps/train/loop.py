@@ -1,0 +1,246 @@
+"""`fit`: one run, from where it stands to its end."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import time
+from collections.abc import Callable
+from types import TracebackType
+from typing import Any, Self
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from scaling_exps import data, mirror, models
+from scaling_exps.config import TokenDataset
+from scaling_exps.noise import validity
+from scaling_exps.plan import RunSpec
+from scaling_exps.records import RunDir, Writer
+from scaling_exps.train import checkpoint, provenance, ranks
+from scaling_exps.train.measure import crosses, evaluate, full_noise, marks, noise_records
+from scaling_exps.train.trainer import Trainer, TrainError, build_net
+
+CONSOLE = Console(stderr=True)
+POLL = 1.0  # seconds between polls of the ranks: is a checkpoint due, did a signal come?
+
+
+class Stopped(Exception):  # noqa: N818 (no error)
+    """A signal asked for it: the state is saved, the run goes on when it is started again."""
+
+
+def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[str, Any]:
+    """Train the run to its end and return what result.json says of it. Every rank calls this.
+
+    Args:
+        signalled: whether this process was asked to save and stop.
+
+    Raises:
+        Stopped: it was; the state is on the disk.
+        TrainError: the run cannot go on. Whatever else data, network or disk raise comes through.
+    """
+    s, measure = spec.science, spec.measure
+    kept = {max(1, round(share * s.steps)) for share in spec.checkpoint.keep}
+    provenance.reset_peak_memory()
+    trainer = Trainer(spec)
+    size = checkpoint.restore(trainer, run_dir)
+    run_dir.clear_result()
+    poll = _Poll(trainer, 60 * spec.checkpoint.minutes)
+    with _Recorder(trainer, run_dir, size) as recorder:
+        while trainer.step < s.steps:
+            trainer.train_step()
+            k = trainer.step
+            if crosses(spec, k, measure.train_records):
+                with trainer.paused():
+                    recorder.write(trainer.train_record())
+            trainer.optimizer.zero_grad(set_to_none=True)
+            if spec.noise != "none" and crosses(spec, k, measure.noise_records):
+                with trainer.paused():
+                    for row in noise_records(trainer, marks(spec, k, measure.noise_records)):
+                        recorder.write(row)
+            if crosses(spec, k, measure.evaluations):
+                with trainer.paused():
+                    recorder.write(evaluate(trainer))
+            request = poll.request(signalled) if k < s.steps else "save"
+            keep = k in kept
+            if request or keep:
+                with trainer.paused():
+                    checkpoint.save(trainer, run_dir, recorder.writer, keep)
+            if request == "stop":
+                ranks.barrier()  # nobody leaves before the state is on the disk
+                raise Stopped
+        return recorder.summary()
+
+
+class _Poll:
+    """Asks at most once a second, and at the same step on every rank, whether to save or to stop."""
+
+    def __init__(self, trainer: Trainer, interval: float) -> None:
+        self.trainer, self.interval = trainer, interval
+        self.saved = self.asked = time.monotonic()
+        self.last, self.next = trainer.step, trainer.step + 1  # steps
+
+    def request(self, signalled: Callable[[], bool]) -> str:
+        """`save`, `stop`, or nothing."""
+        k = self.trainer.step
+        if k < self.next:
+            return ""
+        now = time.monotonic()
+        pace = (now - self.asked) / (k - self.last)  # seconds a step
+        due, stop, pace = (ranks.maximum(x) for x in (now - self.saved > self.interval, signalled(), pace))
+        # all ranks take the same numbers to the same next step; at most doubled, for a first step may be slow
+        self.next = k + max(1, min(2 * (k - self.last), int(POLL / max(pace, 1e-9))))
+        self.asked, self.last = now, k
+        if due or stop:
+            self.saved = now
+        return "stop" if stop else "save" if due else ""
+
+
+class _Recorder:
+    """Where rank 0's records go: the file, wandb, the terminal. Closed however the run ends; other ranks write nothing."""
+
+    def __init__(self, trainer: Trainer, run_dir: RunDir, size: int) -> None:
+        self.trainer, self.run_dir, self.size = trainer, run_dir, size
+        self.writer: Writer | None = None
+        self._open = contextlib.ExitStack()
+
+    def __enter__(self) -> Self:
+        if self.trainer.rank == 0:
+            self._announce()
+            with contextlib.ExitStack() as opened:
+                self.writer = opened.enter_context(self.run_dir.writer(self.size))
+                self.mirror = opened.enter_context(mirror.live(self.run_dir, self.trainer.spec, self.writer.lines))
+                columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+                self.bar = opened.enter_context(
+                    Progress(*columns, transient=True, auto_refresh=False, disable=not sys.stderr.isatty(), console=CONSOLE)
+                )
+                self.task = self.bar.add_task("", total=self.trainer.science.steps)
+                self._open = opened.pop_all()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
+        self._open.__exit__(kind, e, trace)
+
+    def write(self, row: dict[str, Any]) -> None:
+        """Write a record of this moment."""
+        if self.writer is None:
+            return
+        self.writer.write(row)
+        self.mirror.log(row)
+        if row["kind"] == "train":
+            self.bar.update(self.task, completed=row["step"], description=f"loss {row['loss']:.4f}", refresh=True)
+        elif row["kind"] == "eval" and self.bar.disable:
+            print(
+                f"{row['samples']:>12,} samples  test loss {row['loss']:.4f}  {_quality(row)}  "
+                f"{self.trainer.rate:,.0f} samples/s",
+                flush=True,
+            )
+
+    def _announce(self) -> None:
+        t, s, placement = self.trainer, self.trainer.science, self.trainer.spec.placement
+        arm = t.spec.arms[0]
+        print(
+            f"{s.model.name} on {s.dataset.name}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, "
+            f"seed {s.seed}  [{self.run_dir}]\n"
+            f"batch {s.batch} = micro-batch {s.micro_batch} × accumulation {placement.accumulation // s.draws}"
+            f" × world size {placement.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
+            f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {t.step}" if t.step else "")
+        )
+
+    def summary(self) -> dict[str, Any]:
+        """What result.json says of the finished run; nothing on other ranks."""
+        if self.writer is None:
+            return {}
+        t, s = self.trainer, self.trainer.science
+        rows = self.run_dir.records().rows
+        metrics = final_metrics(rows)
+        assessed = validity.assess(rows, s.batch, s.batch)
+        result = {
+            "metrics": metrics,
+            **({} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}),
+            "seconds": round(t.seconds, 3),
+            "samples_per_second": round(t.rate, 2),
+            "peak_memory_bytes": provenance.peak_memory(t.device),
+            "records_checksum": self.writer.checksum,
+        }
+        self.mirror.summarise(metrics)
+        test = next(r for r in reversed(rows) if r["kind"] == "eval")
+        noise_line = validity.summary(rows, s.batch)
+        print(
+            f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, "
+            f"{_quality(test)} after {s.samples(s.steps):,} samples; {t.rate:,.0f} samples/s, "
+            f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB" + (f"\n{noise_line}" if noise_line else ""),
+            flush=True,
+        )
+        return result
+
+
+def measure_kept(spec: RunSpec, run_dir: RunDir) -> None:
+    """Full noise records of a finished run, from the checkpoints that lie in its folder.
+
+    Raises:
+        TrainError: no checkpoint is whole.
+    """
+    trainer = Trainer(spec)
+    rows, steps = [], set()
+    for path in (*run_dir.kept(), run_dir.newest, run_dir.previous):
+        state = checkpoint.load(path, trainer.device)
+        if state is not None and state["step"] not in steps and state["run_id"] == spec.run_id:
+            checkpoint.put(trainer, state, path)
+            steps.add(trainer.step)
+            rows.append(full_noise(trainer, marks(spec, trainer.step, spec.measure.noise_records)))
+    if not rows:
+        raise TrainError(f"{run_dir} has no whole checkpoint to measure the noise at; train with checkpoint.keep=[0.1,1]")
+    if trainer.rank == 0:
+        with run_dir.writer(run_dir.records_size()) as writer:
+            for row in sorted(rows, key=lambda r: r["step"]):
+                writer.write(row)
+            writer.sync()
+        print(f"gradient noise of {run_dir} measured at {len(rows)} checkpoint(s)", flush=True)
+
+
+def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """The last record of each kind, under the names of result.json."""
+    train = next(r for r in reversed(rows) if r["kind"] == "train")
+    test = next(r for r in reversed(rows) if r["kind"] == "eval")
+    names = {"loss": "test_loss", "accuracy": "test_accuracy"}
+    kept = ("loss", "accuracy", "perplexity", "bits_per_byte", "weight_norm")
+    return {"train_loss": train["loss"], **{names.get(k, k): test[k] for k in kept if k in test}}
+
+
+def _quality(record: dict[str, Any]) -> str:
+    """What people look at, of an eval record."""
+    if "accuracy" in record:
+        return f"accuracy {record['accuracy']:.2%}"
+    bits = f", {record['bits_per_byte']:.3f} bits per byte" if "bits_per_byte" in record else ""
+    return f"perplexity {record['perplexity']:,.2f}{bits}"
+
+
+def preflight(specs: list[RunSpec]) -> None:
+    """Load every data set and build every network of the list once: what cannot work is known before the first run.
+
+    Raises:
+        data.DataError, models.ModelError: with what was given and what is allowed.
+    """
+    seen = set()
+    for spec in specs:
+        s = spec.science
+        key = repr((s.model, s.dataset, spec.dataset_path, s.freeze_last))
+        if key in seen:
+            continue
+        seen.add(key)
+        x, y = data.stream(s.dataset, spec.dataset_path, s.seed, torch.device("cpu")).test_batch(0, 1)
+        with torch.no_grad(), torch.device("cpu"):
+            net = build_net(spec).eval()
+            try:
+                logits = tuple(net(x).shape)
+            except Exception as e:  # whatever a network of the user's own raises
+                shape, why = tuple(x.shape[1:]), f"{type(e).__name__}: {e}".rstrip(".")
+                raise models.ModelError(
+                    f"model {s.model.name} cannot take inputs of shape {shape}: {why}. Choose a network, its "
+                    "options (of timm's ViTs model.options={img_size:N}) or a data set that fit"
+                ) from e
+        wanted = (*y.shape, s.dataset.vocab if isinstance(s.dataset, TokenDataset) else s.dataset.classes)
+        if len(logits) != len(wanted) or logits[:-1] != wanted[:-1] or logits[-1] < wanted[-1]:
+            raise models.ModelError(f"model {s.model.name} returns {logits} for one example; its logits must be {wanted}")

@@ -1,0 +1,136 @@
+"""What is measured at the current weights: the test set, and the gradient noise. Training does not notice."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from scaling_exps import data, models, optim
+from scaling_exps.noise import estimators
+from scaling_exps.plan import RunSpec
+from scaling_exps.train import ranks
+from scaling_exps.train.trainer import Trainer, mean_loss
+
+EVALUATION_BATCH = 250  # test images at once; no result depends on it
+
+
+def marks(spec: RunSpec, step: int, count: int) -> int:
+    """How many of `count` marks have been passed after `step` steps.
+
+    They are evenly spaced in samples and lie on steps of plain training: at the same t for every SVAG l.
+    """
+    s = spec.science
+    return step // s.stretch * count // (s.steps // s.stretch)
+
+
+def crosses(spec: RunSpec, step: int, count: int) -> bool:
+    """Whether this step ends at a mark."""
+    return marks(spec, step, count) > marks(spec, step - 1, count)
+
+
+@torch.no_grad()
+def evaluate(t: Trainer) -> dict[str, Any]:
+    """Test loss in nats of the current weights, and accuracy (images) or perplexity and bits per byte (tokens).
+
+    Each rank takes its share of the test set.
+    """
+    s, net = t.science, t.net
+    if models.has_batch_norm(net):
+        statistics = t.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
+        n = -(-s.statistics_samples // s.micro_batch)  # micro-batches, over all ranks
+        share = range(t.rank, n, t.world)
+        batches = (statistics.batch(i * s.micro_batch, (i + 1) * s.micro_batch)[0] for i in share)
+        with t.autocast():
+            buffers = models.recompute_statistics(net, batches)
+        for b in buffers:
+            b.copy_(ranks.total(b.double() * len(share)) / n)
+    net.eval()
+    tokens = isinstance(t.stream, data.TokenStream)
+    sums = torch.zeros(3, dtype=torch.float64, device=t.device)  # loss, correct, count
+    size, at_once = t.stream.test_size, min(s.micro_batch, EVALUATION_BATCH) if tokens else EVALUATION_BATCH
+    for start in range(t.rank * at_once, size, t.world * at_once):
+        x, y = t.stream.test_batch(start, min(start + at_once, size))
+        with t.autocast():
+            logits = net(x)
+        loss = mean_loss(logits.float(), y, reduction="sum")
+        correct = 0 * loss if tokens else (logits.argmax(1) == y).sum()
+        sums += torch.stack([loss, correct, (y >= 0).sum()]).double()
+    net.train()
+    total, correct, count = ranks.total(sums).tolist()
+    mean = total / count
+    weight_norm = float(nn.utils.get_total_norm([p.detach() for p in net.parameters()]))
+    if not isinstance(t.stream, data.TokenStream):
+        return t.record("eval", loss=mean, accuracy=correct / count, weight_norm=weight_norm)
+    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "weight_norm": weight_norm}
+    if not t.stream.hidden:
+        metrics["bits_per_byte"] = mean / math.log(2) / t.stream.bytes_per_token
+    return t.record("eval", **metrics)
+
+
+def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
+    """Gradient noise: of the steps since the last record (free), and of examples of its own (full).
+
+    Args:
+        number: which of the run's measurements this is; its examples depend on it and the seed alone.
+    """
+    s, spec, kappa = t.science, t.spec, t.spec.arms[0].kappa
+    rows = []
+    if t.free is not None and (t.free.able or spec.noise == "free"):
+        rows.append(t.record("noise", method="free", batch=s.batch, **t.free.estimate(ranks.total).record(s.batch, kappa)))
+    if spec.noise == "full":
+        rows.append(full_noise(t, number))
+    return rows
+
+
+def full_noise(t: Trainer, number: int) -> dict[str, Any]:
+    """A full noise record at the current weights, BN as in training; buffers, `.grad` and stream stay as they are."""
+    s, spec = t.science, t.spec
+    unit, n = spec.noise_unit, spec.noise_examples
+    stream, first = t.stream.sibling(s.seed, "noise"), number * n
+    named = {k: p for k, p in t.net.named_parameters() if p.requires_grad}
+    losses: list[Tensor] = []
+    buffers = [(b, b.clone()) for b in t.net.buffers()]
+
+    def loss(x: Tensor, y: Tensor) -> Tensor:
+        with t.autocast():
+            return mean_loss(t.net(x), y)
+
+    def loss_at(p: dict[str, Tensor], x: Tensor, y: Tensor) -> Tensor:
+        with t.autocast():
+            return mean_loss(torch.func.functional_call(t.net, p, (x,)), y)
+
+    def blocks(units: range) -> Iterator[Tensor]:
+        if unit == 1 and not models.has_batch_norm(t.net):
+            t.seed_dropout("noise", first + units.start)
+            return estimators.example_gradients(loss_at, named, lambda a, b: stream.batch(first + a, first + b), units, losses)
+
+        def batch(i: int) -> tuple[Tensor, Tensor]:
+            t.seed_dropout("noise", first + i * unit)
+            return stream.batch(first + i * unit, first + (i + 1) * unit)
+
+        return estimators.unit_gradients(loss, list(named.values()), batch, units, losses)
+
+    scale = optim.preconditioner(t.optimizer)
+    template = torch.cat([p.detach().flatten() for p in named.values()])  # (P,)
+    if t.free is not None:
+        t.free.listening = False
+    estimates = estimators.full(
+        blocks, n // unit, unit, [None] if scale is None else [None, scale], template,
+        world=t.world, rank=t.rank, reduce=ranks.total,
+    )  # fmt: skip
+    if t.free is not None:
+        t.free.listening = t.free.able
+    for buffer, before in buffers:
+        buffer.copy_(before)
+    own = torch.stack([v.double() for v in losses]).sum() if losses else torch.zeros_like(template[0]).double()
+    kappa = spec.arms[0].kappa
+    fields = estimates[0].record(s.batch, kappa)
+    if scale is not None:
+        preconditioned = estimates[1].record(s.batch, kappa)
+        fields |= {f"preconditioned_{k}": v for k, v in preconditioned.items() if k not in ("units", "examples")}
+    train_loss, weight_norm = float(ranks.total(own)) * unit / n, float(template.norm())
+    return t.record("noise", method="full", batch=s.batch, **fields, train_loss=train_loss, weight_norm=weight_norm)

@@ -1,0 +1,238 @@
+"""A worker: run folders in, one after another; signals, ranks, exit codes.
+
+    python -m scaling_exps.train [--since TIME] RUN_DIR ...
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import os
+import platform
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import torch
+
+from scaling_exps.plan import PlanError, RunSpec
+from scaling_exps.records import BusyError, RunDir
+from scaling_exps.train import loop, provenance, ranks
+from scaling_exps.train.trainer import TrainError
+
+AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
+# Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
+# 128 + a signal. So a run that failed differs from one whose process was killed, which is worth another start.
+FAILED = 200
+_signals: list[int] = []  # received; the handler does nothing else
+
+
+def run(run_dir: RunDir) -> str:
+    """Run what the folder's run.json says, or go on with it, to its end, holding its lock. Every rank calls this.
+
+    Whatever raises on the way ends in result.json, with its reason and traceback.
+
+    Returns:
+        How it ended: `finished`, `failed`, or `stopped` by a signal.
+
+    Raises:
+        BusyError: another process works on it.
+        PlanError: its run.json cannot be read.
+    """
+    spec = run_dir.spec()
+    world, rank = ranks.world()
+    with contextlib.ExitStack() as stack:
+        busy = None
+        if rank == 0:
+            try:
+                stack.enter_context(run_dir.lock())
+            except BusyError as e:
+                busy = e
+        if ranks.maximum(busy is not None):  # all ranks know it, or the others wait for rank 0
+            raise busy or BusyError(f"{run_dir} is being run by another process")
+        try:
+            if (run_dir.result() or {}).get("status") == "finished":
+                if run_dir.lacks_noise(spec):
+                    loop.measure_kept(spec, run_dir)
+                return "finished"
+            if rank == 0:
+                _record_start(run_dir)
+            result = loop.fit(spec, run_dir, lambda: bool(_signals))
+            if rank == 0:
+                run_dir.write_result({"status": "finished", **result, **provenance.environment()})
+            return "finished"
+        except loop.Stopped:
+            if rank == 0:
+                print(f"run {spec.run_id} saved and stopped by a signal; the same command goes on with it", flush=True)
+            return "stopped"
+        except Exception as e:
+            if world > 1 and ranks.lost(e):
+                print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
+                raise
+            _fail(spec, run_dir, e)
+            if world > 1:
+                raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
+            return "failed"
+
+
+def _record_start(run_dir: RunDir) -> None:
+    event = {"event": "start", "job": provenance.job(), "host": platform.node()}
+    run_dir.append_event({**event, **provenance.code(run_dir)})
+
+
+def _fail(spec: RunSpec, run_dir: RunDir, e: Exception) -> None:
+    """Say why the run failed, in its result.json and on the terminal; with the traceback where nobody refused."""
+    refusal = isinstance(e, TrainError) or (isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps"))
+    reason = str(e) if refusal else f"{type(e).__name__}: {e}"
+    trace = "".join(traceback.format_exception(e))
+    if not refusal and not isinstance(e, OSError):
+        print(trace, file=sys.stderr)
+    print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
+    with contextlib.suppress(OSError):
+        run_dir.write_result({"status": "failed", "reason": reason, "traceback": trace, **provenance.environment()})
+
+
+def run_all(run_dirs: list[RunDir], *, log: bool = False, since: float = float("inf"), patience: float = 0) -> bool:
+    """Run each directory that has work left and is not held by somebody else.
+
+    Several workers may be given one list: the locks share it out.
+
+    Args:
+        log: send a run's output to its log.txt.
+        since: a run that failed after this time (seconds of the epoch) is not started again.
+        patience: seconds to wait for a run that is held. A requeued job may start while its last process still dies.
+
+    Returns:
+        Whether every run that was done here finished.
+    """
+    good = True
+    with _handlers():
+        for run_dir in run_dirs:
+            rank = ranks.world()[1]
+            work_left = _work_left(run_dir, since, patience) if rank == 0 else False
+            if patience and rank == 0 and run_dir.holder():
+                print(f"{run_dir} is held by {run_dir.holder()}", file=sys.stderr)
+                good = False
+            if not ranks.maximum(work_left):
+                continue
+            with _output_to(run_dir.log) if log and rank == 0 else contextlib.nullcontext():
+                try:
+                    how = run(run_dir)
+                except BusyError:
+                    continue
+                except PlanError as e:
+                    print(e, file=sys.stderr)
+                    how = "failed"
+            good &= how == "finished"
+            if how == "stopped":
+                break
+    return good
+
+
+def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
+    until = time.monotonic() + patience
+    while (state := run_dir.state()) == "running" and time.monotonic() < until:
+        time.sleep(0.2)
+    if state == "failed":
+        if provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
+            return False  # a requeued job is not a person who tries again
+        ended = (run_dir.result() or {}).get("ended")
+        return not (isinstance(ended, int | float) and ended >= since)
+    if state == "finished":
+        with contextlib.suppress(PlanError):
+            return run_dir.lacks_noise(run_dir.spec())
+        return False
+    return state != "running"
+
+
+@contextlib.contextmanager
+def _handlers() -> Iterator[None]:
+    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C leave a note, which the ranks read at a step's boundary.
+
+    A second Ctrl-C stops a single process at once. (torchrun passes on the one that its ranks have already had.)
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+
+    def note(number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and number in _signals and ranks.world()[0] == 1:
+            signal.default_int_handler(number, frame)
+        _signals.append(number)
+
+    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    before = {n: signal.signal(n, note) for n in numbers}
+    try:
+        yield
+    finally:
+        for n, handler in before.items():
+            signal.signal(n, handler)
+
+
+def stop_requested() -> bool:
+    """Whether a signal has asked this process to save and stop.
+
+    Raises:
+        KeyboardInterrupt: it was Ctrl-C; the run is saved.
+    """
+    if signal.SIGINT in _signals:
+        raise KeyboardInterrupt
+    return bool(_signals)
+
+
+@contextlib.contextmanager
+def _output_to(path: Path) -> Iterator[None]:
+    with open(path, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+        yield
+
+
+def work(run_dirs: list[Path], since: float = float("inf"), earlier: list[int] | None = None) -> int:
+    """A worker process: join the group, run the directories, and say by the exit status how it went.
+
+    Args:
+        since: as in `run_all`.
+        earlier: signals that came before this module was loaded.
+
+    Returns:
+        0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
+    """
+    _signals.extend(earlier or [])
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    status: list[int] = []
+    atexit.register(_leave, status)
+    try:
+        with _handlers(), ranks.process_group():
+            patience = 60 if provenance.job() else 0
+            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=patience)
+            stopped = ranks.maximum(len(_signals)) > 0 and not good
+            rank = ranks.world()[1]
+    except BaseException as e:
+        status.append(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
+        raise
+    code = AGAIN if stopped else 0 if good else 1
+    if stopped and provenance.job():  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
+        if rank:
+            code = 0
+        else:
+            time.sleep(1)
+    status.append(code)
+    return code
+
+
+def _leave(status: list[int]) -> None:
+    """End the process here, before the interpreter shuts down: the last of the exit handlers, as the first registered.
+
+    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14). One that
+    lets go of a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489), and a run that is
+    finished would count as killed.
+    """
+    if status:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(status[0])
