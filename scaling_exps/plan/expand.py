@@ -92,16 +92,9 @@ def plan_one(config: Config, batch: int, rule_name: str, seed: int) -> RunSpec:
     family: rules.Family = "adaptive" if o.family == "adaptive" else "sgd"
     rule = rules.find(rule_name, family, l2=not o.decoupled and r.weight_decay > 0)
     base = Hyper(r.lr, tuple(r.betas), r.eps, r.weight_decay)
-    kappa = batch / r.batch
     beta_map: rules.BetaMap = "power" if config.beta_map == "power" else "linear"
-    scaled = rule.scale(
-        base,
-        kappa,
-        base_batch=r.batch,
-        duration=config.duration,
-        noise_scale=config.noise_scale,
-        beta_map=beta_map,
-    )
+    move = rules.Move(r.batch, batch, config.duration, config.noise_scale, beta_map)
+    scaled, kappa = rule.scale(base, move), move.kappa
 
     def science(hyper: Hyper, batch: int, svag: int, duration: float) -> Science:
         hyper, stretch = rules.svag(hyper, svag, family)
@@ -193,7 +186,7 @@ def _notes(c: Config, rule: rules.Rule, base: Hyper, scaled: Hyper, batch: int) 
     r, kappa = c.recipe, batch / c.recipe.batch
     notes = []
     if kappa != 1:
-        notes.append(f"rule {rule.name} ({rule.evidence}) answers goal={rule.goal}: {rules.QUESTIONS[rule.goal]}")
+        notes.append(rule.answers("adaptive" if c.optimizer.family == "adaptive" else "sgd"))
         notes.append(f"rule {rule.name} leaves alone: {rule.leaves_alone}")
         if c.optimizer.decoupled and r.weight_decay and not rule.decoupled:
             shrink = scaled.lr * scaled.weight_decay / (base.lr * base.weight_decay)  # of a step

@@ -6,7 +6,8 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from scaling_exps.rules.contract import BetaMap, Family, Hyper, Move, Rule, RuleError
+from scaling_exps.rules.move import BetaMap, Family, Hyper, Move, RuleError
+from scaling_exps.rules.rule import Rule
 
 ENTRY_POINTS = "scalerun.rules"
 
@@ -115,7 +116,6 @@ class Gain(Rule):
         }
 
 
-_ANY: tuple[Family, ...] = ("adaptive", "sgd", "sign")
 _PAPER = "Malladi et al. 2022, Def. 5.2"
 _NOISE = (
     "Gradient noise dominates the mean gradient (κ·r ≪ 1, where r = |mean|²/variance of one base-batch gradient); "
@@ -129,8 +129,7 @@ RULES: dict[str, Rule] = {
     for r in (
         Powers(
             name="sqrt",
-            families=("adaptive",),
-            goal="match",
+            goals={"adaptive": "match"},
             evidence="settled",
             because="Theorem (order-1 weak approximation by one SDE) and experiments in the paper. With ε inside the "
             "square root its factor is 1/κ instead.",
@@ -144,8 +143,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="linear",
-            families=_ANY,
-            goal="match",
+            goals={"sgd": "match", "adaptive": "control", "sign": "control"},
             evidence="settled",
             because="For SGD: widely reproduced. For adaptive and sign methods it is a control: on a noisy quadratic "
             "Adam's variance is wrong by a factor of 2.6 at κ = 4.",
@@ -157,8 +155,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="lr_only",
-            families=_ANY,
-            goal="control",
+            goals={"adaptive": "control", "sgd": "control", "sign": "control"},
             evidence="experimental",
             because="Common practice for Adam; on a noisy quadratic with AdamW the variance is wrong by -11% at κ = 4 "
             "and -69% at κ = 16.",
@@ -169,8 +166,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="none",
-            families=_ANY,
-            goal="control",
+            goals={"adaptive": "control", "sgd": "control", "sign": "control"},
             evidence="settled",
             because="It is what one gets by changing the batch size alone.",
             source="nothing scaled; the control arm",
@@ -180,8 +176,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="sqrt_without_betas",
-            families=("adaptive",),
-            goal="control",
+            goals={"adaptive": "control"},
             evidence="experimental",
             because="Shows what scaling the betas is worth.",
             source="ablation of " + _PAPER,
@@ -192,8 +187,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="sqrt_without_eps",
-            families=("adaptive",),
-            goal="control",
+            goals={"adaptive": "control"},
             evidence="experimental",
             because="Shows what scaling ε is worth: nothing where ε is far below the noise.",
             source="ablation of " + _PAPER,
@@ -205,8 +199,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="linear_scaled",
-            families=("adaptive",),
-            goal="control",
+            goals={"adaptive": "control"},
             evidence="experimental",
             because="Everything as in `sqrt` but κ instead of √κ on η.",
             source="control that isolates the exponent 1/2",
@@ -219,8 +212,7 @@ RULES: dict[str, Rule] = {
         ),
         LinearMomentum(
             name="linear_momentum",
-            families=("sgd",),
-            goal="match",
+            goals={"sgd": "match"},
             evidence="experimental",
             because="Derived, and checked on a noisy quadratic: trajectory error at κ = 8 is 0.012 instead of 0.89 "
             "(underdamped), 0.004 instead of 0.045 (overdamped). Smith's noise scale η·N/(B(1 - μ)), which it keeps, "
@@ -231,8 +223,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="adamw_sde",
-            families=("adaptive",),
-            goal="match",
+            goals={"adaptive": "match"},
             evidence="contested",
             because="Checked on a noisy quadratic: variance error -7% at κ = 16, against +43% with λ fixed. Published "
             "code does it so (read); the other school leaves η alone and moves λ by κ (`adamw_timescale`). Both keep "
@@ -250,8 +241,7 @@ RULES: dict[str, Rule] = {
         ),
         Timescale(
             name="adamw_timescale",
-            families=("adaptive", "sign"),
-            goal="best",
+            goals={"adaptive": "best", "sign": "best"},
             evidence="contested",
             because="Consistent in several summaries and in one public trainer's code (read); on a noisy quadratic it "
             "does not give the same run (variance -83% at κ = 4 with β2^κ).",
@@ -264,8 +254,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="completed",
-            families=("adaptive",),
-            goal="match",
+            goals={"adaptive": "match"},
             evidence="contested",
             because="Read in the authors' code, not in the paper; at δ = 1 it is `adamw_sde`. On how η goes with the "
             "budget published exponents differ in sign.",
@@ -282,8 +271,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="token_halflife",
-            families=("adaptive",),
-            goal="best",
+            goals={"adaptive": "best"},
             evidence="contested",
             because="Reported for language models; their code was read. Whether β1 should move is disputed: `sqrt` "
             "moves it. The learning rate stays here; about κ^0.16 was reported over a factor of 1024.",
@@ -295,8 +283,7 @@ RULES: dict[str, Rule] = {
         ),
         Gain(
             name="opt_sgd",
-            families=("sgd",),
-            goal="best",
+            goals={"sgd": "best"},
             evidence="contested",
             because="One-step greedy optimum on a quadratic; equals AdaScale's gain with B_n/B0 = σ²/G². As a guide to "
             "the critical batch size the noise scale is disputed.",
@@ -307,8 +294,7 @@ RULES: dict[str, Rule] = {
         ),
         Gain(
             name="opt_sign",
-            families=("adaptive", "sign"),
-            goal="best",
+            goals={"adaptive": "best", "sign": "best"},
             evidence="experimental",
             because="Mean-field argument with a curvature proportional to |g|; equals the square root of AdaScale's "
             "gain. √κ at small batches, saturating at large ones.",
@@ -319,8 +305,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="lion",
-            families=("sign",),
-            goal="match",
+            goals={"sign": "match"},
             evidence="experimental",
             because="EXPERIMENTAL: no published batch-size rule for Lion was found. The argument is that of SignSGD "
             "under dominating noise, derived here and checked by nobody on networks.",
@@ -335,8 +320,7 @@ RULES: dict[str, Rule] = {
         ),
         Powers(
             name="muon",
-            families=("sign",),
-            goal="best",
+            goals={"sign": "best"},
             evidence="contested",
             because="EXPERIMENTAL and CONTESTED: for √κ a public trainer (which says it was not studied carefully) and "
             "a noise-variance argument; a saturating law, `opt_sign`, by another author; sweeps of a third against "
@@ -415,7 +399,7 @@ def svag(base: Hyper, ell: int, family: Family) -> tuple[Hyper, int]:
     if ell < 1:
         raise RuleError(f"svag={ell} must be an integer >= 1 (1 is plain training)")
     stretch, rule = (ell**2, "sqrt") if family == "adaptive" else (ell, "linear")
-    return RULES[rule].scale(base, 1 / stretch), stretch
+    return RULES[rule].scale(base, Move(base_batch=stretch, batch=1)), stretch
 
 
 def svag_weights(ell: int, family: Family) -> tuple[float, ...]:
