@@ -19,8 +19,8 @@ from pathlib import Path as File
 from typing import Any
 
 from scaling_exps.convert.documents import Path, spell
-from scaling_exps.convert.formats import FORMATS, Layout
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Hyper, Move, Rule, RuleError, find
+from scaling_exps.convert.formats import FORMATS, KINDS, Layout
+from scaling_exps.rules import BetaMap, Hyper, Move, Rule, RuleError, find
 
 
 @dataclass(frozen=True)
@@ -85,7 +85,7 @@ def convert(
             raise RuleError(f"{name}={value} must be >= 1")
     layout = FORMATS[source].read(text, where)
     base = _read(layout, devices)
-    kind = OPTIMIZERS[base.optimizer]
+    kind = KINDS[base.optimizer]
     chosen = find(rule or kind.default("match"), kind.family, l2=not kind.decoupled and base.hyper.weight_decay > 0)
     move = Move(base.batch, batch, duration, noise_scale, beta_map)
     kappa = move.kappa

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 from scaling_exps.rules.move import Family, RuleError
@@ -56,106 +56,65 @@ class Optimizer:
         return rule
 
 
-_ADAM = ("exp_avg_sq", "max_exp_avg_sq")
-
+_ADAM = Optimizer(
+    name="adam",
+    family="adaptive",
+    betas=("beta1", "beta2"),
+    match="sqrt",
+    best="opt_sign",
+    classes=("Adam",),
+    moments=("exp_avg",),
+    second_moments=("exp_avg_sq", "max_exp_avg_sq"),
+    trainable=True,
+)
+_PAPER_RMSPROP = replace(
+    _ADAM,
+    name="paper_rmsprop",
+    betas=("beta2",),
+    classes=("PaperRMSprop",),
+    field="beta",
+    moments=(),
+    second_moments=("v",),
+)
+_LION = Optimizer(
+    name="lion",
+    family="sign",
+    betas=("beta1", "beta2"),
+    match="lion",
+    best="opt_sign",
+    decoupled=True,
+    classes=("Lion",),
+)
+_SGD = Optimizer(
+    name="sgd",
+    family="sgd",
+    betas=("momentum",),
+    match="linear",
+    best="opt_sgd",
+    classes=("SGD",),
+    field="momentum",
+    sums=True,
+    trainable=True,
+)
 OPTIMIZERS: dict[str, Optimizer] = {
     o.name: o
     for o in (
-        Optimizer(
-            name="adam",
-            family="adaptive",
-            betas=("beta1", "beta2"),
-            match="sqrt",
-            best="opt_sign",
-            classes=("Adam",),
-            moments=("exp_avg",),
-            second_moments=_ADAM,
-            trainable=True,
-        ),
-        Optimizer(
-            name="adamw",
-            family="adaptive",
-            betas=("beta1", "beta2"),
-            match="adamw_sde",
-            best="opt_sign",
-            decoupled=True,
-            classes=("AdamW",),
-            moments=("exp_avg",),
-            second_moments=_ADAM,
-            trainable=True,
-        ),
-        Optimizer(  # trained as torch's Adam with beta1 = 0: a live one is an Adam
-            name="rmsprop",
-            family="adaptive",
-            betas=(None, "beta2"),
-            match="sqrt",
-            best="opt_sign",
-            moments=("exp_avg",),
-            second_moments=_ADAM,
-            trainable=True,
-        ),
-        Optimizer(
-            name="paper_adam",
-            family="adaptive",
-            betas=("beta1", "beta2"),
-            match="sqrt",
-            best="opt_sign",
-            classes=("PaperAdam",),
-            moments=("m",),
-            second_moments=("v",),
-            trainable=True,
-        ),
-        Optimizer(
-            name="paper_rmsprop",
-            family="adaptive",
-            betas=("beta2",),
-            match="sqrt",
-            best="opt_sign",
-            classes=("PaperRMSprop",),
-            field="beta",
-            second_moments=("v",),
-            trainable=True,
-        ),
-        Optimizer(
+        _ADAM,
+        replace(_ADAM, name="adamw", match="adamw_sde", decoupled=True, classes=("AdamW",)),
+        replace(_ADAM, name="rmsprop", betas=(None, "beta2"), classes=()),  # trained as Adam: a live one is an Adam
+        replace(_ADAM, name="paper_adam", classes=("PaperAdam",), moments=("m",), second_moments=("v",)),
+        _PAPER_RMSPROP,
+        _SGD,
+        replace(
+            _PAPER_RMSPROP,
             name="torch_rmsprop",
-            family="adaptive",
-            betas=("beta2",),
-            match="sqrt",
-            best="opt_sign",
             classes=("RMSprop",),
             field="alpha",
             second_moments=("square_avg",),
+            trainable=False,
         ),
-        Optimizer(
-            name="sgd",
-            family="sgd",
-            betas=("momentum",),
-            match="linear",
-            best="opt_sgd",
-            classes=("SGD",),
-            field="momentum",
-            sums=True,
-            trainable=True,
-        ),
-        Optimizer(
-            name="lion",
-            family="sign",
-            betas=("beta1", "beta2"),
-            match="lion",
-            best="opt_sign",
-            decoupled=True,
-            classes=("Lion",),
-        ),
-        Optimizer(
-            name="muon",
-            family="sign",
-            betas=("momentum",),
-            match=None,
-            best="muon",
-            decoupled=True,
-            classes=("Muon",),
-            field="momentum",
-        ),
+        _LION,
+        replace(_LION, name="muon", betas=("momentum",), match=None, best="muon", classes=("Muon",), field="momentum"),
     )
 }
 
