@@ -19,9 +19,8 @@ from pathlib import Path as File
 from typing import Any
 
 from scaling_exps.convert.documents import Path, spell
-from scaling_exps.convert.formats import FORMATS, Layout
-from scaling_exps.library import KINDS
-from scaling_exps.rules import QUESTIONS, BetaMap, Hyper, Rule, RuleError, find
+from scaling_exps.convert.formats import FORMATS, KINDS, Layout
+from scaling_exps.rules import BetaMap, Hyper, Move, Rule, RuleError, find
 
 
 @dataclass(frozen=True)
@@ -87,17 +86,16 @@ def convert(
     layout = FORMATS[source].read(text, where)
     base = _read(layout, devices)
     kind = KINDS[base.optimizer]
-    chosen = find(rule or kind.default, kind.family, l2=not kind.decoupled and base.hyper.weight_decay > 0)
-    kappa = batch / base.batch
+    chosen = find(rule or kind.default("match"), kind.family, l2=not kind.decoupled and base.hyper.weight_decay > 0)
+    move = Move(base.batch, batch, duration, noise_scale, beta_map)
+    kappa = move.kappa
     count = duration / kappa
     scaled = Recipe(
         base.optimizer,
         batch,
         base.micro,
         new_devices or base.devices,
-        chosen.scale(
-            base.hyper, kappa, base_batch=base.batch, duration=duration, noise_scale=noise_scale, beta_map=beta_map
-        ),
+        chosen.scale(base.hyper, move),
         None if base.ema is None else chosen.ema(base.ema, kappa),
         None if base.epochs is None else _whole(base.epochs * duration),
         None if base.steps is None else _round(base.steps * count),
@@ -113,7 +111,7 @@ def convert(
     wanted = (scaled.batch, scaled.hyper, scaled.steps if edit.writes_steps else None)
     assert (again.batch, again.hyper, again.steps if edit.writes_steps else None) == wanted, (again, scaled)
     notes = [
-        f"rule {chosen.name} ({chosen.evidence}) answers goal={chosen.goal}: {QUESTIONS[chosen.goal]}",
+        chosen.answers(kind.family),
         f"rule {chosen.name} leaves alone: {chosen.leaves_alone}",
         *layout.notes,
         *edit.notes,

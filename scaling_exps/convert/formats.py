@@ -12,8 +12,9 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from scaling_exps.convert.documents import Document, Flags, Path, Toml, Yaml
-from scaling_exps.library import KINDS
-from scaling_exps.rules import RuleError
+from scaling_exps.rules import OPTIMIZERS, RuleError
+
+KINDS = {name: row for row in OPTIMIZERS.values() for name in row.classes}
 
 
 @dataclass
@@ -61,7 +62,7 @@ def _optimizer(doc: Document, path: Path, default: str | None, known: dict[str, 
 
 def _betas(kind: str, prefix: Path, defaults: dict[str, Any]) -> dict[str, tuple[Path, Any]]:
     """Fields named as torch names them, under `prefix`."""
-    beta = KINDS[kind].betas
+    beta = KINDS[kind].field
     names = ("lr", beta, "weight_decay", *(("eps",) if KINDS[kind].family == "adaptive" else ()))
     return {n: ((*prefix, n), defaults.get(n)) for n in names}
 

@@ -1,27 +1,15 @@
-"""Scaling rules: (base hyperparameters, kappa) -> scaled hyperparameters. Floats only, no torch."""
+"""Scaling rules: (base hyperparameters, a move) -> scaled hyperparameters. Floats only, no torch.
 
-from scaling_exps.rules.contract import (
-    QUESTIONS,
-    BetaMap,
-    Evidence,
-    Family,
-    Goal,
-    Hyper,
-    Move,
-    Rule,
-    RuleError,
-)
-from scaling_exps.rules.table import (
-    RULES,
-    Powers,
-    continuous_time,
-    find,
-    svag,
-    svag_weights,
-    third_party,
-)
+`rules.scale` is for people who keep their own trainer, `rules.laws` the test-kit for rules of other packages.
+"""
+
+from scaling_exps.rules.move import BetaMap, Evidence, Family, Goal, Hyper, Move, RuleError
+from scaling_exps.rules.optimizers import OPTIMIZERS, Optimizer
+from scaling_exps.rules.rule import QUESTIONS, Rule
+from scaling_exps.rules.table import RULES, Powers, continuous_time, find, svag, svag_weights, third_party
 
 __all__ = [
+    "OPTIMIZERS",
     "QUESTIONS",
     "RULES",
     "BetaMap",
@@ -30,6 +18,7 @@ __all__ = [
     "Goal",
     "Hyper",
     "Move",
+    "Optimizer",
     "Powers",
     "Rule",
     "RuleError",

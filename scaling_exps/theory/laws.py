@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from scaling_exps import optim
-from scaling_exps.rules import RULES, Hyper
+from scaling_exps.rules import RULES, Hyper, Move
 from scaling_exps.theory import discrete, exact, weak
 from scaling_exps.theory.keyed import LANES, MAX_DIM, draws
 from scaling_exps.theory.oracles import Linear, describe
@@ -77,7 +77,7 @@ def noise_dominance(seed: int = 0, paths: int = 1 << 16) -> Result:
         p = Problem("rmsprop", oracle, x0=0.0, u0=1 + kappa * ratios, eps0=0.0)
         if kappa == 1:
             r.conditions = describe(oracle)
-        hyper = RULES["sqrt"].scale(base, kappa)
+        hyper = RULES["sqrt"].scale(base, Move(1, kappa))
         sigma, n = 1 / math.sqrt(kappa), steps // kappa
         end = np.array([n])
         twin = exact.frozen_twin(p, hyper, sigma, sigma, 1.0, n, 0, end)
@@ -129,7 +129,7 @@ def decoupled_decay(seed: int = 0, paths: int = 1 << 12) -> Result:
     exponents = {"lambda fixed": 0.0, "lambda x sqrt(kappa)": 0.5, "lambda x kappa": 1.0}
     for kappa in (4, 16):
         for arm, exponent in exponents.items():
-            hyper = RULES["sqrt"].scale(base, kappa)
+            hyper = RULES["sqrt"].scale(base, Move(1, kappa))
             hyper = Hyper(hyper.lr, hyper.betas, hyper.eps, base.weight_decay * kappa**exponent)
             x = _adamw(hyper, sigma / math.sqrt(kappa), steps // kappa, marks, paths, seed + kappa)
             gap = np.abs(x.mean(1) - truth.mean(1))

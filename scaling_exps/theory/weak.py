@@ -129,7 +129,7 @@ def scaled_run(problem: Problem, base: Run, rule: rules.Rule, kappa: float) -> R
     steps = base.steps / kappa
     if steps != round(steps) or base.k0 / kappa != round(base.k0 / kappa):
         raise ValueError(f"kappa={kappa} was given for {base.steps} steps from {base.k0}; allowed: common divisors")
-    return Run(rule.scale(base.hyper, kappa), sigma, sigma, round(steps), round(base.k0 / kappa))
+    return Run(rule.scale(base.hyper, rules.Move(1, kappa)), sigma, sigma, round(steps), round(base.k0 / kappa))
 
 
 def svag_run(problem: Problem, base: Run, ell: int) -> Run:

@@ -26,9 +26,9 @@ from pathlib import Path
 from typing import Any
 
 from scaling_exps import records
-from scaling_exps.library import scale
 from scaling_exps.plan import RunSpec
 from scaling_exps.rules import Hyper
+from scaling_exps.rules.scale import scale
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken

@@ -1,0 +1,145 @@
+"""What a rule takes and gives: hyperparameters, and the move from one batch size to another. Floats only.
+
+Symbols (Malladi et al. 2022, Def. 5.2, where not said otherwise):
+
+    kappa  new batch / base batch                 > 0, dimensionless
+    delta  new budget / base budget, in samples   > 0, dimensionless
+    eta    `lr`                                   per optimizer step
+    beta_i `betas`                                decay per optimizer step, in [0, 1)
+    eps    `eps`, added OUTSIDE the square root   units of the gradient
+    lambda `weight_decay`                         shrinks by eta * lambda a step where it is decoupled
+    B_n    `noise_scale`, tr(Sigma) / |grad f|^2  examples (McCandlish et al. 2018)
+    rho    decay of a moving average of the model per step, in [0, 1)
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from typing import Literal, get_args
+
+Family = Literal["adaptive", "sgd", "sign"]  # v in the step | gradient in the step | sign or orthogonalised step
+Goal = Literal["match", "best", "control"]
+Evidence = Literal["settled", "contested", "experimental"]
+BetaMap = Literal["linear", "power"]
+
+
+class RuleError(ValueError):
+    """The rule cannot be applied to this recipe at this batch size."""
+
+
+@dataclass(frozen=True)
+class Hyper:
+    """The hyperparameters a rule may move.
+
+    `betas`: `(beta1, beta2)` in torch's Adam form (RMSprop is `(0, beta)`), `(beta,)` for the
+    paper's RMSprop, `(momentum,)` for SGD.
+    """
+
+    lr: float
+    betas: tuple[float, ...]
+    eps: float
+    weight_decay: float
+
+    def __post_init__(self) -> None:
+        bad = []
+        if not (math.isfinite(self.lr) and self.lr > 0):
+            bad.append(f"lr={self.lr} must be > 0")
+        if not all(0 <= b < 1 for b in self.betas):
+            bad.append(f"betas={list(self.betas)} must lie in [0, 1)")
+        if not (math.isfinite(self.eps) and self.eps >= 0):
+            bad.append(f"eps={self.eps} must be >= 0")
+        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
+            bad.append(f"weight_decay={self.weight_decay} must be >= 0")
+        if bad:
+            raise RuleError("; ".join(bad))
+
+
+@dataclass(frozen=True)
+class Move:
+    """From the batch a recipe was tuned at to the batch it shall run at.
+
+    Args:
+        base_batch, batch: global batch before and after, in examples (all devices, all accumulation), > 0.
+        duration: new budget / base budget in samples, > 0.
+        noise_scale: measured B_n in examples, > 0; None where it was not measured.
+        beta_map: "linear" is 1 - beta -> kappa (1 - beta), the paper's; "power" is beta -> beta^kappa, which keeps
+            the half-life in samples exactly, agrees to first order and exists for every kappa.
+
+    Raises:
+        RuleError: a value outside its range.
+
+    >>> Move(256, 1024).kappa
+    4.0
+    """
+
+    base_batch: float
+    batch: float
+    duration: float = 1.0
+    noise_scale: float | None = None
+    beta_map: BetaMap = "linear"
+
+    def __post_init__(self) -> None:
+        positive = {
+            "base_batch": self.base_batch,
+            "batch": self.batch,
+            "duration (new budget / base budget)": self.duration,
+            "noise_scale": 1.0 if self.noise_scale is None else self.noise_scale,
+        }
+        if bad := [f"{name}={x} must be a positive number" for name, x in positive.items() if not 0 < x < math.inf]:
+            raise RuleError("; ".join(bad))
+        if self.beta_map not in get_args(BetaMap):
+            raise RuleError(f"beta_map={self.beta_map!r}; allowed: {', '.join(get_args(BetaMap))}")
+
+    @property
+    def kappa(self) -> float:
+        """New batch / base batch, > 0."""
+        return self.batch / self.base_batch
+
+    def beta(self, beta: float, clock: float, rule: str, beta_map: BetaMap | None = None) -> float:
+        """`beta` where one step lasts `clock` times as long; 0 ("no moving average") stays 0.
+
+        `clock` must be proportional to kappa: the largest legal batch in the refusal is found that way.
+
+        Raises:
+            RuleError: linear map and clock >= 1 / (1 - beta); power map and a beta^clock that is 0 to a float.
+
+        >>> Move(1, 4).beta(0.9, 4, "demo"), round(Move(1, 4, beta_map="power").beta(0.9, 4, "demo"), 4)
+        (0.6, 0.6561)
+        """
+        if beta == 0 or clock == 1:
+            return beta
+        if (beta_map or self.beta_map) == "power":
+            new = float(beta**clock)
+            if new < 1e-300:  # on its way to 0.0, which would mean "no moving average" from there on
+                raise RuleError(f"rule {rule!r} maps beta={beta:g} to {beta:g}^{clock:g} = 0: use a smaller batch")
+            return new
+        new = round(1 - clock * (1 - beta), 15)
+        if new <= 0:
+            limit = self.kappa / clock / (1 - beta)
+            batch = limit * self.base_batch
+            raise RuleError(
+                f"rule {rule!r} maps beta={beta:g} to 1 - {clock:g}*(1 - {beta:g}) = {new:.4g}, which must be > 0: "
+                f"it needs kappa < {limit:.6g} (batch < {batch:.6g}), and kappa is {self.kappa:g}. "
+                f"The largest legal batch is {math.ceil(round(batch, 9)) - 1}. Use beta_map=power "
+                "(beta -> beta^kappa), tune the base at a larger batch, use a beta nearer to 1, or a smaller batch"
+            )
+        return new
+
+    def gain(self, rule: str) -> float:
+        """h(B) / h(B0) with h(B) = 1 / (1 + B_n / B): what one step is worth, against the base's.
+
+        Raises:
+            RuleError: `noise_scale` not given.
+
+        >>> Move(100, 400, noise_scale=300).gain("demo")  # (1 + 3) / (1 + 0.75)
+        2.2857142857142856
+        """
+        if self.noise_scale is None:
+            raise RuleError(
+                f"rule {rule!r} needs noise_scale: it compares the batch sizes with the measured gradient-noise scale "
+                "B_n = tr(covariance of one example's gradient) / |mean gradient|^2, in examples. "
+                "Give noise_scale=N, or choose a rule that needs no measurement"
+            )
+        ratio = self.noise_scale / self.base_batch
+        return (1 + ratio) / (1 + ratio / self.kappa)
