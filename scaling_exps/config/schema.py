@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
 
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Goal
+from scaling_exps.rules import OPTIMIZERS, BetaMap
 
 
 class ConfigError(ValueError):
@@ -370,7 +370,7 @@ class Config(Group, frozen=True, kw_only=True):
         _is("examples per optimizer step over all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
     ]
     seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
-    goal: Annotated[Goal, _is("which default rule: the base run (match), or the best at this batch (best)")]
+    goal: Annotated[Literal["match", "best"], _is("which default rule: the base run (match), or the best at this batch (best)")]
     rule: Annotated[str | list[str] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")]
     tested: Annotated[list[str] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]

@@ -1,12 +1,12 @@
-"""Starting RunSpecs, and telling how they stand. A job is a directory; what is finished is skipped."""
+"""Starting RunSpecs, and saying how they stand. A job is a folder; what is finished is skipped."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 from scaling_exps.config import Config, SlurmLaunch
-from scaling_exps.launch.directories import LaunchError
-from scaling_exps.launch.overview import print_status, status
+from scaling_exps.launch.folders import LaunchError
+from scaling_exps.launch.status import print_status, status
 from scaling_exps.plan import RunSpec
 
 __all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]
@@ -24,7 +24,7 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
 
     Raises:
         LaunchError, PlanError: the run folder or the cluster cannot be used; nothing was started.
-        data.DataError, models.ModelError: a data set or a network of the list cannot be had here; nothing was started.
+        DataError, ModelError: a data set or a network of the list cannot be had here; nothing was started.
             (A job on a cluster finds out where it runs: its run fails, with the reason in its record.)
     """
     root = Path(config.runs_dir)

@@ -2,31 +2,34 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import subprocess
 import sys
+import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
-from scaling_exps import records
-from scaling_exps.config import Launch
-from scaling_exps.launch import directories
-from scaling_exps.launch.directories import LaunchError
+from scaling_exps.config import LocalLaunch
+from scaling_exps.launch import folders
+from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec
+from scaling_exps.records import RunDir
 
 
-def launch(specs: list[RunSpec], root: Path, settings: Launch) -> bool:
+def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
     """Bring every run of the list to its end, skipping those that are; returns whether all of them are finished."""
-    todo = [spec for spec in specs if directories.known_state(root / spec.run_id) != "finished"]
-    if todo:
-        from scaling_exps import train
+    from scaling_exps import train
 
-        train.preflight(todo)
-    dirs = directories.write(specs, root)
-    todo_dirs = [dirs[spec.run_id] for spec in todo]
-    worlds = {d: records.read_spec(d).placement.world_size for d in todo_dirs}  # a begun run keeps its own
-    cards = _cards() if max(worlds.values(), default=1) * settings.parallel > 1 else []
+    todo = folders.unfinished(specs, root)
+    train.preflight(todo)
+    prepared = folders.prepare(specs, root)
+    ids = {spec.run_id for spec in todo}
+    worlds = {d: spec.placement.world_size for d, spec in prepared.items() if spec.run_id in ids}
+    side_by_side = settings.parallel > 1 and len(worlds) > 1
+    cards = _cards() if side_by_side or max(worlds.values(), default=1) > 1 else []
     for run_dir, world in worlds.items():
         if cards and world > len(cards):
             raise LaunchError(
@@ -34,67 +37,87 @@ def launch(specs: list[RunSpec], root: Path, settings: Launch) -> bool:
                 "launch.devices; a run that has begun keeps its number (another runs_dir starts it anew)"
             )
     print(f"{len(specs)} run(s), {len(specs) - len(todo)} finished already, under {root}/", flush=True)
-    if len(todo) == 1 and worlds[todo_dirs[0]] == 1:
-        train.run_all(todo_dirs, log=False)
-        train.stop_requested()
-    elif settings.parallel == 1 and all(world == 1 for world in worlds.values()):
-        for i, run_dir in enumerate(todo_dirs, 1):
-            print(f"[{i}/{len(todo)}] ", end="", flush=True)
-            train.run_all([run_dir], log=False)
-            if train.stop_requested():
-                break
-    else:
+    deadline = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    if side_by_side or any(world > 1 for world in worlds.values()):
         for world in sorted(set(worlds.values())):
-            _workers([d for d in todo_dirs if worlds[d] == world], world, settings.parallel, cards)
-        for run_dir in todo_dirs:  # what a run in this process says itself
-            result = records.read_json(run_dir / "result.json") or {}
-            if told := ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in result.get("metrics", {}).items()):
-                print(f"finished: {run_dir}: {told}")
-    states = {d: records.state(d) for d in dirs.values()}
-    for run_dir, state in states.items():
-        if state != "finished":
-            why = directories.reason(run_dir)
-            print(f"{state}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
-    good = all(state == "finished" for state in states.values())
-    if not good:
+            _workers([d for d, w in worlds.items() if w == world], world, settings.parallel, cards, deadline)
+        for run_dir in worlds:  # what a run in this process says itself
+            metrics = (run_dir.result() or {}).get("metrics", {})
+            if metrics:
+                print(f"finished: {run_dir}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items()))
+    else:
+        with _timer(deadline, train.request_stop):
+            for i, run_dir in enumerate(worlds, 1):
+                if len(worlds) > 1:
+                    print(f"[{i}/{len(worlds)}] ", end="", flush=True)
+                train.run_all([run_dir])
+                if train.stop_requested():
+                    break
+    if deadline is not None and time.monotonic() > deadline:
+        print(f"launch.minutes={settings.minutes:g} are over: the runs are saved")
+    unfinished = [d for d in prepared if d.state() != "finished"]
+    for run_dir in unfinished:
+        why = run_dir.reason()
+        print(f"{run_dir.state()}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
+    if unfinished:
         print("the same command again goes on with what is missing", file=sys.stderr)
-    return good
+    return not unfinished
 
 
-def _workers(run_dirs: list[Path], world: int, parallel: int, cards: list[str]) -> None:
-    """`parallel` workers at a time, of `world` processes each, on their own shares of the cards; a bar counts results.
+@contextlib.contextmanager
+def _timer(deadline: float | None, stop: object) -> Iterator[None]:
+    """Call `stop` at the deadline."""
+    if deadline is None:
+        yield
+        return
+    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop)  # type: ignore[arg-type]
+    timer.daemon = True
+    timer.start()
+    try:
+        yield
+    finally:
+        timer.cancel()
+
+
+def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str], deadline: float | None) -> None:
+    """Start up to `parallel` workers of `world` processes, each on its GPUs; at the deadline they save and end.
 
     Workers of one process share the list out by its locks. A group of processes ends with a run that fails, so it is
     given one.
     """
-    from tqdm import tqdm
+    from rich.progress import Progress
 
     count = min(parallel, len(run_dirs))
     queue = [run_dirs] * count if world == 1 else [[d] for d in run_dirs]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
+    command = [sys.executable, *start, "-m", "scaling_exps.train", f"--since={time.time()}"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
-    quiet = subprocess.DEVNULL if world > 1 else None  # torchrun's own report; ours is in log.txt and result.json
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
     before = signal.signal(signal.SIGTERM, _end)  # the workers save and end when this process is told to
     try:
-        with tqdm(total=len(run_dirs), unit="run", disable=None, desc=f"{count} side by side") as bar:
+        with Progress(disable=not sys.stdout.isatty()) as bar:
+            task = bar.add_task(f"{count} side by side", total=len(run_dirs))
             while queue or any(w.poll() is None for w in workers.values()):
+                if deadline is not None and time.monotonic() > deadline:
+                    break
                 for share in range(count):
                     if queue and (share not in workers or workers[share].poll() is not None):
-                        command = [sys.executable, *start, "-m", "scaling_exps.train", *map(str, queue.pop(0))]
-                        mine = _share(cards, share, world)
-                        workers[share] = subprocess.Popen(command, env={**environment, **mine}, stderr=quiet)
+                        members = queue.pop(0)
+                        with contextlib.ExitStack() as stack:  # torchrun's own report goes where ours does
+                            log = stack.enter_context(open(members[0].log, "ab")) if world > 1 else None
+                            workers[share] = subprocess.Popen(
+                                [*command, *map(str, members)],
+                                env={**environment, **_share(cards, share, world)},
+                                stderr=log,
+                            )
                 time.sleep(0.2)
-                bar.update(sum((d / "result.json").exists() for d in run_dirs) - bar.n)
-            bar.update(sum((d / "result.json").exists() for d in run_dirs) - bar.n)
-    except BaseException:
+                bar.update(task, completed=sum(d.result() is not None for d in run_dirs))
+    finally:
         for w in workers.values():
             w.terminate()
         for w in workers.values():
             w.wait()
-        raise
-    finally:
         signal.signal(signal.SIGTERM, before)
 
 
@@ -109,8 +132,8 @@ def _cards() -> list[str]:
 
 def _share(cards: list[str], share: int, world: int) -> dict[str, str]:
     """The environment that gives a worker `world` cards of its own; with more workers than cards some are shared."""
-    mine = [cards[(share * world + i) % len(cards)] for i in range(world)] if cards else []
-    return {"CUDA_VISIBLE_DEVICES": ",".join(mine)} if mine else {}
+    own = [cards[(share * world + i) % len(cards)] for i in range(world)] if cards else []
+    return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
 
 
 def _end(number: int, _: object) -> None:

@@ -5,10 +5,9 @@ from __future__ import annotations
 import re
 import subprocess
 from dataclasses import dataclass
-from pathlib import Path
 
-from scaling_exps import records
-from scaling_exps.launch.directories import LaunchError
+from scaling_exps.launch.folders import LaunchError
+from scaling_exps.records import RunDir
 
 
 @dataclass(frozen=True)
@@ -27,13 +26,13 @@ class Entry:
     reason: str
 
 
-def last_job(run_dir: Path) -> Job | None:
+def last_job(run_dir: RunDir) -> Job | None:
     """The job that was last submitted for this run, by `launch=slurm` or with slurm/*.sbatch.
 
     A start names its job, too, and that one does not count: it may be the shell (`srun --pty bash`) of somebody who
     ran it there, which lives on when the run has ended, and is not ours to cancel.
     """
-    events = records.read_events(run_dir)
+    events = run_dir.events()
     ids = [str(e["job"]) for e in events if e.get("event") == "submitted" and e.get("job")]
     if not ids:
         return None
@@ -66,11 +65,11 @@ def last_line(text: str) -> str:
 
 def entries() -> dict[str, Entry]:
     """Job id (`12`, or `12_3` in an array) -> entry, of this user's jobs."""
-    found = {}
+    jobs = {}
     for line in ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines():
         job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
-        found[job] = Entry(state, reason)
-    return found
+        jobs[job] = Entry(state, reason)
+    return jobs
 
 
 def ended(jobs: list[str]) -> dict[str, str]:

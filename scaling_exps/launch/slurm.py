@@ -14,11 +14,11 @@ import time
 from pathlib import Path
 from typing import Any
 
-from scaling_exps import records
 from scaling_exps.config import SlurmLaunch
-from scaling_exps.launch import directories, queue
-from scaling_exps.launch.directories import LaunchError
+from scaling_exps.launch import folders, queue
+from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec
+from scaling_exps.records import BusyError, RunDir
 
 PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
@@ -35,7 +35,7 @@ def work(run_dir: str) -> None:
         signal.signal(number, lambda n, _: early.append(n))
     from scaling_exps import train
 
-    if code := train.work([Path(run_dir)], early):
+    if code := train.work([Path(run_dir)], earlier=early):
         raise SystemExit(code)
 
 
@@ -49,29 +49,30 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     root = root.absolute()
     python = _check(root, settings)
     queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
-    todo = [s for s in specs if directories.known_state(root / s.run_id) != "finished"]
+    todo = folders.unfinished(specs, root)
     finished = len(specs) - len(todo)
-    missing = [s for s in todo if not _in_hand(root / s.run_id, queued)]
+    missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
         _try(_parameters(shape, settings))
-    dirs = directories.write(specs, root)
+    prepared = folders.prepare(specs, root)
     jobs: list[str] = []
     if missing:
         try:
-            with records.lock(_folder(root)):
+            with RunDir(_folder(root)).lock():
                 queued = queue.entries()  # another launcher may have been faster
-                missing = [s for s in missing if not _in_hand(dirs[s.run_id], queued)]
-                jobs = _submit([dirs[s.run_id] for s in missing], root, settings, python)
-        except records.BusyError as e:
+                ids = {s.run_id for s in missing}
+                waiting = {d: s for d, s in prepared.items() if s.run_id in ids and not _in_hand(d, queued)}
+                jobs = _submit(waiting, root, settings, python)
+        except BusyError as e:
             raise LaunchError(f"{e}: it submits runs of this folder now; try again when it is done") from e
     print(
-        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(missing)} queued or running, "
+        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(jobs)} queued or running, "
         f"{len(jobs)} submitted, under {root}/"
     )
     if jobs:
         print(f"jobs: {', '.join(_ranges(jobs))}\nlogs: log.txt in each run's folder; {root / JOBS}/JOB_TASK_log.*")
     if settings.wait:
-        return _follow(list(dirs.values()), root)
+        return _follow({s.run_id for s in specs}, root)
     print("scalerun status shows how they stand; the same command again submits what is missing", flush=True)
     return True
 
@@ -80,8 +81,7 @@ def cancel(root: Path) -> list[str]:
     """Cancel the queued and running jobs of every run under `root`; see `launch.cancel`."""
     if not root.is_dir():
         raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    dirs = [p.parent for p in root.glob("*/run.json")]
-    last = {d: job for d in dirs if (job := queue.last_job(d)) is not None}
+    last = {d: job for d in RunDir.under(root) if (job := queue.last_job(d)) is not None}
     if not last:
         return []
     queued = queue.entries()
@@ -94,9 +94,9 @@ def cancel(root: Path) -> list[str]:
 # ---- what is asked for ----
 
 
-def _in_hand(run_dir: Path, queued: dict[str, queue.Entry]) -> bool:
+def _in_hand(run_dir: RunDir, queued: dict[str, queue.Entry]) -> bool:
     job = queue.last_job(run_dir)
-    return (job is not None and job.id in queued) or records.holder(run_dir) is not None
+    return (job is not None and job.id in queued) or run_dir.holder() is not None
 
 
 def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
@@ -194,20 +194,20 @@ fi
 exit $code"""
 
 
-def _submit(run_dirs: list[Path], root: Path, settings: SlurmLaunch, python: str) -> list[str]:
+def _submit(runs: dict[RunDir, RunSpec], root: Path, settings: SlurmLaunch, python: str) -> list[str]:
     """One job array for each shape (SLURM bounds an array's size); either all are submitted, or none."""
     import submitit
     from submitit.core import utils
 
     limit = re.search(r"MaxArraySize\s*=\s*(\d+)", queue.ask("scontrol", "show", "config"))
     size = max(1, int(limit[1]) - 1) if limit else 1000
-    groups: dict[tuple[int, int], list[Path]] = {}
-    for run_dir in run_dirs:
-        groups.setdefault(_shape(records.read_spec(run_dir).placement.world_size, settings), []).append(run_dir)
+    groups: dict[tuple[int, int], list[RunDir]] = {}
+    for run_dir, spec in runs.items():
+        groups.setdefault(_shape(spec.placement.world_size, settings), []).append(run_dir)
     command = shlex.join([*settings.container, python])
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
     guard = f'{reachable} || {{ echo "this node cannot reach the code: {_plain(command)}" >&2; exit 2; }}'
-    done: list[tuple[Path, str]] = []
+    done: list[tuple[RunDir, str]] = []
     for shape, members in groups.items():
         executor = submitit.SlurmExecutor(folder=_folder(root) / "%j", max_num_timeout=1000, python=command)
         executor.update_parameters(
@@ -230,7 +230,7 @@ def _submit(run_dirs: list[Path], root: Path, settings: SlurmLaunch, python: str
                     f"SLURM refused the submission, nothing is submitted: {queue.last_line(str(e))}"
                 ) from e
             for run_dir, job in zip(part, jobs, strict=True):
-                records.append_event(run_dir, {"event": "submitted", "job": job.job_id})
+                run_dir.append_event({"event": "submitted", "job": job.job_id})
                 done.append((run_dir, job.job_id))
     return [job for _, job in done]
 
@@ -249,11 +249,11 @@ def _ranges(jobs: list[str]) -> list[str]:
     return [f"{a}_[{min(i)}-{max(i)}]" if i else a for a, i in arrays.items()]
 
 
-def _follow(run_dirs: list[Path], root: Path) -> bool:
+def _follow(wanted: set[str], root: Path) -> bool:
     """Show the table until no run of the list is queued or running; returns whether all are finished."""
-    from scaling_exps.launch import overview
+    from scaling_exps.launch import status as overview
 
-    wanted, before = {d.name for d in run_dirs}, ""
+    before = ""
     answered = time.monotonic()
     while True:
         try:

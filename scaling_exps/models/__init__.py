@@ -17,89 +17,92 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from scaling_exps.config import GPT, VGG16, Custom, Dataset, Model, ResNet, ResNet50, Roberta, Timm, TokenDataset
 from scaling_exps.models import language, vision
-from scaling_exps.models.contract import ModelError
+from scaling_exps.models.vision import ModelError
 
 __all__ = ["ModelError", "build", "has_batch_norm", "recompute_statistics"]
 
-NORMS = ("batch", "group", "layer", "none")  # what model.norm may say
 
-
-def build(model: dict[str, Any], dataset: dict[str, Any], seed: int, freeze_last: bool = False) -> nn.Module:
-    """The network of the `model` group of the config, its weights a function of `seed` alone.
+def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) -> nn.Module:
+    """The network, its weights a function of `seed` alone.
 
     Args:
-        model: `name` and the options of that network; or `library: timm`; or `factory: package.module:function`.
+        model: the `model` group of the config.
         dataset: the `dataset` group: what the network reads and predicts.
         seed: of the initial weights.
-        freeze_last: keep the last linear layer at its N(0, 0.01^2) initial values (VGG of the authors' code).
+        freeze_last: draw the last linear layer anew from N(0, 0.01^2) and keep it there (VGG of the authors' code).
 
     Raises:
-        ModelError: unknown name or option, a data set or image size that the network cannot take, a factory that
-            fails, or another normalisation than `model.norm` says.
+        ModelError: a data set or image size that the network cannot take, a factory that fails, no linear layer to
+            freeze, or another normalisation than `model.norm` says.
     """
     with torch.random.fork_rng(devices=[]):  # torch's initialisers know only the global generator
         torch.manual_seed(seed)
         net = _network(model, dataset)
         if freeze_last:
-            last = [m for m in net.modules() if isinstance(m, nn.Linear)][-1]
-            nn.init.normal_(last.weight, 0.0, 0.01)
-            nn.init.zeros_(last.bias)
-            last.requires_grad_(False)
-    norm = model.get("norm")
-    if norm not in NORMS:
-        raise ModelError(f"model.norm={norm!r}; allowed: {', '.join(NORMS)}")
-    if has_batch_norm(net) != (norm == "batch"):
+            linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
+            if not linear or isinstance(model, GPT | Roberta):  # (their output layer is the embedding)
+                raise ModelError(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
+            nn.init.normal_(linear[-1].weight, 0.0, 0.01)
+            if linear[-1].bias is not None:
+                nn.init.zeros_(linear[-1].bias)
+            linear[-1].requires_grad_(False)
+    if has_batch_norm(net) != model.normalises_over_batch:
         has = "normalises over the batch" if has_batch_norm(net) else "has no batch normalisation"
         raise ModelError(
-            f"model.norm={norm}, but {model['name']} {has}: the plan would treat the micro-batch wrongly. "
+            f"model.norm={model.norm}, but {model.name} {has}: the plan would treat the micro-batch wrongly. "
             f"Use model.norm={'batch' if has_batch_norm(net) else 'layer'}, or another network"
         )
     for layer in _batch_norms(net):
         layer.momentum = 0.0  # training leaves the evaluation statistics alone
-    return net.to(memory_format=torch.channels_last) if "shape" in dataset else net
+    return net if isinstance(dataset, TokenDataset) else net.to(memory_format=torch.channels_last)
 
 
-def _network(model: dict[str, Any], dataset: dict[str, Any]) -> nn.Module:
-    options = dict(model)
-    name = options.pop("name")
-    images = dataset["kind"] != "tokens"
-    shape, classes = tuple(dataset.get("shape", ())), dataset.get("classes", 0)
-    vocab = 0 if images else dataset["vocab"] + (dataset["mask"] > 0)  # one id more, for the mask
-    if "factory" in options:
-        what = {"shape": shape, "classes": classes} if images else {"vocab": vocab, "context": dataset["context"]}
-        return _made(options["factory"], {**what, **options["options"]})
-    if name in language.NETWORKS and not images:
-        options.pop("norm")
-        return language.network(name, vocab, {**options, "context": options["context"] or dataset["context"]})
-    if name in language.NETWORKS or not images:
-        kind, other = ("images", "tokens") if images else ("tokens", "images")
+def _network(model: Model, dataset: Dataset) -> nn.Module:
+    tokens = isinstance(dataset, TokenDataset)
+    if not isinstance(model, Custom) and isinstance(model, GPT | Roberta) != tokens:
+        reads, has = ("images", "tokens") if tokens else ("tokens", "images")
         raise ModelError(
-            f"model {name!r} reads {other}, and dataset {dataset['name']!r} has {kind}; networks that read {kind}: "
-            + ", ".join(vision.NETWORKS if images else language.NETWORKS)
+            f"model {model.name!r} reads {reads}, and dataset {dataset.name!r} has {has}; networks that read {has}: "
+            + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
         )
-    if options.get("library") == "timm":
-        return vision.timm_network(shape, classes, name, options["options"])
-    if name not in vision.NETWORKS:
-        raise ModelError(f"unknown model {name!r}; allowed: {', '.join([*vision.NETWORKS, *language.NETWORKS])}")
-    return vision.NETWORKS[name](shape, classes, **options)
+    if isinstance(dataset, TokenDataset):
+        vocab = dataset.vocab + (dataset.mask > 0)  # one id more, for the mask
+        if isinstance(model, Custom):
+            return _from_factory(model, {"vocab": vocab, "context": dataset.context})
+        assert isinstance(model, GPT | Roberta)
+        return language.network(model, vocab, dataset.context)
+    height, width, channels = dataset.shape
+    shape, classes = (height, width, channels), dataset.classes
+    match model:
+        case Custom():
+            return _from_factory(model, {"shape": shape, "classes": classes})
+        case ResNet():
+            return vision.CifarResNet(model.depth, channels, classes, model.width, model.norm)
+        case ResNet50():
+            return vision.resnet50(shape, classes)
+        case VGG16():
+            return vision.vgg16(shape, classes, model.width)
+        case Timm():
+            return vision.timm_network(shape, classes, model.name, model.options)
+    raise AssertionError(model)
 
 
-def _made(factory: str, options: dict[str, Any]) -> nn.Module:
+def _from_factory(model: Custom, what: dict[str, Any]) -> nn.Module:
     """What the user's own function returns."""
-    module, _, function = factory.partition(":") if isinstance(factory, str) else ("", "", "")
-    if not module or not function:
-        raise ModelError(f"model.factory={factory!r}; give package.module:function")
+    module, _, function = (model.factory or "").partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
+    options = {**what, **model.options}
     try:
         call: Callable[..., Any] = getattr(importlib.import_module(module), function)
         net = call(**options)
     except Exception as e:  # whatever the user's code raises
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
-        raise ModelError(f"model.factory={factory}({given}) failed: {type(e).__name__}: {e}") from e
+        raise ModelError(f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}") from e
     if not isinstance(net, nn.Module):
-        raise ModelError(f"model.factory={factory} returned {type(net).__name__}, not a torch.nn.Module")
+        raise ModelError(f"model.factory={model.factory} returned {type(net).__name__}, not a torch.nn.Module")
     return net
 
 
@@ -134,5 +137,5 @@ def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> list[Tens
     for norm in norms:
         norm.momentum = 0.0
         if norm.num_batches_tracked is not None:
-            norm.num_batches_tracked.zero_()  # it has served; left alone it would tell how the work was split
+            norm.num_batches_tracked.zero_()  # reset: it depends on how batches were split over ranks
     return [b for n in norms for b in (n.running_mean, n.running_var) if b is not None]

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import difflib
-from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling_exps.models.contract import ModelError
-
 CIFAR_FORM = 64  # pixels up to which ResNet-50 has its CIFAR form: a 3x3 stem and no max-pool
+
+
+class ModelError(ValueError):
+    """The network cannot be built as asked."""
 
 
 class _Block(nn.Module):
@@ -56,35 +57,11 @@ class CifarResNet(nn.Module):
 
 
 def _norm(kind: str, channels: int) -> nn.Module:
-    if kind == "batch":
-        return nn.BatchNorm2d(channels)
-    if kind == "group":
-        return nn.GroupNorm(max(1, channels // 4), channels)
-    raise ModelError(f"model.norm={kind!r}; allowed: batch, group")
+    return nn.BatchNorm2d(channels) if kind == "batch" else nn.GroupNorm(channels // 4, channels)
 
 
-def _cifar_resnet(depth: int, shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
-    if width < 1:
-        raise ModelError(f"model.width={width} must be >= 1")
-    if depth == 8 and norm == "group" and width % 4:
-        raise ModelError(f"model.width={width} must be a multiple of 4 with GroupNorm (groups of 4 channels)")
-    return CifarResNet(depth, shape[2], classes, width, norm)
-
-
-def _resnet8(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
-    return _cifar_resnet(8, shape, classes, width, norm)
-
-
-def _resnet20(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
-    return _cifar_resnet(20, shape, classes, width, norm)
-
-
-def _resnet56(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
-    return _cifar_resnet(56, shape, classes, width, norm)
-
-
-def _resnet50(shape: tuple[int, int, int], classes: int, norm: str) -> nn.Module:
-    _only_batch_norm("resnet50", norm)
+def resnet50(shape: tuple[int, int, int], classes: int) -> nn.Module:
+    """timm's ResNet-50; for images of up to 64 pixels in CIFAR form."""
     import timm
 
     net = timm.create_model("resnet50", pretrained=False, num_classes=classes, in_chans=shape[2])
@@ -96,10 +73,12 @@ def _resnet50(shape: tuple[int, int, int], classes: int, norm: str) -> nn.Module
     return net
 
 
-def _vgg16(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
-    _only_batch_norm("vgg16", norm)
-    if width < 1:
-        raise ModelError(f"model.width={width} must be >= 1 (channels of the first layer; VGG-16 has 64)")
+def vgg16(shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
+    """torchvision's vgg16_bn features at `width` channels of the first layer (64), and one linear layer.
+
+    Raises:
+        ModelError: images below 32 pixels, or not of 3 channels.
+    """
     if min(shape[:2]) < 32 or shape[2] != 3:
         raise ModelError(f"vgg16 takes 3 channels of at least 32 x 32 pixels (it halves them five times), not {shape}")
     from torchvision.models.vgg import cfgs, make_layers
@@ -124,17 +103,3 @@ def timm_network(shape: tuple[int, int, int], classes: int, name: str, options: 
         return timm.create_model(name, pretrained=False, num_classes=classes, in_chans=shape[2], **options)
     except (TypeError, ValueError, RuntimeError, AssertionError) as e:
         raise ModelError(f"timm cannot make {name!r} with model.options={options}: {type(e).__name__}: {e}") from e
-
-
-def _only_batch_norm(name: str, norm: str) -> None:
-    if norm != "batch":
-        raise ModelError(f"model.norm={norm!r}: {name} comes with batch normalisation only")
-
-
-NETWORKS: dict[str, Callable[..., nn.Module]] = {
-    "resnet8": _resnet8,
-    "resnet20": _resnet20,
-    "resnet56": _resnet56,
-    "resnet50": _resnet50,
-    "vgg16": _vgg16,
-}

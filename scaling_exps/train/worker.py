@@ -174,6 +174,11 @@ def _handlers() -> Iterator[None]:
             signal.signal(n, handler)
 
 
+def request_stop() -> None:
+    """Save and stop at the next step, as after a signal."""
+    _signals.append(signal.SIGUSR1)
+
+
 def stop_requested() -> bool:
     """Whether a signal has asked this process to save and stop.
 

@@ -7,9 +7,10 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from scaling_exps import records
-from scaling_exps.launch import directories, queue
+from scaling_exps.launch import queue
+from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import PlanError
+from scaling_exps.records import RunDir
 
 
 def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
@@ -26,17 +27,17 @@ def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
         LaunchError: there is no such folder; strictly, also where SLURM does not answer.
     """
     if not root.is_dir():
-        raise directories.LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    run_dirs = sorted(p.parent for p in root.glob("*/run.json"))
+        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
+    run_dirs = RunDir.under(root)
     jobs = {run_dir: queue.last_job(run_dir) for run_dir in run_dirs}
     in_queue: dict[str, queue.Entry] = {}
     ended: dict[str, str] = {}
     if any(jobs.values()):
         try:
             in_queue = queue.entries()
-            gone = [j.id for d, j in jobs.items() if j and j.id not in in_queue and records.state(d) != "finished"]
-            ended = queue.ended(gone)
-        except directories.LaunchError as e:
+            ended_ids = [j.id for d, j in jobs.items() if j and j.id not in in_queue and d.state() != "finished"]
+            ended = queue.ended(ended_ids)
+        except LaunchError as e:
             if strict:
                 raise
             print(f"scalerun: {e}: shown is what the directories say", file=sys.stderr)
@@ -47,14 +48,14 @@ def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
     return rows
 
 
-def _row(run_dir: Path, job: queue.Job | None, entry: queue.Entry | None, end: str) -> dict[str, Any]:
+def _row(run_dir: RunDir, job: queue.Job | None, entry: queue.Entry | None, end: str) -> dict[str, Any]:
     try:
-        spec = records.read_spec(run_dir)
+        spec = run_dir.spec()
     except PlanError as e:
-        return {"run_id": run_dir.name, "state": "unreadable", "detail": str(e)}
-    rows = records.read_records(run_dir)
-    newest = rows[-1] if rows else {"samples": 0}
-    state, details = records.state(run_dir), []
+        return {"run_id": run_dir.path.name, "state": "unreadable", "detail": str(e)}
+    science, newest = spec.science, run_dir.newest_record() or {"samples": 0}
+    state: str = run_dir.state()
+    details = []
     if entry is not None and state not in ("finished", "running"):  # a failed run is queued when it is tried again
         state = "queued" if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
     if job is not None:
@@ -64,33 +65,33 @@ def _row(run_dir: Path, job: queue.Job | None, entry: queue.Entry | None, end: s
     if state == "queued" and entry is not None and entry.reason not in ("", "None"):
         details.append(entry.reason)
     if state == "running":
-        rate = _speed(rows)
-        if rate:
-            left = (spec.samples(spec.science.steps) - newest["samples"]) / rate
+        if rate := _speed(run_dir):
+            left = (science.samples(science.steps) - newest["samples"]) / rate
             details += [f"{rate:,.0f} samples/s", f"{left / 60:.1f} min left"]
     elif state != "finished" and entry is None:
         if end and state != "failed":
             state = "failed" if end not in ("COMPLETED", "CANCELLED") else state
             details.append(f"SLURM: {end}")
-        why = directories.reason(run_dir)
+        why = run_dir.reason()
         details += [why] if why else []
     return {
         "run_id": spec.run_id,
-        "model": spec.science.model["name"],
-        "rule": "base" if spec.arms[0].kappa == 1 else "+".join(a.rule for a in spec.arms),
-        "batch": spec.science.batch,
-        "seed": spec.science.seed,
+        "model": science.model.name,
+        "rule": "base" if spec.arms[0].role == "base" else "+".join(a.rule for a in spec.arms),
+        "batch": science.batch,
+        "seed": science.seed,
         "state": state,
         "samples": newest["samples"],
-        "total": spec.samples(spec.science.steps),
+        "total": science.samples(science.steps),
         "job": job.id if job else None,
         "detail": ", ".join(details),
     }
 
 
-def _speed(rows: list[dict[str, Any]]) -> float:
-    timed = [r for r in rows if "seconds" in r]
-    return timed[-1]["samples"] / timed[-1]["seconds"] if timed and timed[-1]["seconds"] else 0.0
+def _speed(run_dir: RunDir) -> float:
+    """Samples a second over the training so far."""
+    timed = [r for r in run_dir.records().rows if isinstance(r.get("seconds"), float) and r["seconds"] > 0]
+    return float(timed[-1]["samples"] / timed[-1]["seconds"]) if timed else 0.0
 
 
 def count(rows: list[dict[str, Any]]) -> str:

@@ -1,5 +1,0 @@
-"""What every module of networks raises."""
-
-
-class ModelError(ValueError):
-    """The network cannot be built as asked."""
