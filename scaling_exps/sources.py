@@ -17,6 +17,7 @@ from types import ModuleType
 GATED = {"imagenet": "ILSVRC/imagenet-1k"}
 TEXTS = ("stdlib", "text", "wikitext103", "wikibooks")
 IMAGES = ("digits", "cifar10", "imagenet", "imagefolder")
+EMBEDDED = ("digits", "stdlib")
 PICTURES = (".jpeg", ".jpg", ".png")
 LAYOUT = (
     "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg, or parquet files train*.parquet and "
@@ -65,6 +66,16 @@ def raw_folder(name: str, path: str | None) -> Path:
     )
 
 
+def no_path_if_embedded(name: str, path: str | None) -> None:
+    """Refuse a path for what is part of this package or of Python.
+
+    Raises:
+        DataError: a path is given.
+    """
+    if name in EMBEDDED and path is not None:
+        raise DataError(f"dataset.path={path!r}: {name} is embedded and takes no path; drop it")
+
+
 def how(name: str) -> str:
     """The command that fetches a data set."""
     return f"scalerun data {name}" + (f" (gated: {access(GATED[name])})" if name in GATED else "")
@@ -110,11 +121,11 @@ def fingerprint(
     """
     if name not in (*IMAGES, *TEXTS):
         raise DataError(f"unknown dataset {name!r}; allowed: {', '.join((*IMAGES, *TEXTS))}")
+    no_path_if_embedded(name, path)
     held = ""
     if name == "text":
         held = content(text_files(name, path))
     elif name == "stdlib":
-        text_files(name, path)
         held = f"python-{platform.python_version()}"
     elif name == "imagefolder":
         held = _names_and_sizes(raw_folder(name, path))
@@ -158,11 +169,13 @@ def text_files(name: str, path: str | None) -> list[Path]:
     Raises:
         DataError: nothing there, or a path given for stdlib.
     """
+    no_path_if_embedded(name, path)
     if name == "stdlib":
-        if path is not None:
-            raise DataError(f"dataset.path={path!r}: stdlib is embedded and takes no path; drop it")
-        root = Path(sysconfig.get_path("stdlib"))
-        return sorted(p for p in root.rglob("*.py") if not NOT_STDLIB & set(p.relative_to(root).parts))
+        sources = []
+        for base, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
+            subfolders[:] = [s for s in subfolders if s not in NOT_STDLIB]
+            sources += [Path(base, n) for n in names if n.endswith(".py")]
+        return sorted(sources)
     where = raw_folder(name, path)
     if where.is_file():
         return [where.resolve()]

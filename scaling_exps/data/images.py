@@ -14,7 +14,7 @@ from torch import Tensor
 from scaling_exps.config import ImageDataset
 from scaling_exps.data.store import bar, keep
 from scaling_exps.data.stream import Stream, random_bits, uniform
-from scaling_exps.sources import DataError, cache, content, need, raw_folder
+from scaling_exps.sources import DataError, cache, content, need, no_path_if_embedded, raw_folder
 
 
 @dataclass(frozen=True)
@@ -126,8 +126,7 @@ def load(dataset: ImageDataset, path: str | None) -> Images:
 
 def _digits(path: str | None) -> Images:
     """8x8 counts in 0..16 and labels of 1,797 digits, as scikit-learn's load_digits has them; see DIGITS."""
-    if path is not None:
-        raise DataError(f"dataset.path={path!r}: digits is embedded and takes no path; drop it")
+    no_path_if_embedded("digits", path)
     with np.load(DIGITS) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     pixels = (counts.double() * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
