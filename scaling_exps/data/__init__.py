@@ -6,45 +6,60 @@ from typing import Any
 
 import torch
 
+from scaling_exps import sources
+from scaling_exps.config import Dataset, FileDataset, ImageDataset, TokenDataset
 from scaling_exps.data import corpora, files, images
 from scaling_exps.data.files import FileStream
 from scaling_exps.data.images import Images, ImageStream
-from scaling_exps.data.stream import DataError, Stream, key, random_bits
+from scaling_exps.data.stream import Stream, key, random_bits
 from scaling_exps.data.tokens import TokenStream
+from scaling_exps.sources import DataError
 
 __all__ = [
-    "DataError", "FileStream", "ImageStream", "Images", "Stream", "TokenStream", "key", "load", "random_bits", "stream",
+    "DataError", "FileStream", "ImageStream", "Images", "Stream", "TokenStream", "check_content", "key", "load",
+    "random_bits", "stream",
 ]  # fmt: skip
 
-
-def _corpus(dataset: dict[str, Any], path: str | None) -> corpora.Tokens:
-    found = corpora.load(dataset["name"], path, dataset["tokenizer"], dataset["vocab"])
-    corpora.check(dataset, found)
-    return found
-
-
-KINDS: dict[str, tuple[Any, Any]] = {  # dataset.kind -> what loads it, its stream
-    "images": (images.load, ImageStream),
-    "files": (files.load, FileStream),
-    "tokens": (_corpus, TokenStream),
+KINDS: dict[type[Dataset], tuple[Any, Any]] = {  # what loads it, its stream
+    ImageDataset: (images.load, ImageStream),
+    FileDataset: (files.load, FileStream),
+    TokenDataset: (corpora.load, TokenStream),
 }
 
 
-def load(dataset: dict[str, Any], path: str | None) -> Any:
+def load(dataset: Dataset, path: str | None) -> Any:
     """The data of the `dataset` group of the config, converted if need be and checked against it.
 
     Args:
-        dataset: the group as a dict; `kind` says what it is.
+        dataset: the group.
         path: of the raw data, or None for the embedded or the data home's.
 
     Raises:
         DataError: nothing there, unreadable, or of other sizes than the config says.
     """
-    return KINDS[dataset["kind"]][0](dataset, path)
+    return KINDS[type(dataset)][0](dataset, path)
 
 
-def stream(
-    dataset: dict[str, Any], path: str | None, seed: int, device: torch.device, purpose: str = "train"
-) -> Stream:
+def stream(dataset: Dataset, path: str | None, seed: int, device: torch.device, purpose: str = "train") -> Stream:
     """The training stream of one seed, and its test set; arguments as in `load` and `Stream`."""
-    return KINDS[dataset["kind"]][1](load(dataset, path), dataset, seed, device, purpose)
+    return KINDS[type(dataset)][1](load(dataset, path), dataset, seed, device, purpose)
+
+
+def check_content(dataset: Dataset, content: str, path: str | None) -> None:
+    """Refuse data that is not what a run was planned with.
+
+    Args:
+        dataset: of the run.
+        content: its fingerprint when the run was planned, see `sources.fingerprint`.
+        path: of the raw data on this machine, or None.
+
+    Raises:
+        DataError: the data holds something else, or cannot be read.
+    """
+    words = (dataset.tokenizer, dataset.tokenizer_revision) if isinstance(dataset, TokenDataset) else (None, None)
+    present = sources.fingerprint(dataset.name, path, *words)
+    if present != content:
+        raise DataError(
+            f"the data of {dataset.name} is not what the run was planned with ({present!r} here, {content!r} in "
+            "run.json): bring that data back (for stdlib: the same Python), or plan the run anew"
+        )

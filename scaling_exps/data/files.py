@@ -15,25 +15,24 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
+from scaling_exps.config import FileDataset
 from scaling_exps.data.images import Normalise
-from scaling_exps.data.places import cache, how, raw_folder
-from scaling_exps.data.stream import DataError, Stream, random_bits, uniform
+from scaling_exps.data.stream import Stream, random_bits, uniform
+from scaling_exps.sources import LAYOUT, PICTURES, DataError, cache, how, need, raw_folder
 
-SUFFIXES = (".jpeg", ".jpg", ".png")
+if TYPE_CHECKING:
+    from PIL import Image
+
 TEST = ("val", "validation", "test")  # what the test part may be called; the first that is there
 ASPECT = (3 / 4, 4 / 3)  # of a random crop, width over height
 TRIES = 10  # of a random crop, before the central one
-LAYOUT = (
-    "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg, or parquet files train*.parquet and "
-    "validation*.parquet with the columns image and label"
-)
+BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
 Box = tuple[int, int, int, int]  # left, top, right, bottom
 
 
@@ -64,18 +63,18 @@ class FileStream(Stream):
 
     Args:
         files: of the data set.
-        dataset: the `dataset` group of the config, as a dict.
+        dataset: the `dataset` group of the config.
         seed, device, purpose: see Stream.
     """
 
     def __init__(
-        self, files: Files, dataset: dict[str, Any], seed: int, device: torch.device, purpose: str = "train"
+        self, files: Files, dataset: FileDataset, seed: int, device: torch.device, purpose: str = "train"
     ) -> None:
         super().__init__(len(files.train.labels), len(files.test.labels), seed, device, purpose)
         self.files, self.fingerprint = files, files.fingerprint
-        self.height, self.width, _ = dataset["shape"]
-        self.area, self.flip, self.resize = dataset["area"], dataset["flip"], dataset["resize"]
-        self._normalise = Normalise(dataset["mean"], dataset["std"], device)
+        self.height, self.width, _ = dataset.shape
+        self.area, self.flip, self.resize = dataset.area, dataset.flip, dataset.resize
+        self._normalise = Normalise(dataset.mean, dataset.std, device)
         self._ahead: tuple[tuple[int, int], _Decoding] | None = None
 
     def sibling(self, seed: int, purpose: str) -> Self:
@@ -107,14 +106,14 @@ class FileStream(Stream):
 
     def _train_image(self, row: int, crop: Callable[[int, int], Box], flipped: bool) -> np.ndarray:
         image = _decode(self.files.train, row)
-        image = image.crop(crop(*image.size)).resize((self.width, self.height), Image.Resampling.BILINEAR)
+        image = image.crop(crop(*image.size)).resize((self.width, self.height), BILINEAR)
         pixels = np.asarray(image)
         return pixels[:, ::-1] if flipped else pixels
 
     def _test_image(self, row: int) -> np.ndarray:
         image = _decode(self.files.test, row)
         w, h = (self.resize * side // min(image.size) for side in image.size)
-        image = image.resize((w, h), Image.Resampling.BILINEAR)
+        image = image.resize((w, h), BILINEAR)
         left, top = round((w - self.width) / 2), round((h - self.height) / 2)  # as torchvision's CenterCrop
         return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
 
@@ -183,9 +182,16 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, cpus // int(os.environ.get("LOCAL_WORLD_SIZE", 1))), "decode")
 
 
+def _open(file: str | io.BytesIO) -> Image.Image:
+    image: Image.Image = need("PIL.Image", "a data set of image files").open(file)
+    return image
+
+
 def _decode(part: Part, row: int) -> Image.Image:
     try:
         return part.open(row).convert("RGB")
+    except DataError:
+        raise
     except Exception as e:  # PIL has several kinds for a damaged file
         raise DataError(
             f"cannot decode image {part.name(row)}: {type(e).__name__}: {e}. Fetch it again, or take it out of the "
@@ -218,30 +224,29 @@ def random_crop(width: int, height: int, area: list[float], aspect: list[float],
 # ---- what is on the disk ----
 
 
-def load(dataset: dict[str, Any], path: str | None) -> Files:
+def load(dataset: FileDataset, path: str | None) -> Files:
     """The files of the `dataset` group of the config; nothing is decoded.
 
     Args:
-        dataset: the group as a dict (`name`, `train_size`, `test_size`, `classes` are used). A size below what there is
-            takes the first so many of a fixed shuffle, since files lie sorted by class.
+        dataset: the group. A size below what there is takes the first so many of a fixed shuffle, since files lie
+            sorted by class.
         path: folder of the raw data, or None for the data home's.
 
     Raises:
         DataError: nothing there, unreadable, fewer images or more classes than the config says.
     """
-    name = dataset["name"]
-    if name == "imagefolder" and path is None:
-        raise DataError(f"dataset=imagefolder needs dataset.path=FOLDER and dataset.classes=N; {LAYOUT}")
-    files = listing(str(raw_folder(name, path).resolve()), name)
+    files = listing(str(raw_folder(dataset.name, path).resolve()), dataset.name)
     parts = {}
-    for which, part in (("train", files.train), ("test", files.test)):
-        have, want = len(part.labels), dataset[f"{which}_size"]
+    for which, part, want in (
+        ("train", files.train, dataset.train_size), ("test", files.test, dataset.test_size),
+    ):  # fmt: skip
+        have = len(part.labels)
         if want is not None and want > have:
             raise DataError(f"dataset.{which}_size={want}: there are only {have} {which} images")
         low, high = int(part.labels.min()), int(part.labels.max())
-        if low < 0 or high >= dataset["classes"]:
+        if low < 0 or high >= dataset.classes:
             raise DataError(
-                f"dataset.classes={dataset['classes']}: the {which} images have labels from {low} to {high}; give "
+                f"dataset.classes={dataset.classes}: the {which} images have labels from {low} to {high}; give "
                 f"dataset.classes={high + 1}, or another folder"
             )
         order = torch.argsort(random_bits(0, f"files/{which}", torch.arange(have)), stable=True)
@@ -278,19 +283,19 @@ def _folder(folder: Path, classes: list[str], digest: Any) -> Part:
     for label, name in enumerate(classes):
         for base, subfolders, inside in os.walk(folder / name, followlinks=True):
             subfolders.sort()
-            found = [os.path.join(base, f) for f in sorted(inside) if f.lower().endswith(SUFFIXES)]
-            names += found
-            labels += [label] * len(found)
+            images = [os.path.join(base, f) for f in sorted(inside) if f.lower().endswith(PICTURES)]
+            names += images
+            labels += [label] * len(images)
     if not names:
         raise DataError(f"no image in {str(folder)!r}: {LAYOUT}")
     digest.update("\n".join(os.path.relpath(n, folder) for n in names).encode())
-    return Part(torch.tensor(labels), lambda i: Image.open(names[i]), lambda i: names[i])
+    return Part(torch.tensor(labels), lambda i: _open(names[i]), lambda i: names[i])
 
 
 def _parquet(folder: Path, name: str) -> Files:
     import datasets
 
-    test = next((found for t in TEST if (found := sorted(folder.glob(f"{t}*.parquet")))), [])
+    test = next((shards for t in TEST if (shards := sorted(folder.glob(f"{t}*.parquet")))), [])
     if not test:
         raise DataError(f"no validation*.parquet in {str(folder)!r}: {LAYOUT}; or {how(name)}")
     shards = {"train": sorted(folder.glob("train*.parquet")), "test": test}
@@ -305,10 +310,10 @@ def _parquet(folder: Path, name: str) -> Files:
             labels = torch.from_numpy(rows.data.column("label").to_numpy().astype(np.int64))
             parts[which] = _rows(rows, labels, f"of {shards[which][0].parent}/{which}*.parquet")
     except Exception as e:  # datasets raises its own kinds for a corrupt file, a missing column
-        told = str(e.__cause__ or e) or repr(e)
+        reason = str(e.__cause__ or e) or repr(e)
         raise DataError(
             f"cannot read columns image and label of the parquet files in {str(folder)!r}: {type(e).__name__}: "
-            f"{told.splitlines()[0]}. Fetch them again, or give another dataset.path=FOLDER"
+            f"{reason.splitlines()[0]}. Fetch them again, or give another dataset.path=FOLDER"
         ) from e
     return Files(parts["train"], parts["test"], digest.hexdigest()[:16])
 
@@ -317,4 +322,4 @@ def _rows(rows: Any, labels: Tensor, where: str) -> Part:
     def name(i: int) -> str:
         return f"{rows[i]['image']['path'] or ''} (row {i}) {where}".strip()
 
-    return Part(labels, lambda i: Image.open(io.BytesIO(rows[i]["image"]["bytes"])), name)
+    return Part(labels, lambda i: _open(io.BytesIO(rows[i]["image"]["bytes"])), name)

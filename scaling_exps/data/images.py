@@ -2,20 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
-import os
-import socket
-from collections.abc import Callable
-from dataclasses import dataclass
+import shutil
+from dataclasses import dataclass, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
-from scaling_exps.data.places import cache, raw_folder
-from scaling_exps.data.stream import DataError, Stream, random_bits, uniform
+from scaling_exps.config import ImageDataset
+from scaling_exps.data.store import bar, keep
+from scaling_exps.data.stream import Stream, random_bits, uniform
+from scaling_exps.sources import DataError, cache, content, need, no_path_if_embedded, raw_folder
 
 
 @dataclass(frozen=True)
@@ -44,22 +43,22 @@ class ImageStream(Stream):
 
     Args:
         images: decoded images.
-        dataset: the `dataset` group of the config, as a dict.
+        dataset: the `dataset` group of the config.
         seed, device, purpose: see Stream.
     """
 
     def __init__(
-        self, images: Images, dataset: dict[str, Any], seed: int, device: torch.device, purpose: str = "train"
+        self, images: Images, dataset: ImageDataset, seed: int, device: torch.device, purpose: str = "train"
     ) -> None:
         super().__init__(len(images.train), len(images.test), seed, device, purpose)
-        self.shift, self.flip, self.noise = dataset["shift"], dataset["flip"], dataset["label_noise"]
-        self.classes = dataset["classes"]
-        self.height, self.width, self.channels = dataset["shape"]
+        self.shift, self.flip, self.noise = dataset.shift, dataset.flip, dataset.label_noise
+        self.classes = dataset.classes
+        self.height, self.width, self.channels = dataset.shape
         s = self.shift
         self.train = torch.nn.functional.pad(images.train, (0, 0, s, s, s, s)).to(device).view(-1, self.channels)
         self.labels, self.test_labels = images.train_labels.to(device), images.test_labels.to(device)
         self.test = images.test.to(device)
-        self._normalise = Normalise(dataset["mean"], dataset["std"], device)
+        self._normalise = Normalise(dataset.mean, dataset.std, device)
         padded = self.width + 2 * s
         self.rows = torch.arange(self.height, device=device).view(1, -1, 1) * padded
         self.columns = torch.arange(self.width, device=device).view(1, 1, -1)
@@ -98,102 +97,105 @@ class ImageStream(Stream):
         return self._normalise(self.test[start:stop]), self.test_labels[start:stop]
 
 
-def load(dataset: dict[str, Any], path: str | None) -> Images:
-    """The decoded images of the `dataset` group of the config; decoded once, then read from a cache.
+def load(dataset: ImageDataset, path: str | None) -> Images:
+    """The decoded images of the `dataset` group of the config; decoded once, then read from the cache.
 
     Args:
-        dataset: the group as a dict (`name`, `train_size`, `test_size`, `shape`, `classes` are used).
+        dataset: the group.
         path: folder of the raw data, or None for the embedded one or the data home's.
 
     Raises:
         DataError: nothing there, unreadable, or of other sizes than the config says.
     """
-    if dataset["name"] not in LOADERS:
-        raise DataError(f"unknown dataset {dataset['name']!r}; allowed: {', '.join(LOADERS)}")
-    images = _load(dataset["name"], path)
-    shape = tuple(dataset["shape"])
-    if tuple(images.train.shape[1:]) != shape:
-        raise DataError(f"dataset.shape={list(shape)}, but the images are {list(images.train.shape[1:])}")
-    for part, have in (("train", len(images.train)), ("test", len(images.test))):
-        if dataset[f"{part}_size"] > have:
-            raise DataError(f"dataset.{part}_size={dataset[f'{part}_size']}: there are only {have} images")
-    if int(images.train_labels.max()) >= dataset["classes"]:
-        raise DataError(f"dataset.classes={dataset['classes']}: a label is {int(images.train_labels.max())}")
-    n, m = dataset["train_size"], dataset["test_size"]
+    if dataset.name not in LOADERS:
+        raise DataError(f"unknown dataset {dataset.name!r}; allowed: {', '.join(LOADERS)}")
+    images = LOADERS[dataset.name](path)
+    if list(images.train.shape[1:]) != list(dataset.shape):
+        raise DataError(f"dataset.shape={list(dataset.shape)}, but the images are {list(images.train.shape[1:])}")
+    n, m = dataset.train_size, dataset.test_size
+    for part, want, have in (("train", n, len(images.train)), ("test", m, len(images.test))):
+        if want is not None and want > have:
+            raise DataError(f"dataset.{part}_size={want}: there are only {have} images")
+    if int(images.train_labels.max()) >= dataset.classes:
+        raise DataError(f"dataset.classes={dataset.classes}: a label is {int(images.train_labels.max())}")
     return Images(images.train[:n], images.train_labels[:n], images.test[:m], images.test_labels[:m])
 
 
-@lru_cache(2)  # a sweep in one process decodes once
-def _load(name: str, path: str | None) -> Images:
-    return LOADERS[name](path)
+# ---- digits ----
 
 
 def _digits(path: str | None) -> Images:
-    if path is not None:
-        raise DataError(f"dataset.path={path!r}: digits is embedded and takes no path; drop it")
-    from sklearn.datasets import load_digits
-
-    bunch = load_digits()
-    pixels = torch.from_numpy(bunch.images * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
-    labels = torch.from_numpy(bunch.target).long()
+    """8x8 counts in 0..16 and labels of 1,797 digits, as scikit-learn's load_digits has them; see DIGITS."""
+    no_path_if_embedded("digits", path)
+    with np.load(DIGITS) as file:
+        counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
+    pixels = (counts.double() * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
     order = torch.argsort(random_bits(0, "digits/split", torch.arange(len(labels))), stable=True)
     pixels, labels = pixels[order], labels[order]
     return Images(pixels[:1437], labels[:1437], pixels[1437:], labels[1437:])
 
 
+# The test part of E. Alpaydin and C. Kaynak, "Optical Recognition of Handwritten Digits", UCI Machine Learning
+# Repository, 1998, doi 10.24432/C50P49, licence CC BY 4.0: arrays `images` (1797, 8, 8) and `labels` (1797,), uint8.
+DIGITS = Path(__file__).with_name("digits.npz")
+
+
+# ---- CIFAR-10 ----
+
+
 def _cifar10(path: str | None) -> Images:
     folder = raw_folder("cifar10", path)
-    files: dict[str, list[str]] = {}
+    files: dict[str, list[Path]] = {}
     for part in ("train", "test"):
-        files[part] = sorted(str(p.resolve()) for p in folder.glob(f"{part}*.parquet"))
+        files[part] = sorted(p.resolve() for p in folder.glob(f"{part}*.parquet"))
         if not files[part]:
             raise DataError(
                 f"no {part}*.parquet in {str(folder)!r}: dataset.path must be a folder of CIFAR-10 parquet files as "
                 "the hub's uoft-cs/cifar10 has them"
             )
-    stats = [(f, os.stat(f).st_size, os.stat(f).st_mtime_ns) for part in files.values() for f in part]
-    fingerprint = hashlib.sha256(repr(stats).encode()).hexdigest()[:12]
-    return _cached(cache() / f"cifar10-{fingerprint}.safetensors", lambda: _decode_cifar10(files))
-
-
-def _decode_cifar10(files: dict[str, list[str]]) -> dict[str, Tensor]:
-    import datasets
-    import numpy as np
-    from tqdm import tqdm
-
+    decoded = cache() / f"cifar10-{content([*files['train'], *files['test']])}"
+    if not decoded.exists():
+        keep(decoded, lambda aside: _decode_cifar10(files, aside))
     try:
-        parts = datasets.load_dataset("parquet", data_files=files)
-        out = {}
+        return _mapped(decoded)
+    except (OSError, ValueError):  # damaged since
+        shutil.rmtree(decoded)
+        keep(decoded, lambda aside: _decode_cifar10(files, aside))
+        return _mapped(decoded)
+
+
+@lru_cache(2)  # a sweep in one process maps it once
+def _mapped(folder: Path) -> Images:
+    """Images of the cache, mapped copy-on-write: a page is read when it is used."""
+    arrays = {f.name: np.load(folder / f"{f.name}.npy", mmap_mode="c") for f in fields(Images)}
+    return Images(**{name: torch.from_numpy(a) for name, a in arrays.items()})
+
+
+def _decode_cifar10(files: dict[str, list[Path]], into: Path) -> None:
+    import datasets
+
+    need("PIL.Image", "dataset=cifar10")
+    arrays: dict[str, np.ndarray] = {}
+    try:
+        parts = datasets.load_dataset(
+            "parquet", data_files={k: [str(f) for f in v] for k, v in files.items()}, cache_dir=str(cache() / "arrow")
+        )
         for part in ("train", "test"):
             rows = parts[part]
             column = next(c for c in ("img", "image") if c in rows.column_names)
-            rows = rows.cast_column(column, datasets.Image())
-            decoded = [np.asarray(r[column].convert("RGB")) for r in tqdm(rows, desc=f"decoding {part}", disable=None)]
-            out[part] = torch.from_numpy(np.stack(decoded))
-            out[f"{part}_labels"] = torch.tensor(rows["label"][:], dtype=torch.int64)
-        return out
+            decoded = []
+            with bar(f"decoding {part}", len(rows)) as advance:
+                for row in rows.cast_column(column, datasets.Image()):
+                    decoded.append(np.asarray(row[column].convert("RGB")))
+                    advance(1)
+            arrays |= {part: np.stack(decoded), f"{part}_labels": np.array(rows["label"][:], dtype=np.int64)}
     except Exception as e:  # datasets raises its own kinds for a corrupt file, a missing column
         raise DataError(
-            f"cannot read CIFAR-10 from the files {[f for p in files.values() for f in p]}: {type(e).__name__}: "
+            f"cannot read CIFAR-10 from the files {[str(f) for p in files.values() for f in p]}: {type(e).__name__}: "
             f"{str(e).splitlines()[0] if str(e) else e!r}. Fetch them again, or give another dataset.path=FOLDER"
         ) from e
+    for name, array in arrays.items():
+        np.save(into / f"{name}.npy", array)
 
 
-def _cached(file: Path, make: Callable[[], dict[str, Tensor]]) -> Images:
-    """Tensors from `file`, or made and put there (written aside and renamed, so a reader sees all or nothing)."""
-    from safetensors import SafetensorError
-    from safetensors.torch import load_file, save_file
-
-    try:
-        return Images(**load_file(file))
-    except (FileNotFoundError, SafetensorError, TypeError):
-        pass
-    made = make()
-    file.parent.mkdir(parents=True, exist_ok=True)
-    aside = file.with_name(f".{file.name}.{socket.gethostname()}.{os.getpid()}")
-    save_file(made, aside)
-    os.replace(aside, file)
-    return Images(**made)
-
-
-LOADERS: dict[str, Callable[[str | None], Images]] = {"digits": _digits, "cifar10": _cifar10}
+LOADERS = {"digits": _digits, "cifar10": _cifar10}

@@ -15,10 +15,6 @@ import torch
 from torch import Tensor
 
 
-class DataError(ValueError):
-    """The data set is missing, unreadable or not what the config says."""
-
-
 def key(seed: int, purpose: str) -> int:
     """64 signed bits out of (seed, purpose)."""
     return int.from_bytes(hashlib.sha256(f"{seed}/{purpose}".encode()).digest()[:8], "little", signed=True)

@@ -7,13 +7,12 @@ micro-batch is a mean over its sequences, and a step's gradient does not depend 
 
 from __future__ import annotations
 
-from typing import Any
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from scaling_exps.data import corpora
+from scaling_exps.config import TokenDataset
+from scaling_exps.data.corpora import Tokens
 from scaling_exps.data.stream import Stream, random_bits, uniform
 
 IGNORE = -100  # target of a position that is not predicted: torch's cross_entropy leaves it out
@@ -24,19 +23,19 @@ class TokenStream(Stream):
 
     Args:
         tokens: of the corpus.
-        dataset: the `dataset` group of the config, as a dict.
+        dataset: the `dataset` group of the config.
         seed, device, purpose: see Stream.
     """
 
     def __init__(
-        self, tokens: corpora.Tokens, dataset: dict[str, Any], seed: int, device: torch.device, purpose: str = "train"
+        self, tokens: Tokens, dataset: TokenDataset, seed: int, device: torch.device, purpose: str = "train"
     ) -> None:
-        t = self.context = dataset["context"]
+        t = self.context = dataset.context
         whole = (len(tokens.train) - t - 1) // t  # so that every offset below T leaves room
-        size, test_size = dataset["train_size"] or whole, dataset["test_size"] or (len(tokens.test) - 1) // t
+        size, test_size = dataset.train_size or whole, dataset.test_size or (len(tokens.test) - 1) // t
         super().__init__(size, test_size, seed, device, purpose)
         self.tokens, self.vocab, self.fingerprint = tokens, tokens.vocab, tokens.fingerprint
-        self.hidden = round(dataset["mask"] * t)  # positions of each sequence
+        self.hidden = round(dataset.mask * t)  # positions of each sequence
         self.bytes_per_token = tokens.bytes_per_token
 
     def _make_epoch(self, epoch: int) -> tuple[Tensor, ...]:
