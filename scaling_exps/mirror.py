@@ -73,7 +73,9 @@ class Mirror:
         base_id = self.spec.arms[0].base_run_id
         base = RunDir(self.run_dir.path.parent / base_id).result() or {} if base_id != self.spec.run_id else {}
         theirs = base.get("metrics") if base.get("status") == "finished" else None
-        gaps = {f"gap/{k}": v - theirs[k] for k, v in metrics.items() if k in theirs} if isinstance(theirs, dict) else {}
+        gaps = (
+            {f"gap/{k}": v - theirs[k] for k, v in metrics.items() if k in theirs} if isinstance(theirs, dict) else {}
+        )
         try:
             self.run.summary.update({f"final/{k}": v for k, v in metrics.items()} | gaps)
         except Exception as e:
@@ -89,7 +91,9 @@ class Mirror:
     def _lose(self, error: Exception) -> None:
         self.run = None
         why = f"{type(error).__name__}: {error}"
-        print(f"wandb is off for the rest of this run ({why}); `scalerun sync` uploads its records later", file=sys.stderr)
+        print(
+            f"wandb is off for the rest of this run ({why}); `scalerun sync` uploads its records later", file=sys.stderr
+        )
 
 
 @contextlib.contextmanager

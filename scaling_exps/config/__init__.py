@@ -2,8 +2,30 @@
 
 from scaling_exps.config.compose import CONF, compose, dataset, recipes_for
 from scaling_exps.config.schema import (
-    GPT, VGG16, Checkpoint, Config, ConfigError, Custom, Dataset, FileDataset, Group, ImageDataset, Launch, LocalLaunch,
-    Margin, Measure, Model, Recipe, ResNet, ResNet50, Roberta, SlurmLaunch, Timm, TokenDataset, Wandb, keys,
+    GPT,
+    VGG16,
+    Checkpoint,
+    Config,
+    ConfigError,
+    Custom,
+    Dataset,
+    FileDataset,
+    Group,
+    ImageDataset,
+    Launch,
+    LocalLaunch,
+    Margin,
+    Measure,
+    Model,
+    Recipe,
+    ResNet,
+    ResNet50,
+    Roberta,
+    SlurmLaunch,
+    Timm,
+    TokenDataset,
+    Wandb,
+    keys,
 )  # fmt: skip
 
 __all__ = [

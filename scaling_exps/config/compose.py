@@ -86,7 +86,8 @@ def dataset(name: str) -> Dataset:
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         raw: Any = OmegaConf.to_container(hydra.compose(f"dataset/{name}"), resolve=True)
     kinds = {str(k.__struct_config__.tag): k for k in get_args(Dataset)}
-    return schema.build(kinds[raw["dataset"]["kind"]], raw["dataset"])
+    group: Dataset = schema.build(kinds[raw["dataset"]["kind"]], raw["dataset"])
+    return group
 
 
 def recipes_for(optimizer: str) -> list[str]:
@@ -128,7 +129,7 @@ def _did_you_mean(close: list[str]) -> str:
 
 @lru_cache(1)
 def _keys() -> list[str]:
-    return [key.name for key in schema.keys()]
+    return [key.name for key in schema.keys()]  # noqa: SIM118 (no dictionary)
 
 
 def _nearest_key(word: str) -> str:

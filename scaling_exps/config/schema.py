@@ -9,7 +9,6 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
@@ -42,7 +41,9 @@ Positive = Annotated[int, _is("", ge=1)]
 
 
 class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
-    name: Annotated[str, _is("what is read: digits, cifar10, imagenet, imagefolder, stdlib, text, wikitext103, wikibooks")]
+    name: Annotated[
+        str, _is("what is read: digits, cifar10, imagenet, imagefolder, stdlib, text, wikitext103, wikibooks")
+    ]
     path: Annotated[str | None, _is("folder or file of your own copy; null: embedded, or in SCALERUN_DATA")]
     revision: Annotated[str | None, _is("commit of the data set on the hub; null where it is not from there")]
     train_size: Annotated[Positive | None, _is("the first so many training examples; null: all", "examples")]
@@ -60,7 +61,9 @@ class _Images(_Dataset, frozen=True, kw_only=True):
         channels = self.shape[2]
         wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
         if not len(self.mean) == len(self.std) == channels:
-            wrong.append(f"dataset.mean={self.mean} and dataset.std={self.std} must have {channels} values each (channels)")
+            wrong.append(
+                f"dataset.mean={self.mean} and dataset.std={self.std} must have {channels} values each (channels)"
+            )
         return wrong
 
 
@@ -72,13 +75,17 @@ class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
 
     def faults(self) -> list[str]:
         sizes = {"train_size": self.train_size, "test_size": self.test_size}
-        return super().faults() + [f"dataset.{k}=null: {self.name} needs a number" for k, v in sizes.items() if v is None]
+        return super().faults() + [
+            f"dataset.{k}=null: {self.name} needs a number" for k, v in sizes.items() if v is None
+        ]
 
 
 class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
     """Images that are decoded as they are needed."""
 
-    area: Annotated[list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)]
+    area: Annotated[
+        list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)
+    ]
     resize: Annotated[Positive, _is("shorter side of a test image before its central crop", "pixels")]
 
     def faults(self) -> list[str]:
@@ -135,7 +142,9 @@ class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
     def faults(self) -> list[str]:
         wrong = [f"model.depth={self.depth} must be 6n + 2: 8, 14, 20, ..."] if (self.depth - 2) % 6 else []
         if self.norm == "group" and self.width % 4:
-            wrong.append(f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4 channels)")
+            wrong.append(
+                f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4 channels)"
+            )
         return wrong
 
 
@@ -162,7 +171,9 @@ class Timm(_Model, frozen=True, kw_only=True, tag="timm"):
 class Custom(_Model, frozen=True, kw_only=True, tag="custom"):
     """Your own network: a function that returns a torch.nn.Module."""
 
-    factory: Annotated[str | None, _is("package.module:function; called with shape=(H, W, C), classes=K or vocab=V, context=T")]
+    factory: Annotated[
+        str | None, _is("package.module:function; called with shape=(H, W, C), classes=K or vocab=V, context=T")
+    ]
     options: Annotated[dict[str, Any], _is("further keywords of the function")]
     norm: Annotated[Norm, _is(ANY_NORM)]
 
@@ -234,7 +245,9 @@ class Recipe(Group, frozen=True, kw_only=True):
     def faults(self) -> list[str]:
         wrong = []
         if (self.epochs is None) == (self.samples is None):
-            wrong.append(f"recipe.epochs={self.epochs}, recipe.samples={self.samples}: give exactly one, the other null")
+            wrong.append(
+                f"recipe.epochs={self.epochs}, recipe.samples={self.samples}: give exactly one, the other null"
+            )
         if self.warmup == "geometric" and self.warmup_from == 0:
             wrong.append("recipe.warmup_from=0.0 must be > 0 for recipe.warmup=geometric")
         if self.decay == "inverse_sqrt" and self.warmup_fraction == 0:  # its peak would be that of the first step
@@ -244,7 +257,9 @@ class Recipe(Group, frozen=True, kw_only=True):
 
 # ---- where and how it runs ----
 
-Devices = Annotated[Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: as many as the machine and the batch allow")]
+Devices = Annotated[
+    Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: as many as the machine and the batch allow")
+]
 
 
 class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local"):
@@ -367,14 +382,23 @@ class Config(Group, frozen=True, kw_only=True):
     wandb: Wandb
     batch: Annotated[
         Batch | list[Batch] | None,
-        _is("examples per optimizer step over all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
+        _is(
+            "examples per optimizer step over all devices and accumulation; null: the recipe's; a list is a sweep",
+            "examples",
+        ),
     ]
     seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
-    goal: Annotated[Literal["match", "best"], _is("which default rule: the base run (match), or the best at this batch (best)")]
-    rule: Annotated[str | list[str] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")]
+    goal: Annotated[
+        Literal["match", "best"], _is("which default rule: the base run (match), or the best at this batch (best)")
+    ]
+    rule: Annotated[
+        str | list[str] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")
+    ]
     tested: Annotated[list[str] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
-    noise_scale: Annotated[Annotated[float, _is("", gt=0)] | None, _is("measured B_noise, for the rules that need it", "examples")]
+    noise_scale: Annotated[
+        Annotated[float, _is("", gt=0)] | None, _is("measured B_noise, for the rules that need it", "examples")
+    ]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0)]
     svag: Annotated[Positive | list[Positive], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
     precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
@@ -531,5 +555,3 @@ def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
             texts = dict.fromkeys(key.allowed for _, key in several)
             rows[name] = Key(name, " | ".join(texts), several[0][1].unit, several[0][1].meaning, variants)
     return list(rows.values())
-
-

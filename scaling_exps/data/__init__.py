@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from scaling_exps import sources
+from scaling_exps import plan
 from scaling_exps.config import Dataset, FileDataset, ImageDataset, TokenDataset
 from scaling_exps.data import corpora, files, images
 from scaling_exps.data.files import FileStream
@@ -56,8 +56,7 @@ def check_content(dataset: Dataset, content: str, path: str | None) -> None:
     Raises:
         DataError: the data holds something else, or cannot be read.
     """
-    words = (dataset.tokenizer, dataset.tokenizer_revision) if isinstance(dataset, TokenDataset) else (None, None)
-    present = sources.fingerprint(dataset.name, path, *words)
+    present = plan.content(dataset, path)
     if present != content:
         raise DataError(
             f"the data of {dataset.name} is not what the run was planned with ({present!r} here, {content!r} in "

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from scaling_exps.config import Config, SlurmLaunch
 from scaling_exps.launch.folders import LaunchError
-from scaling_exps.launch.status import print_status, status
+from scaling_exps.launch.overview import print_status, status
 from scaling_exps.plan import RunSpec
 
 __all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]

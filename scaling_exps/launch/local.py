@@ -44,7 +44,9 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
         for run_dir in worlds:  # what a run in this process says itself
             metrics = (run_dir.result() or {}).get("metrics", {})
             if metrics:
-                print(f"finished: {run_dir}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items()))
+                print(
+                    f"finished: {run_dir}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items())
+                )
     else:
         with _timer(deadline, train.request_stop):
             for i, run_dir in enumerate(worlds, 1):

@@ -251,7 +251,7 @@ def _ranges(jobs: list[str]) -> list[str]:
 
 def _follow(wanted: set[str], root: Path) -> bool:
     """Show the table until no run of the list is queued or running; returns whether all are finished."""
-    from scaling_exps.launch import status as overview
+    from scaling_exps.launch import overview
 
     before = ""
     answered = time.monotonic()

@@ -20,7 +20,7 @@ N training images |∇f|² is that of the distribution they stand for: smaller t
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -188,7 +188,7 @@ def _length(x: Tensor) -> float:
 
 def unit_gradients(
     loss: Callable[[Tensor, Tensor], Tensor],
-    params: list[Tensor],
+    params: Sequence[Tensor],
     batch: Callable[[int], tuple[Tensor, Tensor]],
     units: range,
     losses: list[Tensor],

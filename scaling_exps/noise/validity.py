@@ -122,7 +122,9 @@ def _count(b: float) -> str:
     return f"{b:,.0f}" if math.isfinite(b) else "beyond measure"
 
 
-def of_base(spec: RunSpec, siblings: list[RunSpec], runs_dir: Path, given: str | None) -> tuple[list[dict[str, Any]], str]:
+def of_base(
+    spec: RunSpec, siblings: list[RunSpec], runs_dir: Path, given: str | None
+) -> tuple[list[dict[str, Any]], str]:
     """The noise records of the base run of `spec`, and where they are from (or why there are none).
 
     Args:

@@ -14,7 +14,7 @@ import msgspec
 
 from scaling_exps import config as schema
 from scaling_exps import rules, sources
-from scaling_exps.config import Config, FileDataset, ImageDataset, LocalLaunch, SlurmLaunch
+from scaling_exps.config import Config, Dataset, LocalLaunch, SlurmLaunch, TokenDataset
 from scaling_exps.plan import checks
 from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
@@ -175,14 +175,10 @@ def _science(config: Config, hyper: Hyper, batch: int, svag: int, duration: floa
     hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
     epochs = round((recipe.epochs or 0) * (dataset.train_size or 0))
     total = round((recipe.samples if recipe.samples is not None else epochs) * duration)
-    images = isinstance(dataset, ImageDataset | FileDataset)
     return Science(
         model=config.model,
         dataset=msgspec.structs.replace(dataset, path=None),
-        content=sources.fingerprint(
-            dataset.name, dataset.path,
-            *((None, None) if images else (dataset.tokenizer, dataset.tokenizer_revision)),
-        ),
+        content=content(dataset, dataset.path),
         optimizer=config.optimizer,
         hyper=hyper,
         schedule=Schedule(
@@ -199,6 +195,12 @@ def _science(config: Config, hyper: Hyper, batch: int, svag: int, duration: floa
         statistics_samples=recipe.statistics_samples,
         seed=seed,
     )  # fmt: skip
+
+
+def content(dataset: Dataset, path: str | None) -> str:
+    """Fingerprint of the data at `path`, see `sources.fingerprint`."""
+    words = (dataset.tokenizer, dataset.tokenizer_revision) if isinstance(dataset, TokenDataset) else (None, None)
+    return sources.fingerprint(dataset.name, path, *words)
 
 
 def _world_size(launch: LocalLaunch | SlurmLaunch, micro_batches: int) -> int:
@@ -255,7 +257,9 @@ def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science
     if batch_norm:
         notes.append(f"normalisation batch: {science.micro_batch} examples (the micro-batch), whatever the batch")
     if config.duration != 1 and not rule.moves_duration:
-        notes.append(f"duration={config.duration:g} is not covered by rule {rule.name}; completed and adamw_timescale do")
+        notes.append(
+            f"duration={config.duration:g} is not covered by rule {rule.name}; completed and adamw_timescale do"
+        )
     if config.beta_map == "power" and scaled.betas != base.betas:
         notes.append("beta_map=power: β -> β^κ in place of 1 - κ·(1 - β)")
     smallest = min((b for b in base.betas if b > 0), default=1.0)

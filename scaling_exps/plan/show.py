@@ -62,7 +62,8 @@ def print_plan(specs: list[RunSpec]) -> None:
             formulas["samples"] += ", to whole steps"
         for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):
             formula = formulas[key] if arm.kappa != 1 or arm.duration != 1 else ""
-            print(f"  {key:<13} {_show(getattr(arm.base, key)):>20} -> {_show(getattr(scaled, key)):<26} {formula}".rstrip())
+            before, after = _show(getattr(arm.base, key)), _show(getattr(scaled, key))
+            print(f"  {key:<13} {before:>20} -> {after:<26} {formula}".rstrip())
         print(
             f"  batch {science.batch} = micro-batch {science.micro_batch} × accumulation "
             f"{placement.accumulation // science.draws} × world size {placement.world_size}"

@@ -10,6 +10,6 @@ from scaling_exps.train.trainer import Trainer, TrainError
 from scaling_exps.train.worker import AGAIN, FAILED, request_stop, run, run_all, stop_requested, work
 
 __all__ = [
-    "AGAIN", "FAILED", "TrainError", "Trainer", "fit", "preflight", "request_stop", "run", "run_all", "slurm_rank", "stop_requested",
-    "work",
+    "AGAIN", "FAILED", "TrainError", "Trainer", "fit", "preflight", "request_stop", "run", "run_all", "slurm_rank",
+    "stop_requested", "work",
 ]  # fmt: skip

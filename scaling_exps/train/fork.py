@@ -20,15 +20,25 @@ import itertools
 import json
 import math
 import sys
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass, replace
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from scaling_exps import records
-from scaling_exps.plan import RunSpec
-from scaling_exps.rules import Hyper
+import msgspec
+import torch
+from scipy import stats
+from torch import Tensor
+
+from scaling_exps import data, optim
+from scaling_exps.noise import estimators
+from scaling_exps.plan import Placement, RunSpec
+from scaling_exps.records import RunDir
+from scaling_exps.rules import OPTIMIZERS, Hyper
 from scaling_exps.rules.scale import scale
+from scaling_exps.train import checkpoint, ranks
+from scaling_exps.train.measure import evaluate
+from scaling_exps.train.trainer import Trainer, mean_loss
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken
@@ -81,7 +91,7 @@ class Fork:
 
 
 def fork(
-    run_dir: Path,
+    run_dir: RunDir,
     *,
     kappas: Sequence[float] = KAPPAS,
     repeats: int = 4,
@@ -102,9 +112,7 @@ def fork(
         ForkError: no checkpoint, a batch that is no whole number, a length that is no multiple of every batch.
         RuleError: the rule refuses one of the batches; nothing has been trained then.
     """
-    from scaling_exps import train
-
-    spec = records.read_spec(run_dir)
+    spec = run_dir.spec()
     base_batch = spec.science.batch
     if spec.science.svag != 1:
         raise ForkError(f"{run_dir} is a SVAG run (svag={spec.science.svag}); fork a plain one")
@@ -122,19 +130,22 @@ def fork(
         raise ForkError(
             f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
         )
-    state, device = None, train.ranks.device()
-    for name in ("checkpoint.pt", "checkpoint.prev.pt"):
-        state = state or train.trainer.load_checkpoint(run_dir / name, device)
+    state = checkpoint.newest(run_dir, ranks.device())
     if state is None:
         raise ForkError(f"{run_dir} has no checkpoint: train it first, or for longer than checkpoint.minutes")
-    branches = {k: _Branching(spec, run_dir, state, batches[k], samples, rule) for k in kappas}
+    branches = {k: _Branching(spec, state, batches[k], samples, rule) for k in kappas}
     noise = noise_scale(branches[1.0].trainer(None, 0))
     losses = {k: [b.loss(noise.scale, r) for r in range(repeats)] for k, b in branches.items()}
     reference = sum(losses[1.0]) / repeats
     table = []
     for k, b in branches.items():
-        mean, half = _interval([x - y for x, y in zip(losses[k], losses[1.0], strict=True)])
-        low, high = (mean - half) / reference, (mean + half) / reference
+        differences = [x - y for x, y in zip(losses[k], losses[1.0], strict=True)]
+        mean = sum(differences) / repeats
+        if any(differences):
+            interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
+            low, high = float(interval.low) / reference, float(interval.high) / reference
+        else:
+            low = high = 0.0
         verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "undecided"
         table.append(
             Branch(
@@ -146,7 +157,7 @@ def fork(
         run_id=spec.run_id,
         rule=rule or "the optimizer's own",
         step=state["step"],
-        samples_at_fork=spec.samples(state["step"]),
+        samples_at_fork=spec.science.samples(state["step"]),
         samples=samples,
         repeats=repeats,
         tolerance=tolerance,
@@ -161,56 +172,35 @@ def fork(
 class _Branching:
     """One batch size of the fork: what it runs, and how to start it at the checkpoint."""
 
-    def __init__(
-        self,
-        spec: RunSpec,
-        run_dir: Path,
-        state: dict[str, Any],
-        batch: int,
-        samples: int,
-        rule: str | None,
-    ) -> None:
-        from scaling_exps import optim
-
+    def __init__(self, spec: RunSpec, state: dict[str, Any], batch: int, samples: int, rule: str | None) -> None:
         s = spec.science
-        self.base_batch, self.state, self.run_dir, self.rule = s.batch, state, run_dir, rule
-        share = optim.multiplier(s.schedule, spec.clock(state["step"]))
+        self.base_batch, self.state, self.rule = s.batch, state, rule
+        share = optim.multiplier(s.schedule, s.clock(state["step"]))
         if share == 0:
-            raise ForkError(
-                f"{run_dir}: the schedule has brought the learning rate to 0 here; fork an earlier checkpoint"
-            )
+            raise ForkError("the schedule has brought the learning rate to 0 here; fork an earlier checkpoint")
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
-        held = replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
-        self.spec = replace(
-            spec,
-            science=replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held),
-            placement=replace(
-                spec.placement, world_size=1, compile=False, micro_batch=micro, accumulation=batch // micro
-            ),
+        held = msgspec.structs.replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
+        science = msgspec.structs.replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held)
+        placement = Placement(world_size=1, accumulation=batch // micro, compile=False)
+        measure = msgspec.structs.replace(spec.measure, noise="none")
+        self.spec = msgspec.structs.replace(spec, science=science, placement=placement, measure=measure)
+        optimizer = self.trainer(None, 0).optimizer  # refuses here, before anything is trained
+        group, before = optimizer.param_groups[0], state["optimizer"]["param_groups"][0]
+        betas = group[OPTIMIZERS[s.optimizer].field]
+        hyper = Hyper(
+            s.hyper.lr * share * group["lr"] / before["lr"],
+            tuple(betas) if isinstance(betas, tuple | list) else (betas,),
+            group.get("eps", s.hyper.eps),
+            group["weight_decay"],
         )
-        group = self.trainer(None, 0).optimizer.param_groups[0]  # refuses here, before anything is trained
-        betas = group.get("betas", group.get("beta", group.get("momentum")))
-        self.spec = replace(
-            self.spec,
-            science=replace(
-                self.spec.science,
-                hyper=Hyper(
-                    s.hyper.lr * share * group["lr"] / self._lr,
-                    tuple(betas) if isinstance(betas, tuple | list) else (betas,),
-                    group.get("eps", s.hyper.eps),
-                    group["weight_decay"],
-                ),
-            ),
-        )
+        science = msgspec.structs.replace(science, hyper=hyper)
+        self.spec = msgspec.structs.replace(self.spec, science=science)
 
-    def trainer(self, noise: float | None, repeat: int) -> Any:
-        """A Trainer at the checkpoint, its optimizer moved to this batch, on the data order of `repeat`."""
-        from scaling_exps import data, train
-
-        t = train.Trainer(self.spec, self.run_dir)
+    def trainer(self, noise: float | None, repeat: int) -> Trainer:
+        """Restore the checkpoint and rescale the optimizer to this batch, on the data order of `repeat`."""
+        t = Trainer(self.spec)
         t.net.load_state_dict(self.state["net"])
         t.optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))  # torch would share the tensors
-        self._lr = t.optimizer.param_groups[0]["lr"]
         s = self.spec.science
         scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
         t.stream = data.stream(s.dataset, self.spec.dataset_path, s.seed, t.device, f"fork/{repeat}")
@@ -226,55 +216,35 @@ class _Branching:
         return _probe(t)
 
 
-def _probe(t: Any) -> float:
+def _probe(t: Trainer) -> float:
     """Mean training loss on fixed samples, weights as they are."""
-    import torch
-
-    from scaling_exps import train
-
-    t.evaluate()  # leaves evaluation statistics where the network has any
-    s = t.science
-    stream = t.stream.sibling(s.seed, "fork/probe")
+    evaluate(t)  # leaves evaluation statistics where the network has any
+    stream = t.stream.sibling(t.science.seed, "fork/probe")
     t.net.eval()
     total = 0.0
     with torch.no_grad():
         for start in range(0, PROBE, 256):
             x, y = stream.batch(start, start + 256)
-            total += 256 * float(train.mean_loss(t.net(x).float(), y))
+            total += 256 * float(mean_loss(t.net(x).float(), y))
     return total / PROBE
 
 
-def noise_scale(t: Any) -> Noise:
-    """The gradient-noise scale at the trainer's weights, from NOISE_BATCHES micro-batches (see `noise.full`)."""
-    import torch
-
-    from scaling_exps import noise, train
-
+def noise_scale(t: Trainer) -> Noise:
+    """The gradient-noise scale at the trainer's weights, from NOISE_BATCHES micro-batches (see `estimators.full`)."""
     n, b = NOISE_BATCHES, t.science.micro_batch
-    params = [p for p in t.net.parameters() if p.requires_grad]
 
-    def gradients(units: range) -> Any:
-        def batch(i: int) -> Any:
+    def gradients(units: range) -> Iterator[Tensor]:
+        def batch(i: int) -> tuple[Tensor, Tensor]:
             return t.stream.batch(i * b, (i + 1) * b)
 
-        return noise.unit_gradients(lambda x, y: train.mean_loss(t.net(x), y), params, batch, units, [])
+        return estimators.unit_gradients(lambda x, y: mean_loss(t.net(x), y), t.parameters, batch, units, [])
 
-    like = torch.cat([p.detach().flatten() for p in params])
-    (found,) = noise.full(gradients, n, b, [None], like)
-    if not found.enough:
+    template = torch.cat([p.detach().flatten() for p in t.parameters])
+    (estimate,) = estimators.full(gradients, n, b, [None], template)
+    if not estimate.enough:
         return Noise(None, None, None, n, b)
-    scale = found.inverse
-    return Noise(1 / scale.value, 1 / scale.high, 1 / scale.low, n, b)
-
-
-def _interval(differences: list[float]) -> tuple[float, float]:
-    """(mean, half-width of its 95% t-interval)."""
-    from scipy import stats
-
-    n = len(differences)
-    mean = sum(differences) / n
-    deviation = math.sqrt(sum((d - mean) ** 2 for d in differences) / (n - 1))
-    return mean, float(stats.t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    inverse = estimate.inverse
+    return Noise(1 / inverse.value, 1 / inverse.high, 1 / inverse.low, n, b)
 
 
 def _crossing(table: list[Branch], which: str, tolerance: float) -> tuple[float, bool]:
@@ -333,7 +303,7 @@ def main(argv: Sequence[str]) -> int:
         return 2
     try:
         result = fork(
-            a.run_dir, kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
+            RunDir(a.run_dir), kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
         )
     except ValueError as e:  # ForkError, RuleError, and what reading the run refuses
         print(f"scalerun fork: {e}", file=sys.stderr)

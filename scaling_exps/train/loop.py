@@ -98,7 +98,7 @@ class _Poll:
 
 
 class _Recorder:
-    """Where rank 0's records go: the file, wandb, the terminal. Closed however the run ends; other ranks write nothing."""
+    """Rank 0's records: to the file, wandb, the terminal. Closed however the run ends; other ranks write nothing."""
 
     def __init__(self, trainer: Trainer, run_dir: RunDir, size: int) -> None:
         self.trainer, self.run_dir, self.size = trainer, run_dir, size
@@ -113,7 +113,9 @@ class _Recorder:
                 self.mirror = opened.enter_context(mirror.live(self.run_dir, self.trainer.spec, self.writer.lines))
                 columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
                 self.bar = opened.enter_context(
-                    Progress(*columns, transient=True, auto_refresh=False, disable=not sys.stderr.isatty(), console=CONSOLE)
+                    Progress(
+                        *columns, transient=True, auto_refresh=False, disable=not sys.stderr.isatty(), console=CONSOLE
+                    )
                 )
                 self.task = self.bar.add_task("", total=self.trainer.science.steps)
                 self._open = opened.pop_all()
@@ -156,9 +158,11 @@ class _Recorder:
         rows = self.run_dir.records().rows
         metrics = final_metrics(rows)
         assessed = validity.assess(rows, s.batch, s.batch)
-        result = {
+        result: dict[str, Any] = {
             "metrics": metrics,
-            **({} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}),
+            **(
+                {} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}
+            ),
             "seconds": round(t.seconds, 3),
             "samples_per_second": round(t.rate, 2),
             "peak_memory_bytes": provenance.peak_memory(t.device),
@@ -191,7 +195,9 @@ def measure_kept(spec: RunSpec, run_dir: RunDir) -> None:
             steps.add(trainer.step)
             rows.append(full_noise(trainer, marks(spec, trainer.step, spec.measure.noise_records)))
     if not rows:
-        raise TrainError(f"{run_dir} has no whole checkpoint to measure the noise at; train with checkpoint.keep=[0.1,1]")
+        raise TrainError(
+            f"{run_dir} has no whole checkpoint to measure the noise at; train with checkpoint.keep=[0.1,1]"
+        )
     if trainer.rank == 0:
         with run_dir.writer(run_dir.records_size()) as writer:
             for row in sorted(rows, key=lambda r: r["step"]):
@@ -243,4 +249,6 @@ def preflight(specs: list[RunSpec]) -> None:
                 ) from e
         wanted = (*y.shape, s.dataset.vocab if isinstance(s.dataset, TokenDataset) else s.dataset.classes)
         if len(logits) != len(wanted) or logits[:-1] != wanted[:-1] or logits[-1] < wanted[-1]:
-            raise models.ModelError(f"model {s.model.name} returns {logits} for one example; its logits must be {wanted}")
+            raise models.ModelError(
+                f"model {s.model.name} returns {logits} for one example; its logits must be {wanted}"
+            )

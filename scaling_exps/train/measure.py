@@ -80,7 +80,9 @@ def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
     s, spec, kappa = t.science, t.spec, t.spec.arms[0].kappa
     rows = []
     if t.free is not None and (t.free.able or spec.noise == "free"):
-        rows.append(t.record("noise", method="free", batch=s.batch, **t.free.estimate(ranks.total).record(s.batch, kappa)))
+        rows.append(
+            t.record("noise", method="free", batch=s.batch, **t.free.estimate(ranks.total).record(s.batch, kappa))
+        )
     if spec.noise == "full":
         rows.append(full_noise(t, number))
     return rows
@@ -106,7 +108,9 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     def blocks(units: range) -> Iterator[Tensor]:
         if unit == 1 and not models.has_batch_norm(t.net):
             t.seed_dropout("noise", first + units.start)
-            return estimators.example_gradients(loss_at, named, lambda a, b: stream.batch(first + a, first + b), units, losses)
+            return estimators.example_gradients(
+                loss_at, named, lambda a, b: stream.batch(first + a, first + b), units, losses
+            )
 
         def batch(i: int) -> tuple[Tensor, Tensor]:
             t.seed_dropout("noise", first + i * unit)
