@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -9,9 +10,12 @@ import msgspec
 
 from scaling_exps import config
 
+ROOT = Path(__file__).resolve().parent.parent
+ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+
 
 def dataset(name: str, **changes: Any) -> Any:
-    """The group conf/dataset/NAME.yaml as its struct, with some of its fields changed; imagefolder has three classes."""
+    """The group conf/dataset/NAME.yaml as its struct, with some fields changed; imagefolder has three classes."""
     if name == "imagefolder":  # which is imagenet's group, and none before it is given its classes
         owned = {"name": name, "classes": 3, "revision": None, "train_size": None, "test_size": None}
         return msgspec.structs.replace(config.dataset("imagenet"), **owned | changes)

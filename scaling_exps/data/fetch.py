@@ -222,6 +222,8 @@ def _download(name: str, part: Source, aside: Path, arrived: dict[str, Path], su
 def _asking(what: str, otherwise: str = "give --from FOLDER with a copy of the files") -> Iterator[Any]:
     """The hub's client, for fetching `what`; what it raises becomes what to do, `otherwise` without the hub."""
     hub = need("huggingface_hub", f"fetching {what}")
+    if not sys.stderr.isatty():
+        hub.utils.disable_progress_bars()
     try:
         yield hub
     except DataError:
