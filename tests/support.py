@@ -1,17 +1,71 @@
-"""Helpers that several tests share."""
+"""Helpers that several tests share: a way to plan and run real, tiny runs."""
 
 from __future__ import annotations
 
+import json
 import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
 import msgspec
 
-from scaling_exps import config
+from scaling_exps import config, plan
+from scaling_exps.records import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+TINY = ["model.width=4", "recipe.epochs=null", "recipe.samples=256", "logger=none", "recipe.statistics_samples=64"]
+
+
+def specs(*words: str) -> list[plan.RunSpec]:
+    """Planned runs of the embedded default, made tiny; later words win."""
+    last = {w.split("=", 1)[0]: w for w in [*TINY, *words]}
+    return plan.plan(config.compose(list(last.values())))
+
+
+def prepare(root: Path, spec: plan.RunSpec) -> RunDir:
+    """The folder of a planned run, ready to be worked on."""
+    run_dir = RunDir(root / spec.run_id)
+    run_dir.prepare(spec)
+    return run_dir
+
+
+def worker(run_dir: RunDir, processes: int = 1) -> list[str]:
+    """The command that runs a folder, one process or several."""
+    start = [sys.executable]
+    if processes > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
+    return [*start, "-m", "scaling_exps.train", str(run_dir)]
+
+
+def work(run_dir: RunDir, processes: int = 1) -> None:
+    """Run a folder to its end in processes of its own."""
+    done = subprocess.run(worker(run_dir, processes), env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    log = run_dir.log.read_text() if run_dir.log.exists() else ""
+    assert done.returncode == 0, (done.stdout, done.stderr, log)
+
+
+def rows(run_dir: RunDir) -> list[dict[str, Any]]:
+    """The records without their wall-clock field, the only one that two equal runs may differ in."""
+    return [{k: v for k, v in r.items() if k != "seconds"} for r in run_dir.records().rows]
+
+
+def scalerun(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """What a user gets who types `scalerun ...` in `cwd`."""
+    env = {**ENVIRONMENT, **environment}
+    return subprocess.run(
+        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=cwd, env=env, capture_output=True, text=True
+    )
+
+
+def plan_json(*words: str, cwd: Path) -> list[dict[str, Any]]:
+    """What `scalerun plan --json` prints."""
+    done = scalerun("plan", "--json", *words, cwd=cwd)
+    assert done.returncode == 0, done.stderr
+    described: list[dict[str, Any]] = json.loads(done.stdout)
+    return described
 
 
 def dataset(name: str, **changes: Any) -> Any:

@@ -11,7 +11,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, scalerun
+from support import ROOT, scalerun
 
 README = (ROOT / "README.md").read_text()
 COMMANDS = sorted(

@@ -17,7 +17,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
+from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
 
 from scaling_exps import config, records, train
 from scaling_exps.launch import directories, local

@@ -10,7 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from conftest import prepare, specs
+from support import prepare, specs
 
 from scaling_exps import fork as module
 from scaling_exps import records, train

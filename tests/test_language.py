@@ -14,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import torch
-from conftest import ROOT, plan_json, prepare, rows, scalerun, specs, work
+from support import ROOT, plan_json, prepare, rows, scalerun, specs, work
 
 from scaling_exps import cli, config, data, models, plan, records, train
 from scaling_exps.data import corpora, tokens

@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import prepare, rows, specs, work
+from support import prepare, rows, specs, work
 
 from scaling_exps import data, noise, optim, plan, records, train, validity
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, rows
+from support import ENVIRONMENT, ROOT, rows
 
 from scaling_exps import config, plan, records, train
 from scaling_exps.launch import directories

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import hydra
 import pytest
-from conftest import ENVIRONMENT, ROOT, plan_json, scalerun, specs
+from support import ENVIRONMENT, ROOT, plan_json, scalerun, specs
 
 from scaling_exps import config, plan
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import ENVIRONMENT, ROOT, scalerun
+from support import ENVIRONMENT, ROOT, scalerun
 
 from bench.report import fabricate
 from scaling_exps import cli, config, plan, report

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import prepare, rows, specs, work
+from support import prepare, rows, specs, work
 
 from bench.report import fabricate
 from scaling_exps import cli, records

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, work
+from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, work
 
 from scaling_exps import records
 

@@ -9,7 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, prepare, scalerun, specs
+from support import ROOT, prepare, scalerun, specs
 
 from scaling_exps import config, plan, records, train
 from scaling_exps.launch import overview, queue, slurm

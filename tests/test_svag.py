@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import specs
+from support import specs
 from torch.nn import functional as F
 
 from scaling_exps import config, data, models, optim, plan, rules, theory, train

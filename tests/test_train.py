@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, work, worker
+from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, work, worker
 
 from scaling_exps import data, models, optim, records, rules, train
 from scaling_exps.launch import directories

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from conftest import scalerun
+from support import scalerun
 from PIL import Image
 from torchvision.transforms import functional as tv
 
