@@ -16,7 +16,7 @@ import yaml
 
 from scaling_exps.convert import convert, main
 from scaling_exps.convert.documents import Flags, Toml, Yaml, number, spell
-from scaling_exps.rules import RULES, Hyper, RuleError
+from scaling_exps.rules import RULES, Hyper, Move, RuleError
 
 HF = """\
 # tuned in March
@@ -150,7 +150,7 @@ def test_hf_changes_only_its_lines() -> None:
         "max_steps", "warmup_steps", "save_steps", "adam_epsilon",
     ]  # fmt: skip
     new = yaml.safe_load(done.text)
-    want = RULES["adamw_sde"].scale(Hyper(1e-4, (0.95, 0.98), 1e-8, 0.1), 8)
+    want = RULES["adamw_sde"].scale(Hyper(1e-4, (0.95, 0.98), 1e-8, 0.1), Move(1, 8))
     assert (new["learning_rate"], new["adam_beta1"], new["adam_beta2"]) == (want.lr, *want.betas)
     assert (new["adam_epsilon"], new["weight_decay"]) == (want.eps, want.weight_decay)
     assert (new["max_steps"], new["warmup_steps"], new["save_steps"], new["eval_steps"]) == (1250, 62, 125, 0.1)

@@ -15,7 +15,7 @@ from support import prepare, specs
 from scaling_exps import fork as module
 from scaling_exps import records, train
 from scaling_exps.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
-from scaling_exps.rules import RULES, Hyper, RuleError
+from scaling_exps.rules import RULES, Hyper, Move, RuleError
 
 
 @pytest.fixture(scope="module")
@@ -53,7 +53,7 @@ def test_fork(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert (base.difference, base.low, base.high) == (0, 0, 0)
     assert base.losses[0] != base.losses[1]  # a data order of its own for each repeat
     for b in result.branches:
-        want = RULES["sqrt"].scale(base.hyper, b.kappa)
+        want = RULES["sqrt"].scale(base.hyper, Move(1, b.kappa))
         assert (b.hyper.lr, *b.hyper.betas) == pytest.approx((want.lr, *want.betas))
         assert b.hyper.eps == pytest.approx(want.eps)
         assert b.low <= b.difference <= b.high

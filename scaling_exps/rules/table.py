@@ -257,8 +257,8 @@ RULES: dict[str, Rule] = {
             name="completed",
             goals={"adaptive": "best"},
             evidence="contested",
-            because="Read in the authors' code, not in the paper. At δ = 1 it is `adamw_sde`, the same run as the base, "
-            "else another run: its noise σ0 = σ·η becomes σ0/√δ. On how η goes with the budget published exponents "
+            because="Read in the authors' code, not in the paper. At δ = 1 it is `adamw_sde`, the run of the base, "
+            "else another: its noise σ0 = σ·η becomes σ0/√δ. On how η goes with the budget published exponents "
             "differ in sign.",
             source="Mlodozeniec et al. 2025 (2512.22382), through its code",
             conditions="As `adamw_sde`, with the clock r = κ/δ: a budget that grows with the batch changes nothing.",
