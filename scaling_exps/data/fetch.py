@@ -222,8 +222,9 @@ def _download(name: str, part: Source, aside: Path, arrived: dict[str, Path], su
 def _asking(what: str, otherwise: str = "give --from FOLDER with a copy of the files") -> Iterator[Any]:
     """The hub's client, for fetching `what`; what it raises becomes what to do, `otherwise` without the hub."""
     hub = need("huggingface_hub", f"fetching {what}")
+    constants, errors, utils = (need(f"huggingface_hub.{m}", what) for m in ("constants", "errors", "utils"))
     if not sys.stderr.isatty():
-        hub.utils.disable_progress_bars()
+        utils.disable_progress_bars()
     try:
         yield hub
     except DataError:
@@ -232,11 +233,11 @@ def _asking(what: str, otherwise: str = "give --from FOLDER with a copy of the f
         if isinstance(e, OSError) and e.errno == errno.ENOSPC:
             raise  # the caller's
         status = getattr(getattr(e, "response", None), "status_code", None)
-        if isinstance(e, hub.errors.GatedRepoError) or (status in (401, 403) and what in GATED.values()):
+        if isinstance(e, errors.GatedRepoError) or (status in (401, 403) and what in GATED.values()):
             says = f"{what} is gated: {access(what)}, and run the same command again"
         elif status is not None:
             says = f"the hub refuses {what} ({status}): {str(e).splitlines()[0]}"
-        elif hub.constants.HF_HUB_OFFLINE:
+        elif constants.HF_HUB_OFFLINE:
             says = f"{what}: HF_HUB_OFFLINE is set, so the hub is not asked; unset it, or {otherwise}"
         else:
             says = f"the hub cannot be reached for {what} ({type(e).__name__}): go where it can, or {otherwise}"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import shutil
 from dataclasses import dataclass, fields
 from functools import lru_cache
@@ -174,7 +175,7 @@ def _mapped(folder: Path) -> Images:
 def _decode_cifar10(files: dict[str, list[Path]], into: Path) -> None:
     import datasets
 
-    need("PIL.Image", "dataset=cifar10")
+    pillow = need("PIL.Image", "dataset=cifar10")
     arrays: dict[str, np.ndarray] = {}
     try:
         parts = datasets.load_dataset(
@@ -183,10 +184,11 @@ def _decode_cifar10(files: dict[str, list[Path]], into: Path) -> None:
         for part in ("train", "test"):
             rows = parts[part]
             column = next(c for c in ("img", "image") if c in rows.column_names)
+            cells = rows.cast_column(column, datasets.Image(decode=False)).data.column(column).to_pylist()
             decoded = []
-            with bar(f"decoding {part}", len(rows)) as advance:
-                for row in rows.cast_column(column, datasets.Image()):
-                    decoded.append(np.asarray(row[column].convert("RGB")))
+            with bar(f"decoding {part}", len(cells)) as advance:
+                for cell in cells:
+                    decoded.append(np.asarray(pillow.open(io.BytesIO(cell["bytes"])).convert("RGB")))
                     advance(1)
             arrays |= {part: np.stack(decoded), f"{part}_labels": np.array(rows["label"][:], dtype=np.int64)}
     except Exception as e:  # datasets raises its own kinds for a corrupt file, a missing column
