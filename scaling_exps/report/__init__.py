@@ -7,12 +7,12 @@ prints, `dashboard` does the same in wandb.
 
 from __future__ import annotations
 
+import importlib.util
 import sys
 import time
 from pathlib import Path
 
-from scaling_exps.report import charts as _charts
-from scaling_exps.report import tables
+from scaling_exps.report import charts, tables
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, judge, reading
 
@@ -32,7 +32,7 @@ def main(
     Args:
         dirs: folders of runs.
         out: folder of the page and the figures, which only `table` writes.
-        form: table, json, csv or latex.
+        form: table, json, csv, markdown or latex.
         margins: `METRIC=VALUE` words that take the place of the margins fixed before the runs.
         watch: seconds between looks while the sweep runs, or None.
         pdf: also draw each figure as PDF.
@@ -46,45 +46,53 @@ def main(
     given = _margins(margins or [])
     known: dict[Path, Run] = {}
     while True:
-        found = collect(dirs, known)
-        unfinished = [m for m in found.missing if m.state in ("running", "interrupted", "waiting")]
-        if not found.runs and not (watch and (unfinished or not found.missing)):
-            raise ReportError(_nothing(dirs, found))
-        rows = compare(found, given)
-        if form == "table":
-            make_folder(out)
-            if watch and sys.stdout.isatty():
-                print("\033[2J\033[H", end="")
-            more = bool(watch) and (bool(unfinished) or not found.runs)
-            _show(rows, found, out, watch if more else None, pdf, bool(given))
-        else:
-            print({"json": tables.as_json, "csv": tables.as_csv, "latex": tables.as_latex}[form](rows, found.missing))
-        if not watch or (found.runs and not unfinished):
+        collection = collect(dirs, known)
+        missing = collection.missing
+        unfinished = [m for m in missing if m.state in ("running", "interrupted", "waiting")]
+        if not collection.runs and not (watch and (unfinished or not missing)):
+            folders = ", ".join(map(str, dirs))
+            raise ReportError("\n".join([f"no finished run under {folders}", *map(str, missing)]))
+        rows = compare(collection, given)
+        match form:
+            case "json":
+                print(tables.as_json(rows, missing))
+            case "csv":
+                print(tables.as_csv(rows))
+            case "markdown":
+                print(tables.as_markdown(rows))
+            case "latex":
+                print(tables.as_latex(rows))
+            case _:
+                make_folder(out)
+                if watch and sys.stdout.isatty():
+                    print("\033[2J\033[H", end="")
+                more = watch if unfinished or not collection.runs else None
+                _show(rows, missing, out, more, ("png", "pdf") if pdf else ("png",), bool(given))
+        for absent in missing:
+            print(f"not in the table: {absent}", file=sys.stderr)
+        if not watch or (collection.runs and not unfinished):
             return 0
         sys.stdout.flush()
         time.sleep(watch)
 
 
-def _show(rows: list[Row], found: Collection, out: Path, refresh: float | None, pdf: bool, given: bool) -> None:
+def _show(
+    rows: list[Row], missing: list[Missing], out: Path, refresh: float | None, formats: tuple[str, ...], late: bool
+) -> None:
     from scaling_exps.report import figures, page
 
     tables.show(rows)
-    if given:
+    if late:
         print("the margins were given with --margin, not fixed before the runs: read the verdicts accordingly")
     for line in reading(rows):
         print(line)
-    for gone in found.missing:
-        print(f"not in the table: {gone}", file=sys.stderr)
-    charts = _charts.charts(rows)
-    path = page.write(rows, found.missing, charts, out, max(1, round(refresh)) if refresh else None, given)
-    print(f"page: {path}")
-    for file in figures.draw(charts, out, ("png", "pdf") if pdf else ("png",)):
+    drawn = charts.arrange(rows)
+    print(f"page: {page.write(rows, missing, drawn, out, max(1, round(refresh)) if refresh else None, late)}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures beside the page: to draw them as PNG or PDF, pip install 'scalerun[figures]'")
+        return
+    for file in figures.draw(drawn, out, formats):
         print(f"figure: {file}")
-
-
-def _nothing(dirs: list[Path], found: Collection) -> str:
-    where = ", ".join(map(str, dirs))
-    return f"no finished run under {where}" + "".join(f"\n{gone}" for gone in found.missing)
 
 
 def _margins(words: list[str]) -> dict[str, float] | None:

@@ -50,6 +50,7 @@ class Missing:
     state: str
     reason: str
     spec: RunSpec | None = None
+    diverged: bool = False  # it failed because its loss was no number
 
     def __str__(self) -> str:
         return f"{self.path.name} is {self.state}" + (f": {self.reason}" if self.reason else "")
