@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from scaling_exps.noise.validity import DOMINATED
 from scaling_exps.report.runs import Run, trajectory
 from scaling_exps.report.verdict import METRICS, Row
-from scaling_exps.validity import DOMINATED
 
 GROUPS = {
     "curves": "Training and test curves against samples",

@@ -4,13 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scaling_exps import records
+from scaling_exps import mirror
 from scaling_exps.report import verdict
 from scaling_exps.report.runs import ReportError, collect, make_folder
 
@@ -36,7 +34,7 @@ def publish(dirs: list[Path], out: Path, entity: str | None, project: str | None
     make_folder(out)
     rows = verdict.compare(found)
     project = project or os.environ.get("WANDB_PROJECT", "scalerun")
-    offline = offline or os.environ.get("WANDB_MODE") == "offline" or not records.logged_in()
+    offline = offline or os.environ.get("WANDB_MODE") == "offline" or not mirror.logged_in()
     if not offline and entity is None:
         entity = _asked(lambda: _default_entity())
     workspace, article = build(rows, entity or "ENTITY", project)
@@ -163,47 +161,3 @@ def _markdown(rows: list[verdict.Row]) -> str:
         needed = str(r.seeds_needed or "")
         lines.append(f"| {r.setting} | {r.rule} | {r.batch} | {len(r.seeds)} | {r.verdict} | {needed} | {r.power} |")
     return "\n".join([*lines, "", *verdict.reading(rows)])
-
-
-def offline_runs(dirs: list[Path]) -> list[Path]:
-    """Folders that wandb wrote offline under `dirs` and that are not uploaded yet, oldest first."""
-    found = []
-    for root in dirs:
-        if not root.is_dir():
-            raise ReportError(f"no folder {str(root)!r}; give folders of runs (runs_dir, by default ./runs)")
-        for folder in [*root.glob("wandb/offline-run-*"), *root.glob("*/wandb/offline-run-*")]:
-            if any(folder.glob("*.wandb")) and not any(folder.glob("*.wandb.synced")):
-                found.append(folder)
-    return sorted(set(found), key=lambda p: (p.name, p))
-
-
-def sync(dirs: list[Path], dry_run: bool) -> int:
-    """Upload what was logged offline, by `wandb sync`, which marks each folder when it is done.
-
-    Returns:
-        0 when all of it is uploaded, 1 when wandb left something.
-
-    Raises:
-        ReportError: a folder is missing, or nobody is logged in.
-    """
-    folders = offline_runs(dirs)
-    if not folders:
-        print("nothing to upload: no offline run that is not uploaded already")
-        return 0
-    if dry_run:
-        for folder in folders:
-            print(folder)
-        print(f"{len(folders)} offline run(s) would be uploaded")
-        return 0
-    if not records.logged_in():
-        raise ReportError(
-            f"{len(folders)} offline run(s) to upload, and nobody is logged in to wandb: `wandb login`, or set "
-            "WANDB_API_KEY, then the same command again"
-        )
-    environment = {k: v for k, v in os.environ.items() if k not in ("WANDB_MODE", "WANDB_SILENT")}
-    for start in range(0, len(folders), 100):  # a command line has an end
-        batch = [str(f.resolve()) for f in folders[start : start + 100]]
-        subprocess.run([sys.executable, "-m", "wandb", "sync", *batch], env=environment, check=False)
-    left = offline_runs(dirs)
-    print(f"{len(folders) - len(left)} of {len(folders)} offline run(s) uploaded")
-    return 1 if left else 0

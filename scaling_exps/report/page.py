@@ -140,16 +140,16 @@ def _sections(charts: list[Chart]) -> Iterator[tuple[str, str, str, list[tuple[i
 
 def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:
     """The rule's source, and of each number: name, at the base, in this run, formula."""
-    spec, arm = row.runs[0].spec, row.arm
-    executed = {"batch": spec.science.batch, **asdict(spec.science.hyper), "steps": spec.science.steps}
+    s, arm = row.runs[0].spec.science, row.arm
+    executed = {"batch": s.batch, **asdict(s.hyper), "steps": s.steps}
     rule = rules.RULES.get(arm.rule)
     formulas = rule.formulas() if rule and arm.kappa != 1 else {}
     if arm.kappa != 1:
         formulas |= {"batch": "κ·B", "steps": "steps/κ"}
-    if spec.science.svag > 1:
-        formulas = {"steps": f"× {spec.stretch}", "lr": f"SVAG ℓ = {spec.science.svag}"}
+    if s.svag > 1:
+        formulas = {"steps": f"× {s.stretch}", "lr": f"SVAG ℓ = {s.svag}"}
     source = rule.source if rule and row.role != "base" else ""
-    return source, [(k, arm.base.get(k), v, formulas.get(k, "")) for k, v in executed.items()]
+    return source, [(k, getattr(arm.base, k), v, formulas.get(k, "")) for k, v in executed.items()]
 
 
 def _value(value: Any, form: str = ".6g") -> str:
@@ -160,7 +160,7 @@ def _value(value: Any, form: str = ".6g") -> str:
 
 def _described(spec: RunSpec) -> str:
     s = spec.science
-    return f"{s.model['name']}, {spec.arms[0].rule}, batch {s.batch}, seed {s.seed}"
+    return f"{s.model.name}, {spec.arms[0].rule}, batch {s.batch}, seed {s.seed}"
 
 
 def _environments(rows: list[Row]) -> Counter[str]:

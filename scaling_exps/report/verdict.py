@@ -20,9 +20,10 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from scipy.special import stdtr, stdtrit  # scipy.stats would take longer to import than the whole table
 
@@ -203,20 +204,24 @@ def conclude(tests: Iterable[Test], lost: int = 0) -> tuple[str, int | None]:
 
 
 def label(spec: RunSpec, arm: Arm) -> str:
-    """What an arm is called: `base`, its rule, or its rule under SVAG."""
+    """What an arm is called: `base`, its rule; with ℓ of SVAG and δ, the budget over the base's, where they are not 1."""
     if spec.run_id == arm.base_run_id:
         return "base"
-    if spec.science.svag == 1:
-        return arm.rule
-    return (f"{arm.rule}, " if arm.kappa != 1 else "") + f"SVAG ℓ={spec.science.svag}"
+    plain = spec.science.svag == 1
+    parts = [arm.rule] if plain or arm.kappa != 1 else []
+    parts += [] if plain else [f"SVAG ℓ={spec.science.svag}"]
+    return ", ".join([*parts, *([f"δ={arm.duration:g}"] if arm.duration != 1 else [])])
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
     """All that an arm shares with its base, as text: runs with the same are compared, others never."""
-    science = asdict(spec.science)
+    science, base = msgspec.to_builtins(spec.science), msgspec.to_builtins(arm.base)
     for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed"):
         del science[key]
-    return json.dumps([science, {k: v for k, v in arm.base.items() if k not in ("warmup_steps",)}], sort_keys=True)
+    schedule, total = science["schedule"], science["schedule"].pop("total_samples")
+    schedule["warmup_samples"] = round(schedule["warmup_samples"] / total, 9)
+    schedule["milestones"] = [round(m / total, 9) for m in schedule["milestones"]]
+    return json.dumps([science, base], sort_keys=True)
 
 
 def _names(settings: Iterable[str]) -> dict[str, str]:
@@ -313,7 +318,7 @@ def _row(
     remarks += [f"seed {run.spec.science.seed}: {note}" for run in runs for note in run.notes]
     values = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
     row = Row(
-        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, _role(spec, arm), tuple(sorted(first)),
+        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)),
         {m: _mean_sd(v) for m, v in values.items() if v}, (), "base" if runs else "no result", None, (), runs,
     )  # fmt: skip
     if rule == "base":
@@ -345,12 +350,6 @@ def _row(
         verdict = "different" if healthy >= ENOUGH else "too few seeds"
         remarks = [f"diverged on every seed ({healthy}), where the base runs did not"] if healthy else remarks
     return replace(row, tests=tuple(tests), verdict=verdict, seeds_needed=needed, remarks=tuple(dict.fromkeys(remarks)))
-
-
-def _role(spec: RunSpec, arm: Arm) -> str:
-    return (
-        "base" if spec.run_id == arm.base_run_id else getattr(arm, "role", "rule" if arm.rule == "sqrt" else "control")
-    )
 
 
 def _seeds(missing: list[tuple[Missing, RunSpec, Arm]]) -> set[int]:
