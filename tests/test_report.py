@@ -15,7 +15,7 @@ from typing import Any
 import pytest
 from conftest import ENVIRONMENT, ROOT, scalerun
 
-from bench.report import fabricate
+from bench.fabricate import fabricate
 from scaling_exps import cli, config, plan, report
 from scaling_exps.report import charts, figures, page, runs, tables
 from scaling_exps.report.verdict import compare

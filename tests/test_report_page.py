@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import fabricate
+from bench.fabricate import fabricate
 from scaling_exps import report
 from scaling_exps.report import charts, page
 from scaling_exps.report.verdict import compare

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from conftest import prepare, rows, specs, work
 
-from bench.report import fabricate
+from bench.fabricate import fabricate
 from scaling_exps import cli, records
 from scaling_exps.report import dashboard
 

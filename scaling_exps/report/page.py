@@ -142,7 +142,10 @@ def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:
     """The rule's source, and of each number: name, at the base, in this run, formula."""
     s, arm = row.runs[0].spec.science, row.arm
     executed = {"batch": s.batch, **asdict(s.hyper), "steps": s.steps}
-    rule = rules.RULES.get(arm.rule)
+    try:
+        rule = rules.find(arm.rule)
+    except rules.RuleError:  # of a package that is not here
+        rule = None
     formulas = rule.formulas() if rule and arm.kappa != 1 else {}
     if arm.kappa != 1:
         formulas |= {"batch": "κ·B", "steps": "steps/κ"}

@@ -204,7 +204,7 @@ def conclude(tests: Iterable[Test], lost: int = 0) -> tuple[str, int | None]:
 
 
 def label(spec: RunSpec, arm: Arm) -> str:
-    """What an arm is called: `base`, its rule; with ℓ of SVAG and δ, the budget over the base's, where they are not 1."""
+    """What an arm is called: `base`, or its rule; with SVAG's ℓ and the budget's δ where they are not 1."""
     if spec.run_id == arm.base_run_id:
         return "base"
     plain = spec.science.svag == 1

@@ -1,6 +1,6 @@
 """A worker: run folders in, one after another; signals, ranks, exit codes.
 
-python -m scaling_exps.train [--since TIME] RUN_DIR ...
+    python -m scaling_exps.train [--since TIME] RUN_DIR ...
 """
 
 from __future__ import annotations
