@@ -241,8 +241,9 @@ def _pooled(runs: Iterable[Run]) -> np.ndarray:
     if not points:
         return np.empty((0, 3))
     table = np.array(sorted(points), dtype=float)
-    marks = len(np.unique(table[:, 0]))
-    return np.stack([part.mean(0) for part in np.array_split(table, min(WINDOWS, marks))])
+    marks, mark = np.unique(table[:, 0], return_inverse=True)
+    windows = np.array_split(np.arange(len(marks)), min(WINDOWS, len(marks)))
+    return np.stack([table[np.isin(mark, window)].mean(0) for window in windows])
 
 
 def _noise(setting: str, rows: list[Row]) -> list[Chart]:
