@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import csv
+import html
 import io
 import json
 import math
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -15,8 +17,9 @@ from typing import Any
 import pytest
 from support import ENVIRONMENT, ROOT, scalerun
 
-from bench.report import fabricate
+from bench.fabricate import fabricate
 from scaling_exps import cli, config, plan, report
+from scaling_exps.records import RunDir
 from scaling_exps.report import charts, figures, page, runs, tables
 from scaling_exps.report.verdict import compare
 
@@ -57,23 +60,98 @@ def test_pairs_are_the_runs_of_a_seed(sweep: Path) -> None:
     assert row(rows, "linear_scaled", 16).verdict == "different"  # by its weights
     assert [t.metric for t in row(rows, "linear_scaled", 16).tests if t.verdict == "different"] == ["weight_norm"]
     assert near.power == "told apart: linear_scaled, none"
-    assert any("isolates the exponent" in line and "another run" in line for line in report.reading(rows))
+    assert any("linear_scaled different (weight norm +5.0" in line for line in report.reading(rows))
+
+
+ADAMW = {"completed": "rule", "adamw_sde": "rule", "sqrt": "rule", "none": "control"}
 
 
 @pytest.mark.parametrize(
-    ("optimizer", "rules", "tested"),
+    ("words", "roles"),
     [
-        ("sgd", ("linear", "linear_momentum", "none"), "linear"),
-        ("adamw", ("adamw_sde", "sqrt", "none"), "adamw_sde"),
-        ("rmsprop", ("sqrt", "sqrt_without_eps", "linear"), "sqrt"),
+        ([], {"sqrt": "rule", "sqrt_without_eps": "control", "linear": "control"}),
+        (["optimizer=adamw"], ADAMW),
+        (["optimizer=sgd"], {"linear": "rule", "linear_momentum": "rule", "none": "control"}),
+        (["noise_scale=300", "goal=best"], {"opt_sign": "rule", "none": "control"}),
+        (["tested=[linear]"], {"linear": "rule", "sqrt": "control"}),
     ],
 )
-def test_only_the_optimizers_own_rule_is_not_a_control(
-    optimizer: str, rules: tuple[str, ...], tested: str, tmp_path: Path
+def test_the_rules_under_test_are_those_that_answer_the_goal(
+    words: list[str], roles: dict[str, str], tmp_path: Path
 ) -> None:
-    fabricate(tmp_path, [*DEMO, f"optimizer={optimizer}"], batches=(4, 16), rules=rules)
-    roles = {r.rule: r.role for r in rows_of(tmp_path) if r.batch == 16}
-    assert roles == {r: "rule" if r == tested else "control" for r in rules}
+    """Fails if a role were told by a rule's name: then `completed`, `linear_momentum` and every rule with another goal
+    were controls, whose being different counted as power, and nobody read them. Each rule under test is read."""
+    fabricate(tmp_path, [*DEMO, *words], batches=(4, 16), rules=list(roles))
+    rows = rows_of(tmp_path)
+    assert {r.rule: r.role for r in rows if r.batch == 16} == roles
+    read = "\n".join(report.reading(rows))
+    for rule, role in roles.items():
+        assert (f"batch 16: {rule} is" in read) == (role == "rule")
+
+
+def end(run_dir: Path, **result: Any) -> None:
+    """Make a fabricated run one that failed."""
+    RunDir(run_dir).write_result({"status": "failed", "reason": "the loss is not finite at step 3", **result})
+
+
+def arms(root: Path, specs: list[plan.RunSpec], rule: str) -> list[Path]:
+    """Folders of an arm beside its base, by seed."""
+    return [root / s.run_id for s in specs if s.arms[0].rule == rule and s.science.batch != 4]
+
+
+def test_an_arm_that_diverges_on_every_seed_is_different(tmp_path: Path) -> None:
+    """Fails if divergence were no result: then a control that exploded would leave the rule without power, and the rule
+    itself would not be different from a base that trains. A disk that was full is no divergence."""
+    specs = fabricate(tmp_path, DEMO, batches=(4, 16), rules=("sqrt", "linear"))
+    for run_dir in arms(tmp_path, specs, "linear"):
+        end(run_dir, diverged=True)
+    rows = rows_of(tmp_path)
+    assert row(rows, "linear", 16).verdict == "different"
+    assert row(rows, "linear", 16).remarks == ("diverged on every seed (3), where the base runs did not",)
+    assert (row(rows, "sqrt", 16).verdict, row(rows, "sqrt", 16).power) == ("equivalent", "told apart: linear")
+    read = "\n".join(report.reading(rows))
+    assert "linear different (diverged on every seed)" in read and "nan" not in read
+    for run_dir in arms(tmp_path, specs, "sqrt"):
+        end(run_dir, diverged=True)
+    assert row(rows_of(tmp_path), "sqrt", 16).verdict == "different"
+    for run_dir in arms(tmp_path, specs, "linear"):
+        end(run_dir, diverged=False, reason="OSError: no space left on device")
+    assert row(rows_of(tmp_path), "linear", 16).verdict == "no result"
+
+
+def test_two_diverged_seeds_are_too_few(tmp_path: Path) -> None:
+    specs = fabricate(tmp_path, DEMO, seeds=(0, 1), batches=(4, 16), rules=("sqrt", "linear"))
+    for run_dir in arms(tmp_path, specs, "linear"):
+        end(run_dir, diverged=True)
+    assert row(rows_of(tmp_path), "linear", 16).verdict == "too few seeds"
+
+
+def test_a_seed_whose_base_failed_rules_out_equivalent(tmp_path: Path) -> None:
+    """Fails if the pair were dropped in silence: the three that are left are equivalent."""
+    specs = fabricate(tmp_path, DEMO, seeds=(0, 1, 2, 3), batches=(4, 16), spread=0.001)
+    base = next(s for s in specs if s.science.batch == 4 and s.science.seed == 3)
+    end(tmp_path / base.run_id, diverged=True)
+    sqrt = row(rows_of(tmp_path), "sqrt", 16)
+    assert sqrt.verdict == "inconclusive" and "seed 3: base run failed, not compared" in sqrt.remarks
+    assert sqrt.gaps["train_loss"].n == 3
+
+
+def test_the_reading_says_what_the_verdicts_say(tmp_path: Path) -> None:
+    """A rule that is different beside an equivalent control. Fails if the reading called the control another run from
+    a ratio of two means, or said of the rule that nothing could have lost."""
+    fabricate(tmp_path, [*DEMO, "tested=[linear]"], batches=(4, 16), rules=("linear", "linear_scaled"))
+    rows = rows_of(tmp_path, train_loss=0.06, weight_norm=30.0)
+    assert [row(rows, r, 16).verdict for r in ("linear", "linear_scaled")] == ["different", "equivalent"]
+    (line,) = report.reading(rows)
+    assert "batch 16: linear is different (final train loss +0.1" in line and "linear_scaled equivalent" in line
+    assert "another run" not in line
+
+
+def test_runs_with_other_records_are_compared(tmp_path: Path) -> None:
+    """Measuring is no science. Fails if the base run that `plan` asks for (measure.noise=full) were another run."""
+    fabricate(tmp_path, [*DEMO, "measure.noise=full"], batches=(4,), rules=("sqrt",), records=60)
+    fabricate(tmp_path, DEMO, batches=(16,), rules=("sqrt",))
+    assert row(rows_of(tmp_path), "sqrt", 16).gaps["train_loss"].n == 3
 
 
 def test_the_trajectory_is_exact_for_unequal_records(tmp_path: Path) -> None:
@@ -130,7 +208,9 @@ def test_what_is_wrong_is_said_and_the_rest_reported(
     (by[64, "sqrt", 3] / "result.json").unlink()  # still running
     (by[64, "none", 0] / "result.json").write_text('["status"]')
     with open(by[64, "none", 1] / "records.jsonl", "ab") as f:
-        f.write(b'\xff\xfe\n5\n"text"\n{"kind": "train"}\n{"kind": "train", "samples": 1, "loss"')
+        f.write(
+            b'\xff\xfe\n5\n"text"\n{"kind": "train"}\n{"kind": "train", "step": 1, "samples": 9, "loss": null}\n{"kin'
+        )
     (by[64, "none", 2] / "records.jsonl").write_text("")
     for name, text in (("foreign", '{"name": "npm"}'), ("list", "[1, 2]"), ("torn", '{"version": 1')):
         (root / name).mkdir()
@@ -150,8 +230,8 @@ def test_what_is_wrong_is_said_and_the_rest_reported(
     assert none.gaps["train_loss"].n == 3 and none.gaps["test_accuracy"].n == 2
     assert any("not a number: test_accuracy" in x for x in none.remarks)
     assert row(rows, "none", 64).gaps["train_loss"].n == 2
-    text = (tmp_path / "report" / "index.html").read_text()
-    for gone in ("foreign", "the loss is not finite", by[64, "sqrt", 3].name, "3 record(s) could not be read"):
+    text = html.unescape((tmp_path / "report" / "index.html").read_text())
+    for gone in ("foreign", "the loss is not finite", by[64, "sqrt", 3].name, "5 record(s) could not be read"):
         assert gone in text, gone
     table = json.loads(tables.as_json(rows, report.collect([root]).missing))  # strict JSON: NaN is null
     assert len(table["not_finished"]) == 9
@@ -165,7 +245,6 @@ def test_what_is_wrong_is_said_and_the_rest_reported(
         (["runs", "--margin", "speed=1"], "one of test_accuracy"),
         (["runs", "--margin", "train_loss"], "METRIC=VALUE"),
         (["runs", "--margin", "train_loss=-1"], "must be > 0"),
-        (["runs", "--json", "--csv"], "choose one"),
         (["runs", "--watch", "0"], "seconds > 0"),
     ],
 )
@@ -221,8 +300,8 @@ def test_margins_travel_beside_the_science() -> None:
     assert one.run_id == two.run_id
     assert one.margin["train_loss"] == 0.06 and two.margin["train_loss"] == 0.5
     assert plan.RunSpec.from_json(json.loads(json.dumps(two.to_json()))) == two
-    with pytest.raises(plan.PlanError, match="margin"):
-        plan.plan(config.compose(["margin.train_loss=0"]))
+    with pytest.raises(config.ConfigError, match="margin"):
+        config.compose(["margin.train_loss=0"])
     with pytest.raises(config.ConfigError, match="train_loss"):
         config.compose(["margin.trainloss=0.1"])
 
@@ -236,55 +315,121 @@ def test_runs_that_disagree_on_the_margin_get_the_smallest(tmp_path: Path) -> No
     assert any("different margins" in x for x in got.remarks)
 
 
-def test_machines_can_read_it(sweep: Path) -> None:
+def test_machines_and_papers_can_read_it(sweep: Path) -> None:
     rows = rows_of(sweep)
     table = json.loads(tables.as_json(rows, []))
     one = next(r for r in table["rows"] if (r["rule"], r["batch"]) == ("none", 64))
     assert one["verdict"] == "different" and one["gaps"]["train_loss"]["n"] == 3
-    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows, []))))
+    lines = list(csv.DictReader(io.StringIO(tables.as_csv(rows))))
     got = next(x for x in lines if (x["rule"], x["batch"], x["metric"]) == ("none", "64", "train_loss"))
     assert float(got["difference"]) == one["gaps"]["train_loss"]["difference"]
-    latex = tables.as_latex(rows, [])
+    latex, markdown = tables.as_latex(rows), tables.as_markdown(rows)
     assert latex.count("\\begin{tabular}") == latex.count("\\end{tabular}") == 1
-    assert "linear\\_scaled" in latex and "against the base run: equivalent" in latex
     columns = latex.split("\\begin{tabular}{")[1].split("}")[0]
     body = [x for x in latex.splitlines() if x.endswith("\\\\")]
-    assert {x.count("&") + 1 for x in body} == {len(columns)}
+    assert {x.count("&") + 1 for x in body} == {len(columns)} and len(body) == len(rows) + 1
+    assert any("linear\\_scaled (control)" in x for x in body)
+    table = [x for x in markdown.splitlines() if x.startswith("|")]
+    assert {len(re.findall(r"(?<!\\)\|", x)) for x in table} == {len(columns) + 1} and len(table) == len(rows) + 2
+    gap = one["gaps"]["train_loss"]
+    assert f"{gap['difference']:+.4f} [{gap['low']:+.4f}, {gap['high']:+.4f}]" in markdown
+
+
+@pytest.mark.parametrize("width", [80, 120, 170])
+def test_the_table_fits_and_cuts_no_word(
+    width: int, sweep: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Fails if a column were squeezed until `equivalent` breaks, or if what has no room were not named."""
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = rows_of(sweep)
+    tables.show(rows)
+    printed = capsys.readouterr().out
+    table = [x for x in printed.splitlines() if x[:1] in "┏┃┡│└"]
+    assert max(map(len, table)) <= width
+    words = set(re.split(r"[\s│┃]+", "\n".join(table)))
+    (grid,) = tables.grids(rows)
+    shown = [
+        i
+        for i, name in enumerate(grid.heads)
+        if "too narrow for" not in printed or name not in printed.split("too narrow for")[1]
+    ]
+    assert len(shown) >= {80: 6, 120: 10, 170: 10}[width]
+    for i in shown:
+        for text in (grid.heads[i], *(part for line in grid.cells for part in line[i])):
+            assert set(text.split()) <= words, text
 
 
 def test_every_chart_has_its_arms_and_every_figure_its_file(sweep: Path, tmp_path: Path) -> None:
     """Fails if an arm were missing from a chart of its batch, or a group of charts drew no file."""
     rows = rows_of(sweep)
-    made = charts.charts(rows)
+    drawn = charts.arrange(rows)
     arms = {r.rule for r in rows}
-    for chart in made:
+    for chart in drawn:
         names = {t.arm for t in chart.traces}
         if chart.group in ("curves", "final", "hyper", "cost"):
             assert names == arms, chart.title
         elif chart.group == "gap":
             assert names == arms - {"base"}
         assert all(len(t.x) == len(t.y) for t in chart.traces)
-    assert {c.group for c in made} == {"curves", "final", "gap", "hyper", "cost", "paper"}
-    files = figures.draw([c for c in made if c.group in ("gap", "cost")], tmp_path, ("png", "pdf"))
+    assert {c.group for c in drawn} == {"curves", "final", "gap", "hyper", "cost", "paper"}
+    files = figures.draw([c for c in drawn if c.group in ("gap", "cost")], tmp_path, ("png", "pdf"))
     assert [f.name for f in files] == ["gap.png", "gap.pdf", "cost.png", "cost.pdf"]
     assert all(f.read_bytes()[:4] in (b"\x89PNG", b"%PDF") for f in files)
 
 
+def test_arms_at_one_batch_are_drawn_at_one_batch(sweep: Path, tmp_path: Path) -> None:
+    """Error bars are set side by side. Fails if that were by a fixed factor of the batch: where all arms have one batch
+    the axis would be as wide as the factor, and each arm look like a batch of its own."""
+    for chart in (c for c in charts.arrange(rows_of(sweep)) if c.ticks):
+        for trace in chart.traces:
+            nearest = [min((4, 16, 64), key=lambda b: abs(math.log(b / x))) for x in trace.x]
+            assert all(abs(math.log(x / b, 4)) <= 0.05 for x, b in zip(trace.x, nearest, strict=True))
+    fabricate(tmp_path, DEMO, batches=(4, 64), rules=("sqrt", "none"))
+    gaps = [c for c in charts.arrange(rows_of(tmp_path)) if c.group == "gap"]
+    assert gaps
+    for chart in gaps:
+        assert (chart.x, chart.log_x, chart.ticks) == ("batch 64", False, ((0.0, "sqrt"), (1.0, "none")))
+        assert [t.x for t in chart.traces] == [[0.0], [1.0]]
+
+
+def noise(run_dir: Path, samples: int, trace: float, signal: float, method: str = "full") -> None:
+    record = {"kind": "noise", "step": 1, "samples": samples, "t": 1e-4, "trace": trace, "gradient_sq": signal}
+    with open(run_dir / "records.jsonl", "a") as f:
+        f.write(json.dumps(record | {"method": method}) + "\n")
+
+
 def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
-    """Noise records become tr Σ / B, signal and κ r = B |g|^2 / tr Σ; SVAG runs overlay the base on t."""
+    """Two records of each of three seeds at 100 samples, of which one came out below zero, and one at 900. Ratios are
+    of means: tr Σ = 8, |g|² = (5·1 - 2)/6 = 0.5, so B_noise = 16 and κ r = B/16. Fails if records with a signal below 0
+    were left out (|g|² = 1), if ratios were averaged, or if the free estimate were mixed into the full one."""
     specs = fabricate(tmp_path, DEMO, batches=(4, 16), rules=("sqrt",))
     fabricate(tmp_path, [*DEMO, "svag=2"], batches=(4,), rules=("sqrt",))
     for spec in specs:
-        with open(tmp_path / spec.run_id / "records.jsonl", "a") as f:
-            f.write(
-                json.dumps({"kind": "noise", "step": 1, "samples": 160, "t": 1e-4, "trace": 8.0, "gradient_sq": 0.5})
-                + "\n"
-            )
-    made = charts.charts(rows_of(tmp_path))
-    ratio = next(c for c in made if c.group == "noise" and "κ r" in c.title)
-    assert {t.arm: t.y for t in ratio.traces} == {"batch 4": [0.25], "batch 16": [1.0]}
-    overlay = next(c for c in made if c.group == "svag")
-    assert {t.arm for t in overlay.traces} == {"base", "SVAG ℓ=2"}
+        run_dir = tmp_path / spec.run_id
+        noise(run_dir, 100, 8.0, 1.0)
+        noise(run_dir, 100, 8.0, -2.0 if spec.science.seed == 0 else 1.0)
+        noise(run_dir, 900, 8.0, 0.01)
+        noise(run_dir, 900, 80.0, 80.0, "free")
+    drawn = charts.arrange(rows_of(tmp_path))
+    by_title = {c.title: c for c in drawn if c.group == "noise"}
+    scale = by_title["B_noise, examples"]
+    assert {t.arm: t.y for t in scale.traces} == {
+        "batch 4": pytest.approx([16, 800]),
+        "batch 16": pytest.approx([16, 800]),
+    }
+    ratio = by_title["κ r = B ‖∇f‖² / tr Σ"]
+    assert {t.arm: t.y for t in ratio.traces} == {
+        "batch 4": pytest.approx([0.25, 0.005]), "batch 16": pytest.approx([1.0, 0.02]),
+    }  # fmt: skip
+    share = by_title["share of training with κ r < 0.1"]
+    assert {t.arm: t.y for t in share.traces} == {"base": [0.5], "sqrt": [0.5, 0.5]}
+    steps = by_title["base: a step's"]
+    assert {t.arm: t.y[0] for t in steps.traces} == {
+        "noise √(tr Σ / B)": pytest.approx(math.sqrt(2)), "signal ‖∇f‖": pytest.approx(math.sqrt(0.5)),
+    }  # fmt: skip
+    overlay = {c.title: c for c in drawn if c.group == "svag"}
+    assert {"train loss", "test loss", "test accuracy", "weight norm"} <= set(overlay)
+    assert {t.arm for t in overlay["train loss"].traces} == {"base", "SVAG ℓ=2"}
 
 
 def test_watching_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
@@ -302,7 +447,7 @@ def test_watching_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixt
 
     monkeypatch.setattr(report.time, "sleep", sleep)
     monkeypatch.setattr(figures, "draw", lambda *_: [])
-    assert report.main([root], out, watch=3) == 0
+    assert report.main([str(root), "--out", str(out), "--watch", "3"], Path("runs")) == 0
     assert slept == [(3, True), (3, True)]
     assert 'http-equiv="refresh"' not in (out / "index.html").read_text()
     assert "is interrupted: 100% of its steps" in capsys.readouterr().err
@@ -313,8 +458,8 @@ def test_the_page_is_one_small_file_without_network(sweep: Path, tmp_path: Path)
     rows = rows_of(sweep)
     evil = "</script><script>alert(1)</script>"
     missing = [report.Missing(tmp_path / "x", "failed", evil)]
-    made = [replace(c, title=evil, setting=evil) for c in charts.charts(rows)]
-    path = page.write(rows, missing, made, tmp_path / "out")
+    drawn = [replace(c, title=evil, setting=evil) for c in charts.arrange(rows)]
+    path = page.write(rows, missing, drawn, tmp_path / "out")
     text = path.read_text()
     assert path.stat().st_size < 5_000_000
     assert evil not in text
@@ -322,6 +467,44 @@ def test_the_page_is_one_small_file_without_network(sweep: Path, tmp_path: Path)
     assert "http:" not in head and "https:" not in head and "src=" not in head
     link = rows[0].runs[0].path
     assert f"{link.parent.name}/{link.name}/records.jsonl" in text
+
+
+def test_without_matplotlib_there_are_table_and_page(sweep: Path, tmp_path: Path) -> None:
+    """matplotlib is the extra `figures`. Fails if it were imported before it is needed, or its lack were an error."""
+    code = (
+        "import sys; sys.modules['matplotlib'] = None; from scaling_exps import cli; sys.exit(cli.main(sys.argv[1:]))"
+    )
+    words = [sys.executable, "-c", code, "report", str(sweep), "--out", str(tmp_path)]
+    done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "equivalent" in done.stdout and "pip install 'scalerun[figures]'" in done.stdout
+    assert [p.name for p in tmp_path.iterdir()] == ["index.html"]
+
+
+def test_the_dashboard_writes_its_specification_offline(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Panels for loss by batch at equal samples, final metric and gap against batch, throughput, noise. Fails if a
+    panel went missing or plotted over steps, at which runs of different batch sizes cannot be compared."""
+    monkeypatch.chdir(tmp_path)
+    specs = fabricate(tmp_path / "runs", DEMO)
+    noise(tmp_path / "runs" / specs[0].run_id, 9, 2.0, 0.1)
+    assert cli.main(["dashboard", "--offline", "--project", "p", "--entity", "e"]) == 0
+    said = capsys.readouterr().out
+    assert "specification: report/wandb.json" in said and "wandb login" in said
+    specification = json.loads((tmp_path / "report" / "wandb.json").read_text())
+    view = specification["workspace"]
+    assert (view["entity"], view["project"]) == ("e", "p")
+    sections = {s["name"]: s["panels"] for s in view["spec"]["section"]["panelBankConfig"]["sections"]}
+    lines = [p["config"] for name in ("Batch sizes at equal samples", "Rules at equal samples") for p in sections[name]]
+    assert lines and all(c["xAxis"] == "samples" for c in lines)
+    assert {c["metrics"][0] for c in lines} == {"train/loss", "eval/accuracy"}
+    finals = [p["config"] for p in sections["Final metrics against batch"]]
+    assert {c["xAxis"] for c in finals} == {"config:batch.value"}
+    assert {c["yAxis"] for c in finals} >= {"summary:final/test_accuracy", "summary:final/train_loss"}
+    assert {"Gap to the base run of the same seed", "Throughput", "Noise"} <= set(sections)
+    text = json.dumps(specification["report"])
+    assert "Is the scaled run the base run?" in text and "batch 64" in text and "equivalent" in text
 
 
 @pytest.mark.parametrize("words", [["report"], ["dashboard", "--offline"]])

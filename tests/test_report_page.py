@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from bench.report import fabricate
+from bench.fabricate import fabricate
 from scaling_exps import report
 from scaling_exps.report import charts, page
 from scaling_exps.report.verdict import compare
@@ -31,11 +31,11 @@ def path(tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("page")
     fabricate(root / "runs", ["experiment=demo"], rules=("sqrt", "none", "linear_scaled"))
     fabricate(root / "runs", ["experiment=demo", "recipe.lr=0.0013"], batches=(4, 16))
-    gone = next((root / "runs").iterdir()) / "result.json"
-    gone.write_text('{"status": "failed", "reason": "the disk was full"}')
-    found = report.collect([root / "runs"])
-    rows = compare(found)
-    return page.write(rows, found.missing, charts.charts(rows), root / "out")
+    failed = next((root / "runs").iterdir()) / "result.json"
+    failed.write_text('{"status": "failed", "reason": "the disk was full"}')
+    collection = report.collect([root / "runs"])
+    rows = compare(collection)
+    return page.write(rows, collection.missing, charts.arrange(rows), root / "out")
 
 
 @pytest.fixture(scope="module")
@@ -92,8 +92,7 @@ def shown(browser: Any, selector: str) -> int:
 def test_charts_toggles_and_filters(browser: Any, path: Path) -> None:
     screen(browser, path, 1280, 900)
     draw_all(browser)
-    made = browser.execute_script("return DATA.charts.length")
-    assert made > 20
+    assert browser.execute_script("return DATA.charts.length") > 20
     count = "return [...document.querySelectorAll('figure')].map(f => f.querySelectorAll(arguments[0]).length)"
     assert min(browser.execute_script(count, ".scatterlayer .trace")) >= 1  # every chart has lines
     assert min(browser.execute_script(count, ".legend .traces")) >= 1  # and a legend, of one arm too

@@ -14,7 +14,6 @@ from typing import Any
 import pytest
 from support import prepare, rows, specs, work
 
-from bench.report import fabricate
 from scaling_exps import cli, records
 from scaling_exps.report import dashboard
 
@@ -264,33 +263,6 @@ def test_blocks_are_padded(tmp_path: Path, spare: int) -> None:
     folder.mkdir(parents=True)
     (folder / "run-x.wandb").write_bytes(raw)
     assert [r["_step"] for r in records.read_mirror(tmp_path)] == [1, 2]
-
-
-def test_the_dashboard_writes_its_specification_offline(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Panels for loss by batch at equal samples, final metric and gap against batch, throughput, noise. Fails if a
-    panel went missing or plotted over steps, at which runs of different batch sizes cannot be compared."""
-    monkeypatch.chdir(tmp_path)
-    made = fabricate(tmp_path / "runs", ["experiment=demo"])
-    with open(tmp_path / "runs" / made[0].run_id / "records.jsonl", "a") as f:
-        f.write(json.dumps(record("noise", 9, trace=2.0)) + "\n")
-    assert cli.main(["dashboard", "--offline", "--project", "p", "--entity", "e"]) == 0
-    said = capsys.readouterr().out
-    assert "specification: report/wandb.json" in said and "wandb login" in said
-    specification = json.loads((tmp_path / "report" / "wandb.json").read_text())
-    view = specification["workspace"]
-    assert (view["entity"], view["project"]) == ("e", "p")
-    sections = {s["name"]: s["panels"] for s in view["spec"]["section"]["panelBankConfig"]["sections"]}
-    lines = [p["config"] for name in ("Batch sizes at equal samples", "Rules at equal samples") for p in sections[name]]
-    assert lines and all(c["xAxis"] == "samples" for c in lines)
-    assert {c["metrics"][0] for c in lines} == {"train/loss", "eval/accuracy"}
-    finals = [p["config"] for p in sections["Final metrics against batch"]]
-    assert {c["xAxis"] for c in finals} == {"config:batch.value"}
-    assert {c["yAxis"] for c in finals} >= {"summary:final/test_accuracy", "summary:final/train_loss"}
-    assert {"Gap to the base run of the same seed", "Throughput", "Noise"} <= set(sections)
-    text = json.dumps(specification["report"])
-    assert "Is the scaled run the base run?" in text and "batch 64" in text and "equivalent" in text
 
 
 def test_upload(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

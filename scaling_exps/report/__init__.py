@@ -7,89 +7,89 @@ prints, `dashboard` does the same in wandb.
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import sys
 import time
 from pathlib import Path
 
-from scaling_exps.report import charts as _charts
-from scaling_exps.report import tables
+from scaling_exps.report import charts, tables
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, judge, reading
 
 __all__ = ["Collection", "Missing", "ReportError", "Row", "Run", "collect", "compare", "judge", "main", "reading"]
 
+FORMS = {"csv": tables.as_csv, "markdown": tables.as_markdown, "latex": tables.as_latex}  # and json
 
-def main(
-    dirs: list[Path],
-    out: Path,
-    form: str = "table",
-    margins: list[str] | None = None,
-    watch: float | None = None,
-    pdf: bool = False,
-) -> int:
-    """Compare the runs under `dirs`: print the table, write the page and the figures into `out`.
 
-    Args:
-        dirs: folders of runs.
-        out: folder of the page and the figures, which only `table` writes.
-        form: table, json, csv or latex.
-        margins: `METRIC=VALUE` words that take the place of the margins fixed before the runs.
-        watch: seconds between looks while the sweep runs, or None.
-        pdf: also draw each figure as PDF.
+def main(words: list[str], runs_dir: Path) -> int:
+    """`scalerun report WORDS`: print the comparison; as the table, write the page and the figures too.
 
     Returns:
         0.
 
     Raises:
-        ReportError: a folder is missing, no run is finished, a margin cannot be read, or `out` cannot be written.
+        ReportError: a folder is missing, no run is finished, a word cannot be read, or the page cannot be written.
     """
-    given = _margins(margins or [])
+    parser = argparse.ArgumentParser(prog="scalerun report")
+    parser.add_argument("dirs", nargs="*", type=Path, help="folders of runs (default: runs)")
+    forms = parser.add_mutually_exclusive_group()
+    for name in ("json", *FORMS):
+        forms.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print it as {name}")
+    parser.add_argument("--out", default="report", type=Path, help="folder of page and figures (default: report)")
+    parser.add_argument("--pdf", action="store_true", help="draw the figures as PDF too")
+    parser.add_argument("--margin", action="append", metavar="METRIC=VALUE", help="instead of those fixed beforehand")
+    parser.add_argument("--watch", nargs="?", type=float, const=10, metavar="SECONDS", help="until the sweep ends")
+    options = parser.parse_args(words)
+    if options.watch is not None and not options.watch > 0:
+        raise ReportError(f"--watch {options.watch:g}: give seconds > 0")
+    dirs, margins = options.dirs or [runs_dir], _margins(options.margin)
     known: dict[Path, Run] = {}
     while True:
-        found = collect(dirs, known)
-        unfinished = [m for m in found.missing if m.state in ("running", "interrupted", "waiting")]
-        if not found.runs and not (watch and (unfinished or not found.missing)):
-            raise ReportError(_nothing(dirs, found))
-        rows = compare(found, given)
-        if form == "table":
-            make_folder(out)
-            if watch and sys.stdout.isatty():
-                print("\033[2J\033[H", end="")
-            more = bool(watch) and (bool(unfinished) or not found.runs)
-            _show(rows, found, out, watch if more else None, pdf, bool(given))
+        collection = collect(dirs, known)
+        unfinished = [m for m in collection.missing if m.state in ("running", "interrupted", "waiting")]
+        if not collection.runs and not (options.watch and (unfinished or not collection.missing)):
+            where = ", ".join(map(str, dirs))
+            raise ReportError("\n".join([f"no finished run under {where}", *map(str, collection.missing)]))
+        more = bool(options.watch) and (bool(unfinished) or not collection.runs)
+        rows = compare(collection, margins)
+        if options.form == "json":
+            print(tables.as_json(rows, collection.missing))
+        elif options.form:
+            print(FORMS[options.form](rows))
         else:
-            print({"json": tables.as_json, "csv": tables.as_csv, "latex": tables.as_latex}[form](rows, found.missing))
-        if not watch or (found.runs and not unfinished):
+            make_folder(options.out)
+            if options.watch and sys.stdout.isatty():
+                print("\033[2J\033[H", end="")
+            tables.show(rows)
+            if margins:
+                print("the margins were given with --margin, not fixed before the runs: read the verdicts accordingly")
+            print(*reading(rows), sep="\n")
+            _draw(rows, collection.missing, options, more)
+        for absent in collection.missing:
+            print(f"not in the table: {absent}", file=sys.stderr)
+        if not more:
             return 0
         sys.stdout.flush()
-        time.sleep(watch)
+        time.sleep(options.watch)
 
 
-def _show(rows: list[Row], found: Collection, out: Path, refresh: float | None, pdf: bool, given: bool) -> None:
+def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, more: bool) -> None:
     from scaling_exps.report import figures, page
 
-    tables.show(rows)
-    if given:
-        print("the margins were given with --margin, not fixed before the runs: read the verdicts accordingly")
-    for line in reading(rows):
-        print(line)
-    for gone in found.missing:
-        print(f"not in the table: {gone}", file=sys.stderr)
-    charts = _charts.charts(rows)
-    path = page.write(rows, found.missing, charts, out, max(1, round(refresh)) if refresh else None, given)
-    print(f"page: {path}")
-    for file in figures.draw(charts, out, ("png", "pdf") if pdf else ("png",)):
+    drawn = charts.arrange(rows)
+    refresh = max(1, round(options.watch)) if more else None
+    print(f"page: {page.write(rows, missing, drawn, options.out, refresh, bool(options.margin))}")
+    if importlib.util.find_spec("matplotlib") is None:
+        print("no figures beside the page: to have them as PNG or PDF, pip install 'scalerun[figures]'")
+        return
+    for file in figures.draw(drawn, options.out, ("png", "pdf") if options.pdf else ("png",)):
         print(f"figure: {file}")
 
 
-def _nothing(dirs: list[Path], found: Collection) -> str:
-    where = ", ".join(map(str, dirs))
-    return f"no finished run under {where}" + "".join(f"\n{gone}" for gone in found.missing)
-
-
-def _margins(words: list[str]) -> dict[str, float] | None:
+def _margins(words: list[str] | None) -> dict[str, float] | None:
     given: dict[str, float] = {}
-    for word in words:
+    for word in words or ():
         name, _, value = word.partition("=")
         try:
             given[name] = float(value)

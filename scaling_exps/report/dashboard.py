@@ -1,58 +1,61 @@
-"""The comparison in wandb: a workspace, a report, and the upload of what was logged offline."""
+"""The comparison in wandb: a workspace of panels, and a report with the verdicts (the extra `dashboard`)."""
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
-import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from scaling_exps import records
-from scaling_exps.report import verdict
+from scaling_exps import mirror
+from scaling_exps.report import tables, verdict
 from scaling_exps.report.runs import ReportError, collect, make_folder
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
+NOISE = ("trace", "gradient_sq", "kappa_r", "b_noise")  # of a noise record, what gets a panel
+TITLE = "scalerun: batch sizes compared"
 
 
-def publish(dirs: list[Path], out: Path, entity: str | None, project: str | None, offline: bool) -> int:
-    """Write the specification of the workspace and the report to `out/wandb.json`, and publish both where logged in.
+def main(words: list[str], runs_dir: Path) -> int:
+    """`scalerun dashboard WORDS`: write the specification to OUT/wandb.json, and publish it where logged in.
 
-    Args:
-        dirs: folders of runs; they decide the batches and metrics that get panels.
-        out: folder of the specification.
-        entity, project: where in wandb; by default the user's own, and WANDB_PROJECT or `scalerun`.
-        offline: publish nothing.
+    The runs decide the batches and metrics that get panels.
 
     Raises:
-        ReportError: no finished run, `out` cannot be written, or wandb refuses.
+        ReportError: no finished run, wandb-workspaces is missing, OUT cannot be written, or wandb refuses.
     """
+    parser = argparse.ArgumentParser(prog="scalerun dashboard")
+    parser.add_argument("dirs", nargs="*", type=Path, help="folders of runs (default: runs)")
+    parser.add_argument("--entity", help="wandb user or team (default: yours)")
+    parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "scalerun"), help="(default: scalerun)")
+    parser.add_argument("--out", default="report", type=Path, help="folder of the specification (default: report)")
+    parser.add_argument("--offline", action="store_true", help="write the specification and publish nothing")
+    options = parser.parse_args(words)
     os.environ.setdefault("WANDB_SILENT", "true")
-    found = collect(dirs)
-    if not found.runs:
+    dirs = options.dirs or [runs_dir]
+    collection = collect(dirs)
+    if not collection.runs:
         raise ReportError(f"no finished run under {', '.join(map(str, dirs))}: a dashboard of nothing")
-    make_folder(out)
-    rows = verdict.compare(found)
-    project = project or os.environ.get("WANDB_PROJECT", "scalerun")
-    offline = offline or os.environ.get("WANDB_MODE") == "offline" or not records.logged_in()
-    if not offline and entity is None:
-        entity = _asked(lambda: _default_entity())
-    workspace, article = build(rows, entity or "ENTITY", project)
-    specification = {
-        "workspace": json.loads(workspace._to_model().model_dump_json(by_alias=True, exclude_none=True)),
-        "report": json.loads(article._to_model().model_dump_json(by_alias=True, exclude_none=True)),
-    }
-    path = out / "wandb.json"
-    path.write_text(json.dumps(specification, indent=1) + "\n")
+    make_folder(options.out)
+    offline = options.offline or os.environ.get("WANDB_MODE") == "offline" or not mirror.logged_in()
+    entity = options.entity or ("ENTITY" if offline else _asked(_default_entity))
+    try:
+        workspace, article = build(verdict.compare(collection), entity, options.project)
+    except ModuleNotFoundError as e:
+        raise ReportError(f"{e}: pip install 'scalerun[dashboard]'") from e
+    parts = {"workspace": workspace, "report": article}
+    as_json = {k: json.loads(v._to_model().model_dump_json(by_alias=True, exclude_none=True)) for k, v in parts.items()}
+    path = options.out / "wandb.json"
+    path.write_text(json.dumps(as_json, indent=1) + "\n")
     print(f"specification: {path}")
     if offline:
         print(f"nothing was published (offline); to publish: {HOW}")
         return 0
-    _asked(workspace.save)
-    _asked(article.save)
-    print(f"workspace: {workspace.url}\nreport: {article.url}")
+    for name, part in parts.items():
+        _asked(part.save)
+        print(f"{name}: {part.url}")
     return 0
 
 
@@ -81,14 +84,6 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
 
     wr: Any = wandb_workspaces.reports.v2  # its names are made where a type checker does not look
 
-    batches = sorted({r.batch for r in rows if r.role != "base"}) or sorted({r.batch for r in rows})
-    metrics = [m for m in verdict.METRICS if any(m in r.metrics for r in rows)]
-    accuracy = any("accuracy" in run.evals for r in rows for run in r.runs)
-    measured = [row for r in rows for run in r.runs for row in run.noise]
-    noise = sorted(
-        {"/".join([*([row["method"]] if "method" in row else []), k]) for row in measured for k in _NOISE & set(row)}
-    )
-
     def over_samples(title: str, metric: str, by: str = "rule") -> Any:
         return wr.LinePlot(
             title=title, x="samples", y=[metric], groupby=wr.Config(by), groupby_aggfunc="mean",
@@ -96,114 +91,47 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
         )  # fmt: skip
 
     def against_batch(title: str, key: str, log: bool = False) -> Any:
+        title = f"{title} against batch"
         return wr.ScatterPlot(title=title, x=wr.Config("batch"), y=wr.SummaryMetric(key), log_x=True, log_y=log)
 
-    test = ("test accuracy", "eval/accuracy") if accuracy else ("test loss", "eval/loss")
-    curves = [("train loss", "train/loss"), test]
-    finals = [against_batch(f"{verdict_name(m)} against batch", f"final/{m}") for m in metrics]
-    gaps = [against_batch(f"gap in {verdict_name(m)} against batch", f"gap/{m}") for m in metrics]
-    speed = [against_batch("throughput against batch, samples/s", "samples_per_second", log=True)]
-    noises = [over_samples(f"noise: {k}", f"noise/{k}", "batch") for k in noise]
-    by_batch = [over_samples(f"{name} by batch, at equal samples", key, "batch") for name, key in curves]
-    by_rule = [over_samples(f"{name} by rule, at equal samples", key) for name, key in curves]
-    sections = [
-        ("Batch sizes at equal samples", by_batch),
-        ("Rules at equal samples", by_rule),
-        ("Final metrics against batch", finals),
-        ("Gap to the base run of the same seed", gaps),
-        ("Throughput", speed),
-        ("Noise", noises),
-    ]
-    names = ["run:displayName", "config:batch", "config:rule", "config:kappa", "config:seed"]
+    metrics = {m: name for m, name in verdict.METRICS.items() if any(m in r.metrics for r in rows)}
+    test = "accuracy" if any("accuracy" in run.evals for r in rows for run in r.runs) else "loss"
+    curves = {"train loss": "train/loss", f"test {test}": f"eval/{test}"}
+    measured = [row for r in rows for run in r.runs for row in run.noise]
+    noise = sorted({"/".join(filter(None, (row.get("method"), k))) for row in measured for k in NOISE if k in row})
+    sections = {
+        "Batch sizes at equal samples": [over_samples(f"{n} by batch", key, "batch") for n, key in curves.items()],
+        "Rules at equal samples": [over_samples(f"{name} by rule", key) for name, key in curves.items()],
+        "Final metrics against batch": [against_batch(name, f"final/{m}") for m, name in metrics.items()],
+        "Gap to the base run of the same seed": [against_batch(f"Δ {n}", f"gap/{m}") for m, n in metrics.items()],
+        "Throughput": [against_batch("samples/s", "samples_per_second", log=True)],
+        "Noise": [over_samples(f"noise: {k}", f"noise/{k}", "batch") for k in noise],
+    }
+    columns = ["run:displayName", *(f"config:{k}" for k in ("batch", "rule", "kappa", "seed"))]
     workspace = ws.Workspace(
         entity=entity,
         project=project,
-        name="scalerun: batch sizes compared",
-        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections if panels],
+        name=TITLE,
+        sections=[ws.Section(name=name, panels=panels, is_open=True) for name, panels in sections.items() if panels],
         settings=ws.WorkspaceSettings(x_axis="samples", max_runs=100),
         runset_settings=ws.RunsetSettings(
             groupby=[ws.Config("rule"), ws.Config("batch")],
-            pinned_columns=[*names, *(f"summary:gap/{m}" for m in metrics)],
+            pinned_columns=[*columns, *(f"summary:gap/{m}" for m in metrics)],
         ),
     )
-    blocks: list[Any] = [wr.H1("Is the scaled run the base run?"), wr.MarkdownBlock(_markdown(rows))]
+    verdicts = "\n\n".join([tables.as_markdown(rows), *verdict.reading(rows)])
+    blocks: list[Any] = [wr.H1("Is the scaled run the base run?"), wr.MarkdownBlock(verdicts)]
 
     def grid(title: str, panels: list[Any], filters: str = "") -> None:
         runset = wr.Runset(filters=filters, groupby=["config.rule"])  # of the project that the report is in
         blocks.extend([wr.H2(title), wr.PanelGrid(runsets=[runset], panels=panels)])
 
-    for batch in batches:
-        panels = [over_samples(f"{name}, batch {batch}", key) for name, key in curves]
-        grid(f"Batch {batch} and the base, at equal samples", panels, f"Config('batch') in [{_near(rows, batch)}]")
-    for title, panels in sections[2:]:
+    base = {r.batch for r in rows if r.role == "base"}
+    for batch in sorted({r.batch for r in rows if r.role != "base"} or base):
+        panels = [over_samples(f"{name}, batch {batch}", key) for name, key in curves.items()]
+        near = ", ".join(map(str, sorted({batch, *base})))
+        grid(f"Batch {batch} and the base, at equal samples", panels, f"Config('batch') in [{near}]")
+    for title, panels in list(sections.items())[2:]:
         if panels:
             grid(title, panels)
-    article = wr.Report(entity=entity, project=project, title="scalerun: batch sizes compared", blocks=blocks)
-    return workspace, article
-
-
-_NOISE = {"trace", "gradient_sq", "kappa_r", "b_noise"}  # of a noise record, what gets a panel
-
-
-def _near(rows: list[verdict.Row], batch: int) -> str:
-    return ", ".join(map(str, sorted({batch, *(r.batch for r in rows if r.role == "base")})))
-
-
-def verdict_name(metric: str) -> str:
-    return metric.replace("_", " ")
-
-
-def _markdown(rows: list[verdict.Row]) -> str:
-    """The verdict table, as it stands when the dashboard is made."""
-    lines = [
-        "| setting | arm | batch | n | verdict | seeds that would decide | power |",
-        "|---|---|---|---|---|---|---|",
-    ]
-    for r in rows:
-        needed = str(r.seeds_needed or "")
-        lines.append(f"| {r.setting} | {r.rule} | {r.batch} | {len(r.seeds)} | {r.verdict} | {needed} | {r.power} |")
-    return "\n".join([*lines, "", *verdict.reading(rows)])
-
-
-def offline_runs(dirs: list[Path]) -> list[Path]:
-    """Folders that wandb wrote offline under `dirs` and that are not uploaded yet, oldest first."""
-    found = []
-    for root in dirs:
-        if not root.is_dir():
-            raise ReportError(f"no folder {str(root)!r}; give folders of runs (runs_dir, by default ./runs)")
-        for folder in [*root.glob("wandb/offline-run-*"), *root.glob("*/wandb/offline-run-*")]:
-            if any(folder.glob("*.wandb")) and not any(folder.glob("*.wandb.synced")):
-                found.append(folder)
-    return sorted(set(found), key=lambda p: (p.name, p))
-
-
-def sync(dirs: list[Path], dry_run: bool) -> int:
-    """Upload what was logged offline, by `wandb sync`, which marks each folder when it is done.
-
-    Returns:
-        0 when all of it is uploaded, 1 when wandb left something.
-
-    Raises:
-        ReportError: a folder is missing, or nobody is logged in.
-    """
-    folders = offline_runs(dirs)
-    if not folders:
-        print("nothing to upload: no offline run that is not uploaded already")
-        return 0
-    if dry_run:
-        for folder in folders:
-            print(folder)
-        print(f"{len(folders)} offline run(s) would be uploaded")
-        return 0
-    if not records.logged_in():
-        raise ReportError(
-            f"{len(folders)} offline run(s) to upload, and nobody is logged in to wandb: `wandb login`, or set "
-            "WANDB_API_KEY, then the same command again"
-        )
-    environment = {k: v for k, v in os.environ.items() if k not in ("WANDB_MODE", "WANDB_SILENT")}
-    for start in range(0, len(folders), 100):  # a command line has an end
-        batch = [str(f.resolve()) for f in folders[start : start + 100]]
-        subprocess.run([sys.executable, "-m", "wandb", "sync", *batch], env=environment, check=False)
-    left = offline_runs(dirs)
-    print(f"{len(folders) - len(left)} of {len(folders)} offline run(s) uploaded")
-    return 1 if left else 0
+    return workspace, wr.Report(entity=entity, project=project, title=TITLE, blocks=blocks)

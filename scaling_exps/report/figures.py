@@ -1,4 +1,4 @@
-"""Charts -> PNG and PDF files, by matplotlib. One file for each setting and group of charts."""
+"""Charts -> PNG and PDF files, by matplotlib (the extra `figures`). One file for each setting and group of charts."""
 
 from __future__ import annotations
 
@@ -7,11 +7,14 @@ import os
 import sys
 import textwrap
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from scaling_exps.report.charts import GROUPS, Chart, colours, dash
+from scaling_exps.report.charts import GROUPS, SPREAD, Chart, Style, styles
 
-_DASHES = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-.", "longdash": (0, (8, 3))}
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_DASHES: dict[str, Any] = {"solid": "-", "dot": ":", "dash": "--", "dashdot": "-.", "longdash": (0, (8, 3))}
 
 
 def draw(charts: list[Chart], out: Path, formats: tuple[str, ...] = ("png",)) -> list[Path]:
@@ -21,13 +24,13 @@ def draw(charts: list[Chart], out: Path, formats: tuple[str, ...] = ("png",)) ->
 
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    jobs = []
+    jobs, style = [], styles(charts)
     for number, setting in enumerate(dict.fromkeys(c.setting for c in charts)):
         for group in GROUPS:
-            here = [c for c in charts if (c.setting, c.group) == (setting, group)]
-            if here:
+            members = [c for c in charts if (c.setting, c.group) == (setting, group)]
+            if members:
                 stem = f"{group}-{number + 1}" if number else group
-                jobs.append((here, setting, [out / f"{stem}.{f}" for f in formats]))
+                jobs.append((members, style, [out / f"{stem}.{f}" for f in formats]))
     workers = min(len(jobs), len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, 8)
     if workers < 2:
         files = [_figure(*job) for job in jobs]
@@ -37,73 +40,25 @@ def draw(charts: list[Chart], out: Path, formats: tuple[str, ...] = ("png",)) ->
     return [path for paths in files for path in paths]
 
 
-def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
+def _figure(charts: list[Chart], style: dict[str, Style], paths: list[Path]) -> list[Path]:
     from matplotlib.figure import Figure
-    from matplotlib.ticker import FixedLocator, FuncFormatter, LogLocator, MaxNLocator, NullLocator, PercentFormatter
 
     group = charts[0].group
-    across = group in ("curves", "paper")  # a column for each batch or rule, loss and accuracy below each other
+    across = group in ("curves", "paper") and len(charts) > 1  # a column a batch or rule, loss above accuracy
     columns = (len(charts) + 1) // 2 if across else min(len(charts), 3)
-    rows = 2 if across and len(charts) > 1 else -(-len(charts) // columns)
+    rows = 2 if across else -(-len(charts) // columns)
     figure = Figure(figsize=(4.1 * columns, 3.0 * rows + 0.9), layout="constrained")
-    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if across and rows == 2 else False)
-    spots = [axes[i % 2][i // 2] for i in range(len(charts))] if across and rows == 2 else list(axes.flat)
-    arms = [t.arm for c in charts for t in c.traces]
-    palette = colours(arms, [t.batch for c in charts for t in c.traces if t.batch])
+    axes = figure.subplots(rows, columns, squeeze=False, sharey="row" if across else False)
+    spots = list(axes.T.flat if across else axes.flat)
     handles: dict[str, Any] = {}
-    for i_chart, (axis, chart) in enumerate(zip(spots, charts, strict=False)):
-        for i, trace in enumerate(chart.traces):
-            colour = palette[trace.arm][0]
-            style = {"color": colour, "linestyle": _DASHES[dash(trace.arm)], "lw": 1.5}
-            if group == "hyper":  # rules share values: a line under another shows at its sides
-                style |= {"lw": 1.5 + 0.9 * (len(chart.traces) - 1 - i)}
-            x = (
-                [v * 1.025 ** (i - len(chart.traces) / 2) for v in trace.x]
-                if trace.points and group != "hyper"
-                else trace.x
-            )
-            (line,) = axis.plot(x, trace.y, marker="o" if trace.points else None, ms=4, **style)
-            handles.setdefault(trace.arm, line)
-            if trace.low is not None and trace.high is not None:
-                if trace.points:
-                    axis.vlines(x, trace.low, trace.high, color=colour, lw=1.2)
-                else:
-                    axis.fill_between(trace.x, trace.low, trace.high, color=colour, alpha=0.15, lw=0)
-        if chart.band:
-            patch = axis.axhspan(*chart.band, color="#888888", alpha=0.18, lw=0, zorder=0)
-            handles.setdefault("counts as equal", patch)  # type: ignore[arg-type]
-        axis.set(
-            xlabel=chart.x,
-            ylabel="" if chart.title == chart.y else chart.y,
-            title="" if across and i_chart % 2 else chart.title,
-        )
-        axis.title.set_fontsize(10)
-        if chart.log_x:
-            axis.set_xscale("log")
-            ticks = sorted({x for t in chart.traces for x in t.x})
-            axis.xaxis.set_major_locator(FixedLocator(ticks if len(ticks) < 8 else ticks[:: -(-len(ticks) // 7)]))
-            axis.xaxis.set_major_formatter(FuncFormatter(lambda v, _: f"{v:g}"))
-            axis.xaxis.set_minor_locator(NullLocator())
-        else:
-            axis.xaxis.set_major_locator(MaxNLocator(5))
-            axis.xaxis.set_major_formatter(FuncFormatter(_short))
-        if chart.log_y:
-            axis.set_yscale("log")
-            axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5), numticks=8))
-            axis.yaxis.set_major_formatter(FuncFormatter(_short))
-            axis.yaxis.set_minor_locator(NullLocator())
-        if chart.percent:
-            axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
-        if group == "gap":
-            axis.axhline(0, color="#888888", lw=0.8, zorder=0)
-        axis.grid(alpha=0.25, lw=0.6)
-        axis.spines[["top", "right"]].set_visible(False)
-    for axis in axes.flat:
-        if axis not in spots[: len(charts)]:
-            axis.set_visible(False)
-    spread = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "first seed"}
-    note = spread.get(group, "mean ± sd over seeds")
-    width = figure.get_figwidth()
+    for axis, chart in zip(spots, charts, strict=False):
+        handles = _axis(axis, chart, style) | handles
+    for axis in spots[1::2] if across else ():
+        axis.set_title("")
+    for axis in spots[len(charts) :]:
+        axis.set_visible(False)
+    note = SPREAD.get(group, "mean ± sd over seeds")
+    width, setting = figure.get_figwidth(), charts[0].setting
     lines = [GROUPS[group], *textwrap.wrap(setting + (f"  ({note})" if note else ""), int(width * 13))]
     figure.suptitle("\n".join(lines), fontsize=10)  # about 13 letters an inch; 11 with the legend's
     fitting = int(width * 11 / (max(map(len, handles)) + 6))
@@ -116,6 +71,60 @@ def _figure(charts: list[Chart], setting: str, paths: list[Path]) -> list[Path]:
     for path in paths:
         figure.savefig(path, dpi=110)
     return paths
+
+
+def _axis(axis: Axes, chart: Chart, style: dict[str, Style]) -> dict[str, Any]:
+    """Draw one chart; returns what goes into the legend."""
+    from matplotlib.ticker import (
+        FixedFormatter,
+        FixedLocator,
+        FuncFormatter,
+        LogLocator,
+        MaxNLocator,
+        NullLocator,
+        PercentFormatter,
+    )
+
+    handles: dict[str, Any] = {}
+    for trace in chart.traces:
+        colour, dash = style[trace.arm].light, _DASHES[style[trace.arm].dash]
+        marker = "o" if trace.points else None
+        (handles[trace.arm],) = axis.plot(
+            trace.x, trace.y, marker=marker, ms=4, color=colour, linestyle=dash, lw=0.75 * trace.width
+        )
+        if trace.low is not None and trace.high is not None:
+            if trace.points:
+                axis.vlines(trace.x, trace.low, trace.high, color=colour, lw=1.2)
+            else:
+                axis.fill_between(trace.x, trace.low, trace.high, color=colour, alpha=0.15, lw=0)
+    if chart.band:
+        handles[chart.band_name] = axis.axhspan(*chart.band, color="#888888", alpha=0.18, lw=0, zorder=0)
+    axis.set(xlabel=chart.x, ylabel="" if chart.title == chart.y else chart.y)
+    axis.set_title(chart.title, fontsize=10)
+    axis.set_xscale("log" if chart.log_x else "linear")
+    axis.xaxis.set_minor_locator(NullLocator())
+    if chart.ticks:
+        places, labels = zip(*chart.ticks, strict=True)
+        axis.xaxis.set_major_locator(FixedLocator(places))
+        axis.xaxis.set_major_formatter(FixedFormatter(labels))
+        if not chart.log_x:  # names of arms
+            axis.set_xticks(places, labels, rotation=30, rotation_mode="anchor", ha="right", fontsize=8)
+            axis.set_xlim(-0.5, len(places) - 0.5)
+    else:
+        axis.xaxis.set_major_locator(MaxNLocator(5))
+        axis.xaxis.set_major_formatter(FuncFormatter(_short))
+    if chart.log_y:
+        axis.set_yscale("log")
+        axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5), numticks=8))
+        axis.yaxis.set_major_formatter(FuncFormatter(_short))
+        axis.yaxis.set_minor_locator(NullLocator())
+    if chart.percent:
+        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+    if chart.group == "gap":
+        axis.axhline(0, color="#888888", lw=0.8, zorder=0)
+    axis.grid(alpha=0.25, lw=0.6)
+    axis.spines[["top", "right"]].set_visible(False)
+    return handles
 
 
 def _short(value: float, _: object = None) -> str:

@@ -1,10 +1,10 @@
-"""Directories of runs -> `Run` values. Reads run.json, records.jsonl and result.json, and believes none of them."""
+"""Directories of runs -> `Run` values, read through RunDir; what cannot be read is counted and said."""
 
 from __future__ import annotations
 
-import json
 import math
 import os
+from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from scaling_exps import records
-from scaling_exps.plan import Arm, RunSpec
+from scaling_exps.plan import PlanError, RunSpec
+from scaling_exps.records import RunDir
 
 LAST = 0.1  # share of training over which the final train loss is averaged
 BINS = 50  # of a trajectory
@@ -50,6 +50,7 @@ class Missing:
     state: str
     reason: str
     spec: RunSpec | None = None
+    diverged: bool = False  # it failed because its loss was no number
 
     def __str__(self) -> str:
         return f"{self.path.name} is {self.state}" + (f": {self.reason}" if self.reason else "")
@@ -73,112 +74,89 @@ def make_folder(out: Path) -> None:
         ) from e
 
 
-def collect(dirs: Iterable[Path], known: dict[Path, Run] | None = None) -> Collection:
-    """Every run under `dirs`: a run's own directory, or a folder of such.
+def collect(roots: Iterable[Path], known: dict[Path, Run] | None = None) -> Collection:
+    """Every run under `roots`: a run's own directory, or a folder of such.
 
     Args:
-        dirs: folders.
+        roots: folders.
         known: finished runs that were read before, by directory; what is new is added (for watching).
 
     Raises:
         ReportError: a folder does not exist.
     """
     known = {} if known is None else known
-    found, seen = Collection(), set()
-    for root in dirs:
+    collection, first = Collection(), dict[str, Path]()
+    folders: dict[Path, RunDir] = {}
+    for root in roots:
         if not root.is_dir():
             raise ReportError(f"no folder {str(root)!r}; give folders of runs (runs_dir, by default ./runs)")
-        for run_dir in sorted({p.parent for p in [*root.glob("run.json"), *root.glob("*/run.json")]}):
-            if run_dir.resolve() in seen:
-                continue
-            seen.add(run_dir.resolve())
-            run = known.get(run_dir) or _read(run_dir)
-            if isinstance(run, Missing):
-                found.missing.append(run)
-            else:
-                known[run_dir] = run
-                found.runs.append(run)
-    unique: dict[str, Run] = {}
-    for run in found.runs:
-        if run.spec.run_id in unique:
-            where = unique[run.spec.run_id].path
-            found.missing.append(Missing(run.path, "a copy", f"the same run as {where}, which is the one used", None))
+        for run_dir in [*([RunDir(root)] if RunDir(root).exists else []), *RunDir.under(root)]:
+            folders.setdefault(run_dir.path.resolve(), run_dir)
+    for path, run_dir in folders.items():
+        run = known.get(path) or _read(run_dir)
+        if isinstance(run, Missing):
+            collection.missing.append(run)
+            continue
+        known[path] = run
+        used = first.setdefault(run.spec.run_id, run.path)
+        if used == run.path:
+            collection.runs.append(run)
         else:
-            unique[run.spec.run_id] = run
-    found.runs = list(unique.values())
-    return found
+            collection.missing.append(Missing(run.path, "a copy", f"the same run as {used}, which is the one used"))
+    return collection
 
 
-def _read(run_dir: Path) -> Run | Missing:
+def _read(run_dir: RunDir) -> Run | Missing:
+    path = run_dir.path
     try:
-        spec = records.read_spec(run_dir)
-        _ = spec.science.model["name"], spec.science.dataset["name"], [_base(a) for a in spec.arms]
-    except (ValueError, KeyError, TypeError, AttributeError) as e:
-        return Missing(run_dir, "no run of ours", str(e) or type(e).__name__)
-    if not spec.arms:
-        return Missing(run_dir, "no run of ours", "run.json names no arm", spec)
-    state = records.state(run_dir)
-    result = records.read_json(run_dir / "result.json")
-    if result is None or result.get("status") != "finished":
+        spec = run_dir.spec()
+    except PlanError as e:
+        return Missing(path, "no run of ours", str(e))
+    state, result = run_dir.state(), run_dir.result()
+    if result is None or state != "finished":
         reason = str(result.get("reason", "")) if result else _progress(run_dir, spec)
-        return Missing(run_dir, state, reason, spec)
+        return Missing(path, state, reason, spec, bool(result and result.get("diverged") is True))
     final = result.get("metrics")
     if not isinstance(final, dict):
-        return Missing(run_dir, "half-written", "result.json has no metrics", spec)
-    scale = spec.draws * spec.stretch  # samples of the stream for one sample of plain training
-    train: list[tuple[float, float, float]] = []
-    evals: dict[str, tuple[list[float], list[float]]] = {}
-    noise, torn, t = [], 0, math.nan
-    for row in records.read_records(run_dir):
+        return Missing(path, "half-written", "result.json has no metrics", spec)
+    scale = spec.science.draws * spec.science.stretch  # samples of the stream for one sample of plain training
+    train: list[tuple[float, float]] = []
+    evals: dict[str, list[tuple[float, float]]] = defaultdict(list)
+    noise, t = [], math.nan
+    records = run_dir.records()
+    unreadable = records.damaged
+    for row in records.rows:
         try:
-            kind, clock = row["kind"], row["samples"] / scale
+            kind, clock = row["kind"], float(row["samples"]) / scale
             if kind == "train":
-                train.append((clock, row["loss"] * row["window"] / scale, row["window"] / scale))
-                t = row["t"] / clock
+                t, loss = row["t"] / clock, row["loss"] * row["window"] / scale
+                train.append((clock, loss))
             elif kind == "eval":
                 for name, value in row.items():
                     if name not in ("kind", "step", "samples", "t") and isinstance(value, int | float):
-                        xs, ys = evals.setdefault(name, ([], []))
-                        xs.append(clock)
-                        ys.append(value)
+                        evals[name].append((clock, float(value)))
             elif kind == "noise":
                 noise.append({**row, "clock": clock})
-        except (KeyError, TypeError, AttributeError, ZeroDivisionError):
-            torn += 1
+        except (KeyError, TypeError, ValueError, ZeroDivisionError):
+            unreadable += 1
     if not train:
-        return Missing(run_dir, "half-written", "it says finished, and has no train records", spec)
-    clock, loss, _ = np.array(train).T
-    order = np.argsort(clock, kind="stable")
-    curve = np.append(0, clock[order]), np.append(0, np.cumsum(loss[order]))
+        return Missing(path, "half-written", "it says finished, and has no train records", spec)
+    clock, loss = np.array(sorted(train, key=lambda point: point[0]), dtype=float).T
+    curve = np.append(0, clock), np.append(0, np.cumsum(loss))
     metrics = {k: float(v) for k, v in final.items() if isinstance(v, int | float) and not isinstance(v, bool)}
     metrics["train_loss"] = _last(curve)
-    notes = [f"{torn} record(s) could not be read"] if torn else []
+    notes = [f"{unreadable} record(s) could not be read"] if unreadable else []
     if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
         notes.append(f"not a number: {', '.join(bad)}")
-    arrays = {k: (np.array(xs), np.array(ys, dtype=float)) for k, (xs, ys) in evals.items()}
+    arrays = {k: (np.array(points)[:, 0], np.array(points)[:, 1]) for k, points in evals.items()}
     kept = {k: v for k, v in result.items() if k != "metrics"}
-    return Run(spec, run_dir, metrics, curve, arrays, noise, kept, t, tuple(notes))
+    return Run(spec, path, metrics, curve, arrays, noise, kept, t, tuple(notes))
 
 
-def _base(arm: Arm) -> tuple[Any, ...]:
-    return arm.base["batch"], arm.base["lr"], tuple(arm.base["betas"]), arm.kappa + 0.0, arm.base_run_id
-
-
-def _progress(run_dir: Path, spec: RunSpec) -> str:
+def _progress(run_dir: RunDir, spec: RunSpec) -> str:
     """How far an unfinished run is, from the end of its records."""
-    try:
-        with open(run_dir / "records.jsonl", "rb") as f:
-            f.seek(0, 2)
-            f.seek(max(0, f.tell() - 4096))
-            lines = f.read().decode(errors="replace").splitlines()
-    except OSError:
-        return "no record yet"
-    for line in reversed(lines):
-        try:
-            return f"{json.loads(line)['step'] / spec.science.steps:.0%} of its steps"
-        except (ValueError, KeyError, TypeError):
-            continue
-    return "no record yet"
+    step = (run_dir.newest_record() or {}).get("step")
+    return f"{step / spec.science.steps:.0%} of its steps" if isinstance(step, int) else "no record yet"
 
 
 def _last(curve: tuple[np.ndarray, np.ndarray]) -> float:

@@ -1,4 +1,4 @@
-"""Rows -> a coloured table, JSON, CSV, LaTeX."""
+"""Rows -> a coloured table, Markdown, LaTeX, JSON, CSV. The first three are forms of one grid."""
 
 from __future__ import annotations
 
@@ -6,67 +6,165 @@ import csv
 import io
 import json
 import math
+import os
 import sys
-from dataclasses import asdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
 from typing import Any
 
-from scaling_exps.report.charts import NAMES
 from scaling_exps.report.runs import Missing
-from scaling_exps.report.verdict import ALPHA, METRICS, Row, Test
+from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, Test, form
 
 _STYLE = {"equivalent": "green", "different": "red", "base": "bold"}
-_SHORT = {"test_accuracy": "accuracy", "train_loss": "train loss", "test_loss": "test loss", "perplexity": "perplexity"}
 
 
-def form(metric: str, value: float, sign: str = "+") -> str:
-    if not math.isfinite(value):
-        return "–"
-    return format(value, sign + {"test_accuracy": ".2%", "weight_norm": ".2f", "perplexity": ".3f"}.get(metric, ".4f"))
+@dataclass(frozen=True)
+class Grid:
+    """The comparison of one setting as text: heads and cells (a cell may have several parts), and what they mean."""
+
+    setting: str
+    heads: list[str]
+    cells: list[list[tuple[str, ...]]]
+    verdicts: list[str]
+    legend: list[str]
 
 
-def show(rows: list[Row]) -> None:
-    """Print one table for each setting: level of the base, gaps of the arms with their intervals, verdicts."""
-    from rich.console import Console
-    from rich.markup import escape
-    from rich.table import Table
+FIRST = ("batch", "κ", "arm", "n", "verdict")  # the columns before those of the metrics
 
-    console = Console(width=None if sys.stdout.isatty() else 170, highlight=False)
-    for setting in dict.fromkeys(r.setting for r in rows):
-        mine = [r for r in rows if r.setting == setting]
-        shown = [m for m in METRICS if any(m in r.gaps or m in r.metrics for r in mine)]
-        heads = ["|Δ train loss|" if m == "trajectory" else f"Δ {_SHORT.get(m, NAMES[m])}" for m in shown]
-        grid = Table("batch", "κ", "arm", "n", "verdict", "power", *heads, title=setting, title_justify="left")
-        for r in mine:
-            style = _STYLE.get(r.verdict, "yellow")
-            verdict = f"[{style}]{r.verdict}[/]" + (f", {r.seeds_needed} seeds would decide" if r.seeds_needed else "")
-            power = "" if not r.power else "[yellow]no power[/]" if r.power.startswith("no power") else "yes"
-            cells = [level(r, m) if r.role == "base" else gap(r.gaps.get(m)) for m in shown]
-            arm = escape(r.rule) + (" (control)" if r.role == "control" else "")
-            grid.add_row(str(r.batch), f"{r.kappa:g}", arm, str(len(r.seeds)), verdict, power, *cells)
-        console.print(grid)
-        margins = {t.metric: t.margin for r in mine for t in r.tests if t.margin is not None}
-        said = ", ".join(f"{NAMES[m]} {form(m, v, '')}" for m, v in margins.items() if v is not None)
-        print(f"  base row: mean ± sd; others: mean difference to the base of that seed [{1 - 2 * ALPHA:.0%} interval]")
-        print(f"  margins: {said}" if said else "  no margin was fixed for these runs, so nothing is judged (--margin)")
-        for r in mine:
-            for remark in r.remarks:
-                print(f"  {r.rule}, batch {r.batch}: {remark}")
+
+def head(metric: str) -> str:
+    """Of a column of differences."""
+    return METRICS[metric] if metric == "trajectory" else f"Δ {METRICS[metric]}"
 
 
 def level(row: Row, metric: str) -> str:
+    """The row's own value: mean ± standard deviation over seeds."""
     if metric not in row.metrics:
         return ""
     mean, sd = row.metrics[metric]
     return form(metric, mean, "") + ("" if math.isnan(sd) else f" ± {form(metric, sd, '')}")
 
 
-def gap(test: Test | None) -> str:
+def gap(test: Test | None) -> tuple[str, ...]:
+    """The difference to the base, and its interval where there is one."""
     if test is None or not test.n:
-        return "–"
-    text = form(test.metric, test.difference)
-    if math.isfinite(test.low):
-        text += f"\n\\[{form(test.metric, test.low)}, {form(test.metric, test.high)}]"
-    return text
+        return ("–",)
+    interval = f"[{form(test.metric, test.low)}, {form(test.metric, test.high)}]"
+    return form(test.metric, test.difference), *([interval] if math.isfinite(test.low) else [])
+
+
+def verdict(row: Row) -> tuple[str, ...]:
+    """The verdict and what has to stand beside it."""
+    needed = [f"{row.seeds_needed} seeds would decide"] if row.seeds_needed else []
+    return row.verdict, *needed, *(["no power"] if row.powerless else [])
+
+
+def metrics(rows: list[Row]) -> list[str]:
+    """Those that some row has, the ones with a margin first."""
+    held = [m for m in METRICS if any(m in r.gaps or m in r.metrics for r in rows)]
+    judged = {t.metric for r in rows for t in r.tests if t.margin is not None}
+    return sorted(held, key=lambda m: m not in judged)
+
+
+def grids(rows: list[Row]) -> Iterator[Grid]:
+    """A grid for each setting."""
+    for setting in dict.fromkeys(r.setting for r in rows):
+        members = [r for r in rows if r.setting == setting]
+        shown = metrics(members)
+        cells = [
+            [
+                (str(r.batch),), (f"{r.kappa:g}",), (r.rule, *(["(control)"] if r.role == "control" else [])),
+                (str(len(r.seeds)),), verdict(r),
+                *((level(r, m),) if r.role == "base" else gap(r.gaps.get(m)) for m in shown),
+            ]
+            for r in members
+        ]  # fmt: skip
+        margins = {t.metric: t.margin for r in members for t in r.tests if t.margin is not None}
+        fixed = ", ".join(f"{METRICS[m]} {form(m, v, '')}" for m, v in margins.items())
+        legend = [
+            f"base: mean ± sd; others: mean difference to the base of that seed [{1 - 2 * ALPHA:.0%} interval]",
+            MEANING,
+            f"margins: {fixed}" if fixed else "no margin was fixed for these runs, so nothing is judged (--margin)",
+        ]
+        legend += [f"{r.rule}, batch {r.batch}: {remark}" for r in members for remark in r.remarks]
+        yield Grid(setting, [*FIRST, *map(head, shown)], cells, [r.verdict for r in members], legend)
+
+
+def show(rows: list[Row]) -> None:
+    """Print the grids, each with as many metrics as fit between words into the terminal's width."""
+    from rich.console import Console
+
+    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170, highlight=False)
+    for grid in grids(rows):
+        count = len(grid.heads)
+        while count > len(FIRST) and _width(grid, count) > console.width:
+            count -= 1
+        console.print(_table(grid, count))
+        if count < len(grid.heads):
+            print(f"  too narrow for: {', '.join(grid.heads[count:])} (all are in --csv, --markdown and the page)")
+        for line in grid.legend:
+            print(f"  {line}")
+
+
+def _width(grid: Grid, columns: int) -> int:
+    """The least at which no word of the grid's first columns is cut."""
+    width = 1
+    for i in range(columns):
+        parts = [grid.heads[i], *(part for line in grid.cells for part in line[i])]
+        words = [w for part in parts for w in (part.split() if i >= len(FIRST) else _lines(part))]
+        width += 3 + max(map(len, words), default=0)
+    return width
+
+
+def _lines(part: str) -> list[str]:
+    return part.replace(" seeds would", " seeds\nwould").split("\n")
+
+
+def _table(grid: Grid, columns: int) -> Any:
+    from rich.markup import escape
+    from rich.table import Table
+
+    table = Table(title=grid.setting, title_justify="left")
+    for i, name in enumerate(grid.heads[:columns]):
+        table.add_column(name, no_wrap=i < len(FIRST))
+    for verdict_, line in zip(grid.verdicts, grid.cells, strict=True):
+        cells = ["\n".join(escape(text) for part in cell for text in _lines(part)) for cell in line[:columns]]
+        style = _STYLE.get(verdict_, "yellow")
+        cells[4] = cells[4].replace(verdict_, f"[{style}]{verdict_}[/]", 1)
+        table.add_row(*cells)
+    return table
+
+
+def as_markdown(rows: list[Row]) -> str:
+    """A table for each setting, with its legend."""
+    blocks = []
+    for grid in grids(rows):
+        lines = [grid.heads, ["---"] * len(grid.heads)]
+        lines += [[(" " if i != 4 else ", ").join(cell) for i, cell in enumerate(line)] for line in grid.cells]
+        table = ["| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines]
+        blocks.append("\n".join([f"**{grid.setting}**", "", *table, "", *(f"* {line}" for line in grid.legend)]))
+    return "\n\n".join(blocks)
+
+
+def as_latex(rows: list[Row]) -> str:
+    """A booktabs table for each setting."""
+    special = {"\\": r"\textbackslash{}", "Δ": r"$\Delta$", "κ": r"$\kappa$", "ℓ": r"$\ell$", "±": r"$\pm$", "–": "--"}
+    special |= {"|": "$|$", "-": "$-$", "[": "{[}"} | {c: "\\" + c for c in "_%&#{}$"}
+
+    def line(cells: list[str]) -> str:
+        return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
+
+    blocks = []
+    for grid in grids(rows):
+        body = [line([" ".join(cell) for cell in cells]) for cells in grid.cells]
+        blocks.append(
+            "\n".join(
+                [f"% {grid.setting}", *(f"% {note}" for note in grid.legend),
+                 rf"\begin{{tabular}}{{rrlrl{'r' * (len(grid.heads) - len(FIRST))}}}", r"\toprule", line(grid.heads),
+                 r"\midrule", *body, r"\bottomrule", r"\end{tabular}"]
+            )
+        )  # fmt: skip
+    return "\n\n".join(blocks)
 
 
 def as_json(rows: list[Row], missing: list[Missing]) -> str:
@@ -96,8 +194,8 @@ def _finite(value: Any) -> Any:
     return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
-def as_csv(rows: list[Row], missing: list[Missing]) -> str:
-    """One line for each arm, batch and metric; what is missing, at the end, by its directory."""
+def as_csv(rows: list[Row]) -> str:
+    """One line for each arm, batch and metric."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")
     out.writerow(
@@ -113,65 +211,4 @@ def as_csv(rows: list[Row], missing: list[Missing]) -> str:
             arm = (r.setting, r.rule, r.role, r.batch, r.kappa, n)
             line = (*arm, metric, mean, sd, *tested, r.verdict, r.seeds_needed, r.power)
             out.writerow(["" if v is None or (isinstance(v, float) and math.isnan(v)) else v for v in line])
-    for m in missing:
-        out.writerow(["", "", "missing", *[""] * 11, m.state, "", str(m)])
     return text.getvalue().rstrip("\n")
-
-
-def as_latex(rows: list[Row], missing: list[Missing]) -> str:
-    """A booktabs table for each setting, and a sentence to paste."""
-    del missing
-    made = []
-    for setting in dict.fromkeys(r.setting for r in rows):
-        mine = [r for r in rows if r.setting == setting]
-        shown = [m for m in METRICS if any(t.metric == m and t.margin is not None for r in mine for t in r.tests)]
-        shown = shown or [m for m in METRICS if any(m in r.gaps for r in mine)]
-        head = " & ".join(["arm", "$B$", r"$\kappa$", "$n$", "verdict", *(_tex(NAMES[m], "Δ") for m in shown)])
-        lines = []
-        for r in mine:
-            cells = [_tex_level(r, m) if r.role == "base" else _tex_gap(r.gaps.get(m)) for m in shown]
-            lines.append(" & ".join([_tex(r.rule), str(r.batch), f"{r.kappa:g}", str(len(r.seeds)), r.verdict, *cells]))
-        margins = {t.metric: t.margin for r in mine for t in r.tests if t.margin is not None}
-        said = ", ".join(f"{_tex(NAMES[m])} {_tex(form(m, v, ''))}" for m, v in margins.items() if v is not None)
-        made.append(
-            f"% {setting}\n\\begin{{tabular}}{{lrrrl{'r' * len(shown)}}}\n\\toprule\n{head} \\\\\n\\midrule\n"
-            + " \\\\\n".join(lines)
-            + " \\\\\n\\bottomrule\n\\end{tabular}"
-        )
-        for r in mine:
-            if r.role == "rule" and r.tests:
-                made.append(
-                    f"\\textsf{{{_tex(r.rule)}}} at $B={r.batch}$ ($\\kappa={r.kappa:g}$, $n={len(r.seeds)}$ seeds), "
-                    f"against the base run: {r.verdict} (two one-sided paired $t$ tests, $\\alpha={ALPHA:g}$, "
-                    f"margins: {said or 'none fixed'})."
-                )
-    return "\n".join(made)
-
-
-def _tex(text: str, prefix: str = "") -> str:
-    if prefix and not text.startswith("|"):
-        text = f"{prefix} {text}"
-    special = {
-        "\\": r"\textbackslash ",
-        "Δ": r"$\Delta$",
-        "ℓ": r"$\ell$",
-        "|": "$|$",
-        **{c: "\\" + c for c in "_%&#{}$"},
-    }
-    return "".join(special.get(c, c) for c in text)
-
-
-def _tex_level(row: Row, metric: str) -> str:
-    if metric not in row.metrics:
-        return ""
-    mean, sd = row.metrics[metric]
-    return _tex(form(metric, mean, "")) + ("" if math.isnan(sd) else f" $\\pm$ {_tex(form(metric, sd, ''))}")
-
-
-def _tex_gap(test: Test | None) -> str:
-    if test is None or not test.n:
-        return "--"
-    text = f"${_tex(form(test.metric, test.difference))}$"
-    if math.isfinite(test.low):
-        text += f" [${_tex(form(test.metric, test.low))}$, ${_tex(form(test.metric, test.high))}$]"
-    return text

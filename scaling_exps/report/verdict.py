@@ -20,9 +20,10 @@ import json
 import math
 from collections import defaultdict
 from collections.abc import Iterable
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import msgspec
 import numpy as np
 from scipy.special import stdtr, stdtrit  # scipy.stats would take longer to import than the whole table
 
@@ -33,8 +34,23 @@ ALPHA = 0.05
 POWER = 0.8  # with which the number of seeds that is named would decide
 ENOUGH = 3  # seeds; below, no verdict
 MOST = 1000  # seeds that are thought about
-METRICS = ("test_accuracy", "test_loss", "perplexity", "train_loss", "trajectory", "weight_norm")
-VERDICTS = ("equivalent", "different", "inconclusive", "too few seeds", "no margin", "no result")
+METRICS = {  # in the order of the tables, and what they are called; `MEANING` says more
+    "test_accuracy": "test accuracy",
+    "test_loss": "test loss",
+    "perplexity": "test perplexity",
+    "train_loss": "final train loss",
+    "trajectory": "|Δ train loss|",
+    "weight_norm": "weight norm",
+}
+MEANING = (
+    "final train loss: mean over the last tenth of the samples; |Δ train loss|: mean over training, at equal samples"
+)
+_DIGITS = {"test_accuracy": ".2%", "weight_norm": ".2f", "perplexity": ".3f"}
+
+
+def form(metric: str, value: float, sign: str = "+") -> str:
+    """A value of a metric, or a difference of two, as it is printed everywhere."""
+    return format(value, sign + _DIGITS.get(metric, ".4f")) if math.isfinite(value) else "–"
 
 
 @dataclass(frozen=True)
@@ -62,7 +78,8 @@ class Row:
     rule: str
     batch: int
     kappa: float
-    role: str  # base | rule (the one under test) | control
+    svag: int  # ℓ; 1: plain training
+    role: str  # base | rule (under test) | control
     seeds: tuple[int, ...]
     metrics: dict[str, tuple[float, float]]  # name -> mean, standard deviation over seeds
     tests: tuple[Test, ...]
@@ -70,12 +87,15 @@ class Row:
     seeds_needed: int | None
     remarks: tuple[str, ...]
     runs: tuple[Run, ...] = field(repr=False)
-    bases: tuple[Run | None, ...] = field(repr=False)
-    power: str = ""  # which controls lost at this batch, or why none could
+    power: str = ""  # of an arm that is not different: which controls are, at its batch, or that none is
 
     @property
     def gaps(self) -> dict[str, Test]:
         return {t.metric: t for t in self.tests}
+
+    @property
+    def powerless(self) -> bool:
+        return self.power.startswith("no power")
 
     @property
     def arm(self) -> Arm:
@@ -184,25 +204,24 @@ def conclude(tests: Iterable[Test], lost: int = 0) -> tuple[str, int | None]:
 
 
 def label(spec: RunSpec, arm: Arm) -> str:
-    """What an arm is called: `base`, its rule, or its rule under SVAG."""
+    """What an arm is called: `base`, or its rule; with SVAG's ℓ and the budget's δ where they are not 1."""
     if spec.run_id == arm.base_run_id:
         return "base"
-    if spec.science.svag == 1:
-        return arm.rule
-    return (f"{arm.rule}, " if arm.kappa != 1 else "") + f"SVAG ℓ={spec.science.svag}"
-
-
-def rule_under_test(spec: RunSpec) -> str:
-    """The optimizer's own rule for goal=match (conf/optimizer); all others are its controls."""
-    return {"adamw": "adamw_sde", "sgd": "linear"}.get(spec.science.optimizer, "sqrt")
+    plain = spec.science.svag == 1
+    parts = [arm.rule] if plain or arm.kappa != 1 else []
+    parts += [] if plain else [f"SVAG ℓ={spec.science.svag}"]
+    return ", ".join([*parts, *([f"δ={arm.duration:g}"] if arm.duration != 1 else [])])
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
     """All that an arm shares with its base, as text: runs with the same are compared, others never."""
-    science = asdict(spec.science)
+    science, base = msgspec.to_builtins(spec.science), msgspec.to_builtins(arm.base)
     for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed"):
         del science[key]
-    return json.dumps([science, {k: v for k, v in arm.base.items() if k not in ("warmup_steps",)}], sort_keys=True)
+    schedule, total = science["schedule"], science["schedule"].pop("total_samples")
+    schedule["warmup_samples"] = round(schedule["warmup_samples"] / total, 9)
+    schedule["milestones"] = [round(m / total, 9) for m in schedule["milestones"]]
+    return json.dumps([science, base], sort_keys=True)
 
 
 def _names(settings: Iterable[str]) -> dict[str, str]:
@@ -229,11 +248,23 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-def compare(found: Collection, margins: dict[str, float] | None = None) -> list[Row]:
+@dataclass
+class _Cell:
+    """The runs of one arm at one batch, over seeds, and those of them that are missing."""
+
+    runs: list[tuple[Run, Arm]] = field(default_factory=list)
+    missing: list[tuple[Missing, RunSpec, Arm]] = field(default_factory=list)
+
+    @property
+    def any(self) -> tuple[RunSpec, Arm]:
+        return (self.runs[0][0].spec, self.runs[0][1]) if self.runs else self.missing[0][1:]
+
+
+def compare(collection: Collection, margins: dict[str, float] | None = None) -> list[Row]:
     """One row for each setting, arm and batch, judged; the base first, then by batch, the rule before its controls.
 
     Args:
-        found: what `collect` read.
+        collection: what `collect` read.
         margins: instead of those that the runs carry.
 
     Raises:
@@ -242,94 +273,87 @@ def compare(found: Collection, margins: dict[str, float] | None = None) -> list[
     for name, value in (margins or {}).items():
         if name not in METRICS or not (math.isfinite(value) and value > 0):
             raise ReportError(f"margin {name}={value}: it must be > 0, for one of {', '.join(METRICS)}")
-    by_id = {r.spec.run_id: r for r in found.runs}
-    cells: dict[tuple[str, str, int], list[tuple[Run, Arm]]] = defaultdict(list)
-    lost: dict[tuple[str, str, int], list[Missing]] = defaultdict(list)
-    absent: dict[tuple[str, str, int], Arm] = {}
-    for run in found.runs:
-        for cell, arm in _cells(run.spec).items():
-            cells[cell].append((run, arm))
-    for gone in found.missing:
-        for cell, arm in _cells(gone.spec).items() if gone.spec else ():
-            lost[cell].append(gone)
-            absent[cell] = arm
-    names = _names(dict.fromkeys(s for s, _, _ in [*cells, *lost]))
-    expected: dict[str, set[int]] = defaultdict(set)
-    for (setting, _, _), members in cells.items():
-        expected[setting] |= {r.spec.science.seed for r, _ in members}
+    cells: dict[tuple[str, str, int], _Cell] = defaultdict(_Cell)
+    for run in collection.runs:
+        for key, arm in _keys(run.spec).items():
+            cells[key].runs.append((run, arm))
+    for absent in collection.missing:
+        for key, arm in _keys(absent.spec).items() if absent.spec else ():
+            cells[key].missing.append((absent, absent.spec, arm))
+    names = _names(dict.fromkeys(setting for setting, _, _ in cells))
+    seeds: dict[str, set[int]] = defaultdict(set)
+    for (setting, _, _), cell in cells.items():
+        seeds[setting] |= {r.spec.science.seed for r, _ in cell.runs}
     rows = []
-    for cell in dict.fromkeys([*cells, *lost]):
-        setting, rule, batch = cell
-        members, out = sorted(cells.get(cell, []), key=lambda m: m[0].spec.science.seed), lost.get(cell, [])
-        here = {r.spec.science.seed for r, _ in members} | {g.spec.science.seed for g in out if g.spec}
-        remarks = [f"seed {g.spec.science.seed} {g.state}" for g in out if g.spec]
-        if away := sorted(expected[setting] - here):
-            remarks.append(f"seed {', '.join(map(str, away))} not run")
-        seeds = [r.spec.science.seed for r, _ in members]
-        if len(set(seeds)) < len(seeds):
-            remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
-            members = [m for i, m in enumerate(members) if seeds.index(seeds[i]) == i]
-        rows.append(_row(names[setting], rule, batch, members, out, absent.get(cell), by_id, margins, remarks))
+    for (setting, rule, _), cell in cells.items():
+        cell.runs.sort(key=lambda pair: pair[0].spec.science.seed)
+        rows.append(_row(names[setting], rule, cell, collection, margins, seeds[setting]))
     order = {name: i for i, name in enumerate(names.values())}
     roles = {"base": 0, "rule": 1, "control": 2}
     rows.sort(key=lambda r: (order[r.setting], r.role != "base", r.batch, roles[r.role], r.rule))
     return [replace(row, power=_power(row, rows)) for row in rows]
 
 
-def _cells(spec: RunSpec) -> dict[tuple[str, str, int], Arm]:
+def _keys(spec: RunSpec) -> dict[tuple[str, str, int], Arm]:
     return {(_setting(spec, arm), label(spec, arm), spec.science.batch): arm for arm in spec.arms}
 
 
 def _row(
     setting: str,
     rule: str,
-    batch: int,
-    members: list[tuple[Run, Arm]],
-    gone: list[Missing],
-    absent: Arm | None,
-    by_id: dict[str, Run],
+    cell: _Cell,
+    collection: Collection,
     margins: dict[str, float] | None,
-    remarks: list[str],
+    expected: set[int],
 ) -> Row:
+    spec, arm = cell.any
+    remarks = [f"seed {s.science.seed} {'diverged' if m.diverged else m.state}" for m, s, _ in cell.missing]
+    if unplanned := sorted(expected - {r.spec.science.seed for r, _ in cell.runs} - _seeds(cell.missing)):
+        remarks.append(f"seed {', '.join(map(str, unplanned))} not run")
+    first = {r.spec.science.seed: (r, a) for r, a in reversed(cell.runs)}  # the first of each
+    if len(first) < len(cell.runs):
+        remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
+    members = [first[seed] for seed in sorted(first)]
     runs = tuple(r for r, _ in members)
-    arm = members[0][1] if members else absent
-    assert arm is not None
-    spec = runs[0].spec if runs else next(g.spec for g in gone if g.spec)
-    bases = tuple(by_id.get(a.base_run_id) for _, a in members)
-    tested = arm.rule == rule_under_test(spec) or spec.science.svag != 1
-    role = "base" if rule == "base" else "rule" if tested else "control"
-    for run in runs:
-        remarks += [f"seed {run.spec.science.seed}: {note}" for note in run.notes]
-    values: dict[str, list[float]] = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
-    metrics = {m: _mean_sd(v) for m, v in values.items() if v}
+    remarks += [f"seed {run.spec.science.seed}: {note}" for run in runs for note in run.notes]
+    values = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
+    row = Row(
+        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)),
+        {m: _mean_sd(v) for m, v in values.items() if v}, (), "base" if runs else "no result", None, (), runs,
+    )  # fmt: skip
     if rule == "base":
-        return Row(
-            setting, rule, batch, 1.0, role, _seeds(runs), metrics, (), "base" if runs else "no result", None,
-            tuple(remarks), runs, bases,
-        )  # fmt: skip
-    pairs = [(r, b) for r, b in zip(runs, bases, strict=True) if b is not None]
-    if alone := [r.spec.science.seed for r, b in zip(runs, bases, strict=True) if b is None]:
-        remarks.append(f"seed {', '.join(map(str, alone))}: base run not found, not compared")
+        return replace(row, remarks=tuple(remarks))
+
+    finished = {r.spec.run_id: r for r in collection.runs}
+    failed = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
+    pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
+    alone = {r.spec.science.seed: a.base_run_id in failed for r, a in members if a.base_run_id not in finished}
+    remarks += [
+        f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in alone.items()
+    ]
     allowed, disputed = _margin(runs, margins)
     if disputed:
         remarks.append("its runs were made with different margins: the smallest counts")
-    differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in metrics}
+    differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in row.metrics}
     judged = [m for m in differences if m in allowed]
     tests = [judge(m, d, allowed.get(m), max(1, len(judged))) for m, d in differences.items()]
     tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
-    failed = sum(g.state == "failed" for g in gone)
-    broken = max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
-    verdict, needed = conclude(tests, failed + broken) if pairs else ("no result", None)
-    if failed + broken and verdict != "different":
-        remarks.append("a seed that failed or gave no number rules out `equivalent`")
-    return Row(
-        setting, rule, batch, arm.kappa, role, _seeds(runs), metrics, tuple(tests), verdict, needed,
-        tuple(dict.fromkeys(remarks)), runs, bases,
-    )  # fmt: skip
+    verdict, needed = "no result", None
+    if pairs:
+        lost = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(alone.values())
+        lost += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
+        verdict, needed = conclude(tests, lost)
+        if lost and verdict != "different":
+            remarks.append("a seed that failed, whose base failed, or that gave no number rules out `equivalent`")
+    elif not members and all(m.diverged for m, _, _ in cell.missing):
+        healthy = sum(a.base_run_id in finished for _, _, a in cell.missing)
+        verdict = "different" if healthy >= ENOUGH else "too few seeds"
+        remarks = [f"diverged on every seed ({healthy}), where the base runs did not"] if healthy else remarks
+    return replace(row, tests=tuple(tests), verdict=verdict, seeds_needed=needed, remarks=tuple(dict.fromkeys(remarks)))
 
 
-def _seeds(runs: tuple[Run, ...]) -> tuple[int, ...]:
-    return tuple(r.spec.science.seed for r in runs)
+def _seeds(missing: list[tuple[Missing, RunSpec, Arm]]) -> set[int]:
+    return {s.science.seed for _, s, _ in missing}
 
 
 def _gap(run: Run, base: Run, metric: str) -> float:
@@ -353,12 +377,11 @@ def _margin(runs: tuple[Run, ...], given: dict[str, float] | None) -> tuple[dict
 
 
 def _power(row: Row, rows: list[Row]) -> str:
-    """Could an arm have lost here? A comparison in which no control does says nothing for the rule."""
-    if row.role == "base":
+    """Could an arm have lost here? A comparison in which no control does says nothing for an arm that did not."""
+    if row.role == "base" or row.verdict == "different":
         return ""
     controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
-    losers = [r.rule for r in controls if r.verdict == "different"]
-    if losers:
+    if losers := [r.rule for r in controls if r.verdict == "different"]:
         return f"told apart: {', '.join(losers)}"
     return "no power: no control was told apart" if controls else "no power: no control was run"
 
@@ -372,39 +395,28 @@ def _mean_sd(values: list[float]) -> tuple[float, float]:
 
 
 def reading(rows: list[Row]) -> list[str]:
-    """What the table says in words, for each setting and batch that has the rule and a control."""
+    """What the table says in words, of each rule under test at each batch, and of the controls beside it."""
     lines = []
-    for setting, batch in dict.fromkeys((r.setting, r.batch) for r in rows if r.role != "base"):
-        here = [r for r in rows if (r.setting, r.batch) == (setting, batch) and r.role != "base"]
-        mine = next((r for r in here if r.role == "rule" and "SVAG" not in r.rule), None)
-        if mine is None or "trajectory" not in mine.gaps or not mine.gaps["trajectory"].n:
-            continue
-        own = mine.gaps["trajectory"].difference
-        text = f"{setting}, batch {batch}: {mine.rule} is {mine.verdict}"
-        text += f"; it stays within {own:.4f} of the base's train loss on average"
-        others = [
-            f"{r.rule} {r.gaps['trajectory'].difference / max(own, 1e-12):.1f}x"
-            for r in here
-            if r.role == "control" and r.rule != "linear_scaled" and r.gaps.get("trajectory")
-        ]
-        lines.append(text + (f", others, as multiples of that: {', '.join(others)}" if others else ""))
-        if mine.power.startswith("no power"):
+    for row in (r for r in rows if r.role == "rule" and r.svag == 1):
+        test = row.gaps.get("trajectory")
+        text = f"{row.setting}, batch {row.batch}: {row.rule} is {_because(row)}"
+        if test and test.n:
+            text += f"; its train loss is {form('trajectory', test.difference, '')} from the base's on average"
+        controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
+        if controls:
+            text += f". Controls: {'; '.join(f'{r.rule} {_because(r)}' for r in controls)}"
+        lines.append(text)
+        if row.powerless and row.verdict == "equivalent":
             lines.append(
-                f"  {mine.power}: nothing here could have lost, so this speaks neither for the rule nor against"
+                f"  {row.power}: nothing lost that could have, so this speaks neither for {row.rule} nor against"
             )
-        control = next((r for r in here if r.rule == "linear_scaled" and "weight_norm" in r.gaps), None)
-        if control is None or "weight_norm" not in mine.gaps:
-            continue
-        gap, ours = ({k: r.gaps[k].difference for k in r.gaps} for r in (control, mine))
-        lines.append(
-            f"  linear_scaled (lr x κ with betas and eps scaled) isolates the exponent: trajectory gap "
-            f"{gap['trajectory']:.4f} against {mine.rule}'s {own:.4f}, final train loss {gap['train_loss']:+.4f} "
-            f"against {ours['train_loss']:+.4f}, weight norm {gap['weight_norm']:+.2f} "
-            f"against {ours['weight_norm']:+.2f}: "
-            + (
-                "it is another run, not this one at a larger batch"
-                if abs(gap["weight_norm"]) > 2 * abs(ours["weight_norm"])
-                else "here it is not told apart by its weights"
-            )
-        )
     return lines
+
+
+def _because(row: Row) -> str:
+    """The verdict; of one that is different, the metrics that say so, with their differences."""
+    if row.verdict != "different":
+        return row.verdict
+    apart = [t for t in row.tests if t.verdict == "different"]
+    numbers = ", ".join(f"{METRICS[t.metric]} {form(t.metric, t.difference)}" for t in apart)
+    return f"different ({numbers or 'diverged on every seed'})"

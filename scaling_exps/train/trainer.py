@@ -25,6 +25,10 @@ class TrainError(RuntimeError):
     """The run cannot go on; the message is the reason that `status` shows."""
 
 
+class DivergedError(TrainError):
+    """The loss or a gradient is not finite: the end of this recipe, which the report counts as a result."""
+
+
 def mean_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
     """Cross-entropy in nats over every target that is not hidden: (B, C), (B,) or (B, T, V), (B, T)."""
     return F.cross_entropy(logits.flatten(0, -2), targets.flatten(), reduction=reduction)
@@ -80,7 +84,7 @@ class Trainer:
         """One optimizer step.
 
         Raises:
-            TrainError: the loss or a gradient is not finite; on a GPU `check_finite` raises it later. In both cases
+            DivergedError: the loss or a gradient is not finite; on a GPU `check_finite` raises it later. In both cases
                 the update is not made.
         """
         s, micro = self.science, self.science.micro_batch
@@ -127,10 +131,10 @@ class Trainer:
             self.check_finite()
 
     def check_finite(self) -> None:
-        """Raise TrainError if a step so far was not finite."""
+        """Raise DivergedError if a step so far was not finite."""
         bad = float(self.first_bad)
         if bad != torch.inf:
-            raise TrainError(
+            raise DivergedError(
                 f"the loss or a gradient is not finite at step {bad:.0f} ({self.science.samples(int(bad))} samples): "
                 "the run stops before that update. Lower the learning rate or lengthen the warm-up"
             )

@@ -23,7 +23,7 @@ import torch
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import loop, provenance, ranks
-from scaling_exps.train.trainer import TrainError
+from scaling_exps.train.trainer import DivergedError, TrainError
 
 AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
 # Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
@@ -94,7 +94,9 @@ def _fail(spec: RunSpec, run_dir: RunDir, e: Exception) -> None:
         print(trace, file=sys.stderr)
     print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
     with contextlib.suppress(OSError):
-        run_dir.write_result({"status": "failed", "reason": reason, "traceback": trace, **provenance.environment()})
+        diverged = isinstance(e, DivergedError)
+        result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
+        run_dir.write_result({**result, **provenance.environment()})
 
 
 def run_all(run_dirs: list[RunDir], *, log: bool = False, since: float = float("inf"), patience: float = 0) -> bool:
