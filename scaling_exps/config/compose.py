@@ -44,13 +44,21 @@ def compose(argv: list[str]) -> list[Config]:
 
     composed: list[dict[str, Any]] = []
 
-    def collect(cfg: DictConfig) -> None:
+    def collect(cfg: DictConfig, runtime: DictConfig) -> None:
         raw: Any = OmegaConf.to_container(cfg, resolve=True)
-        hydra_config = HydraConfig.get()
-        raw["experiment"] = hydra_config.runtime.choices.get("experiment")
-        raw["words"] = list(hydra_config.overrides.task)
+        raw["experiment"] = runtime.runtime.choices.get("experiment")
+        raw["words"] = list(runtime.overrides.task)
         composed.append(raw)
 
+    if not any(word.startswith("-") for word in argv):  # hydra.main composes everything twice
+        try:
+            with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+                cfg = hydra.compose("config", overrides=argv, return_hydra_config=True)
+            OmegaConf.set_struct(cfg, False)
+            collect(cfg, cfg.pop("hydra"))
+        except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
+            raise ConfigError(_explain(e)) from e
+        return [schema.build(Config, raw) for raw in composed]
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
@@ -58,8 +66,8 @@ def compose(argv: list[str]) -> list[Config]:
         sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
-        except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: collect(cfg, HydraConfig.get()))()
+        except (HydraException, OmegaConfBaseException, ValueError) as e:
             raise ConfigError(_explain(e)) from e
         finally:
             sys.argv = saved[0]

@@ -4,8 +4,6 @@ The values stand in conf/*.yaml. `build` turns plain values into these types and
 them for docs/keys.md and for spelling hints. A group with cross-field conditions has a method `faults`.
 """
 
-from __future__ import annotations
-
 import difflib
 import math
 import types

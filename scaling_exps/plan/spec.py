@@ -4,8 +4,6 @@ Its science is everything that decides the numbers a run produces, and the hash 
 where it runs, what is measured, and which recipe led to it.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 from functools import cached_property
@@ -82,7 +80,7 @@ class Science(_Value, frozen=True):
         """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
         return step * self.batch / self.stretch
 
-    def numbers(self) -> Numbers:
+    def numbers(self) -> "Numbers":
         """What the plan shows of it."""
         warmup = self.schedule.warmup_samples * self.stretch / self.batch
         h = self.hyper
@@ -181,7 +179,7 @@ class RunSpec(_Value, frozen=True, dict=True):
         return {"version": VERSION, "run_id": self.run_id, **fields}
 
     @staticmethod
-    def from_json(raw: dict[str, Any]) -> RunSpec:
+    def from_json(raw: dict[str, Any]) -> "RunSpec":
         """Inverse of `to_json`.
 
         Raises:
