@@ -10,7 +10,7 @@ $(STAMP): requirements.lock pyproject.toml
 	touch $@
 
 demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, and report
-	.venv/bin/scalerun experiment=demo
+	.venv/bin/scalerun experiment=demo launch.parallel=2
 	.venv/bin/scalerun report runs --out report
 
 test: $(STAMP) ## every test that this machine can run

@@ -122,9 +122,8 @@ def main(argv: list[str] | None = None) -> int:
             code = 2
             continue
         lines = differences(old, new)
-        print(
-            f"{case}: {'equal' if not lines else 'DIFFERENT'}  ({len(_records(old))} records, {len(_weights(old))} tensors)"
-        )
+        verdict = "DIFFERENT" if lines else "equal"
+        print(f"{case}: {verdict}  ({len(_records(old))} records, {len(_weights(old))} tensors)")
         print("".join(f"    {line}\n" for line in lines[:20]), end="", flush=True)
         code = max(code, int(bool(lines)))
     return code

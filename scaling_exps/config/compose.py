@@ -99,10 +99,10 @@ def dataset(name: str) -> Dataset:
 
 
 def recipes_for(optimizer: str) -> list[str]:
-    """The recipes of conf/recipe that have numbers for an optimizer."""
-    files = sorted((CONF / "recipe").rglob("*.yaml"))
+    """The recipes of conf/recipe that have numbers for an optimizer, whether in their own file or in one beside it."""
     listed = re.compile(rf"^optimizers:.*\b{re.escape(optimizer)}\b", re.MULTILINE)
-    return [f.stem.removesuffix(f"-{optimizer}") for f in files if listed.search(f.read_text())]
+    files = [f.relative_to(CONF / "recipe") for f in (CONF / "recipe").rglob("*.yaml") if listed.search(f.read_text())]
+    return sorted({f.parts[0].removesuffix(".yaml") for f in files})
 
 
 def _explain(error: Exception) -> str:
@@ -110,16 +110,13 @@ def _explain(error: Exception) -> str:
     if key := re.search(r"Could not override '([^']+)'", text):
         return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
     if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
-        folder = CONF / group[1]
-        options = sorted(p.stem for p in folder.glob("*.yaml"))
+        options = sorted(p.stem for p in (CONF / group[1]).glob("*.yaml"))
         if group[1] == "recipe":
-            asked = group[2].split("-")[:2]  # dataset, model
-            near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
-            which = "of this data set or model" if near else ""
+            same = [o for o in options if o.split("-")[0] == group[2].split("-")[0]]  # data set
             return (
-                f"no recipe {group[2]!r} (dataset-model-optimizer); there are{which and ' '}{which}: "
-                f"{', '.join(near or options)}. "
-                "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
+                f"no reference point {group[2]!r} (data set - class of networks); there are "
+                f"{', '.join(same or options)}. "
+                "Choose another model or data set, or a recipe, perhaps your own: recipe=NAME --config-dir DIR"
             )
         close = difflib.get_close_matches(group[2], options, 1)
         return f"unknown {group[1]} {group[2]!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"

@@ -60,13 +60,6 @@ def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) 
 
 
 def _network(model: Model, dataset: Dataset) -> nn.Module:
-    tokens = isinstance(dataset, TokenDataset)
-    if not isinstance(model, Custom) and isinstance(model, GPT | Roberta) != tokens:
-        reads, has = ("images", "tokens") if tokens else ("tokens", "images")
-        raise ModelError(
-            f"model {model.name!r} reads {reads}, and dataset {dataset.name!r} has {has}; networks that read {has}: "
-            + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
-        )
     if isinstance(dataset, TokenDataset):
         vocab = dataset.vocab + (dataset.mask > 0)  # one id more, for the mask
         if isinstance(model, Custom):

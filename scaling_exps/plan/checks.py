@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from scaling_exps.config import GPT, Config, Roberta, TokenDataset
+from scaling_exps.config import GPT, Config, Custom, Roberta, TokenDataset
 from scaling_exps.plan.spec import PlanError, RunSpec
 from scaling_exps.rules import OPTIMIZERS
 
@@ -31,6 +31,13 @@ def faults(config: Config) -> list[str]:
 
 def _token_faults(config: Config) -> list[str]:
     model, dataset = config.model, config.dataset
+    tokens = isinstance(dataset, TokenDataset)
+    if not isinstance(model, Custom) and isinstance(model, GPT | Roberta) != tokens:
+        reads, has = ("images", "tokens") if tokens else ("tokens", "images")
+        return [
+            f"model {model.name!r} reads {reads}, and dataset {dataset.name!r} has {has}; networks that read {has}: "
+            + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
+        ]
     if not isinstance(dataset, TokenDataset):
         return []
     wrong = []
