@@ -59,6 +59,8 @@ def compose(argv: list[str]) -> list[Config]:
         except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
             raise ConfigError(_explain(e)) from e
         return [schema.build(Config, raw) for raw in composed]
+    if {"--help", "-h"} & set(argv):
+        argv = [*argv, "hydra/help=scalerun"]
     saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
