@@ -68,7 +68,7 @@ def plan_json(*words: str, cwd: Path) -> list[dict[str, Any]]:
     return described
 
 
-def dataset(name: str, **changes: Any) -> Any:
+def dataset(name: str, /, **changes: Any) -> Any:
     """The group conf/dataset/NAME.yaml as its struct, with some fields changed; imagefolder has three classes."""
     if name == "imagefolder":  # which is imagenet's group, and none before it is given its classes
         owned = {"name": name, "classes": 3, "revision": None, "train_size": None, "test_size": None}

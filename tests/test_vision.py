@@ -6,15 +6,15 @@ import io
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+import support
 import torch
-from support import scalerun
 from PIL import Image
+from support import scalerun, write_pictures
 from torchvision.transforms import functional as tv
 
 from scaling_exps import cli, config, data, models, plan, train
@@ -24,25 +24,9 @@ CPU = torch.device("cpu")
 SHAPE = ["dataset.shape=[32,32,3]", "dataset.resize=36"]
 
 
-def write(root: Path, counts: dict[str, int]) -> Path:
-    """Real JPEGs, pieces of scikit-learn's two photographs, each of its own size: counts[part] of each of 3 classes."""
-    from sklearn.datasets import load_sample_images
-
-    photographs, rng = load_sample_images().images, np.random.default_rng(0)
-    for part, count in counts.items():
-        for name in ("ant", "bee", "cow"):
-            (root / part / name).mkdir(parents=True)
-            for i in range(count):
-                h, w = rng.integers(40, 120, 2)
-                y, x = rng.integers(0, 427 - h), rng.integers(0, 640 - w)
-                cut = photographs[i % 2][y : y + h, x : x + w]
-                Image.fromarray(cut).save(root / part / name / f"{i:03d}.JPEG", quality=90)
-    return root
-
-
 @pytest.fixture(scope="module")
 def pictures(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write(tmp_path_factory.mktemp("pictures"), {"train": 20, "val": 6})
+    return write_pictures(tmp_path_factory.mktemp("pictures"), {"train": 20, "val": 6})
 
 
 @pytest.fixture(scope="module")
@@ -81,15 +65,14 @@ def _own_cache(tmp_path_factory: pytest.TempPathFactory, monkeypatch: pytest.Mon
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path_factory.getbasetemp() / "cache"))
 
 
-def dataset(**changes: Any) -> dict[str, Any]:
-    (composed,) = config.compose(["dataset=imagefolder", "recipe=digits-resnet8-adam"])
-    return asdict(composed.dataset) | {"classes": 3, "shape": [32, 32, 3], "resize": 36} | changes
+def dataset(**changes: Any) -> Any:
+    return support.dataset("imagefolder", **{"shape": [32, 32, 3], "resize": 36, **changes})
 
 
 def stream(path: Path, seed: int = 0, **changes: Any) -> data.FileStream:
-    made = data.stream(dataset(**changes), str(path), seed, CPU)
-    assert isinstance(made, data.FileStream)
-    return made
+    one = data.stream(dataset(**changes), str(path), seed, CPU)
+    assert isinstance(one, data.FileStream)
+    return one
 
 
 # ---- the stream ----
@@ -181,7 +164,7 @@ def test_a_test_image_is_torchvisions_resize_and_central_crop(pictures: Path) ->
     one = stream(pictures)
     x, y = one.test_batch(0, 250)
     assert x.shape == (18, 3, 32, 32) and len(y) == 18
-    mean, std = (torch.tensor(dataset()[k]).view(3, 1, 1) for k in ("mean", "std"))
+    mean, std = (torch.tensor(values).view(3, 1, 1) for values in (dataset().mean, dataset().std))
     for k in range(18):
         image = Image.open(one.files.test.name(k)).convert("RGB")
         expected = tv.to_tensor(tv.center_crop(tv.resize(image, 36), [32, 32]))
@@ -252,7 +235,7 @@ def test_a_run_from_the_command_line(pictures: Path, tmp_path: Path) -> None:
 
 
 def test_a_damaged_image_ends_the_run_with_its_name(pictures: Path, tmp_path: Path) -> None:
-    root = write(tmp_path / "pictures", {"train": 4, "val": 2})
+    root = write_pictures(tmp_path / "pictures", {"train": 4, "val": 2})
     bad = root / "train" / "bee" / "002.JPEG"
     bad.write_bytes(bad.read_bytes()[:300])
     done = scalerun(*words(root), cwd=tmp_path)
@@ -365,7 +348,10 @@ def test_a_network_of_ones_own_from_another_folder(tmp_path: Path) -> None:
 
 
 REFUSED = [
-    (["model=resnet50", "dataset=imagenet"], ["is not on this machine", "prepare imagenet", "gated", "hf auth login"]),
+    (
+        ["model=resnet50", "dataset=imagenet"],
+        ["is not on this machine", "scalerun data imagenet", "gated", "hf auth login"],
+    ),
     (["dataset=imagefolder", "model=timm"], ["give the number of classes, dataset.classes=N"]),
     (["dataset=imagefolder", "model=timm", "dataset.classes=3"], ["needs dataset.path=FOLDER"]),
     (["model=timm", "model.name=resnet5O", "DIGITS"], ["no network of timm", "resnet50"]),

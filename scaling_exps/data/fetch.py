@@ -98,7 +98,7 @@ def fetch(name: str, source: str | None = None, out: str | None = None) -> None:
     Raises:
         DataError: unknown name, nothing to take, the hub refuses or cannot be reached, no room, or wrong content.
     """
-    path = source
+    path: str | None = source
     if name.startswith(TOKENIZER):
         if source or out:
             raise DataError(f"{name} goes into the hub's own cache: drop --from and --out")
@@ -162,14 +162,16 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
                     f"{str(folder / file)!r} is missing or was altered since it was fetched; remove {str(folder)!r} "
                     "and fetch anew"
                 )
-        check(name, described)
+        _check(name, described)
         if not manifest.exists():
             _write_manifest(manifest, [str(folder)], described)
         print(f"{name} is there: {folder}")
         return
     aside = folder.with_name(f".{folder.name}.partial")  # kept when a download is cut: the next one goes on with it
     aside.mkdir(parents=True, exist_ok=True)
-    origin, arrived, sums = [str(source)], {}, {}  # files and the hub's checksums, by final name
+    origin = [str(source)]
+    arrived: dict[str, Path] = {}  # by final name
+    sums: dict[str, str] = {}  # the hub's checksums
     try:
         if source is None:
             origin = [_download(name, part, aside, arrived, sums) for part in SETS[name]]
@@ -180,7 +182,7 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
             if described[final]["sha256"] != said:
                 arrived[final].unlink()
                 raise DataError(f"{final} arrived damaged; run the same command again")
-        check(name, described)
+        _check(name, described)
     except BaseException:
         if source is not None or not [*aside.rglob("*.parquet"), *aside.rglob("*.incomplete")]:  # nothing to go on with
             shutil.rmtree(aside)
@@ -303,25 +305,20 @@ def _describe(file: Path) -> dict[str, Any]:
     return {"rows": rows, "columns": columns, "bytes": file.stat().st_size, "sha256": digest}
 
 
-def check(name: str, described: dict[str, dict[str, Any]]) -> None:
-    """Refuse files that are not those of a data set.
-
-    Args:
-        name: one of SETS.
-        described: rows and columns of each file, by its name.
-
-    Raises:
-        DataError: a file is no whole parquet file or lacks a column, or a part has another number of rows.
-    """
+def _check(name: str, described: dict[str, dict[str, Any]]) -> None:
+    """Refuse files, described by their names, that are not those of a data set."""
     for part in SETS[name]:
         for head, rows in part.rows.items():
-            of_head = {n: f for n, f in described.items() if n.startswith(head)}
-            for file, f in of_head.items():
+            have = 0
+            for file, f in described.items():
+                if not file.startswith(head):
+                    continue
                 if not f["columns"]:
                     raise DataError(f"{file} is no whole parquet file; fetch {name} again")
                 if lacking := [c for c in part.columns if c not in f["columns"]]:
                     raise DataError(f"{file} has the columns {f['columns']}, and {name} needs {lacking[0]!r}")
-            if (have := sum(f["rows"] for f in of_head.values())) != rows:
+                have += f["rows"]
+            if have != rows:
                 raise DataError(
                     f"{name} has {rows:,} rows in {head}*.parquet, and here are {have:,}: a file is missing, or it is "
                     "another data set (train on it with dataset.path=FOLDER and its sizes)"
@@ -336,16 +333,14 @@ def table() -> str:
     """What is there and what is not, a line a data set."""
     states = {}
     for name in SETS:
-        folder = home() / name
-        states[name] = f"not there: {how(name)}"
-        if (folder / "manifest.json").exists():
-            said = json.loads((folder / "manifest.json").read_text())["files"].values()
+        folder, manifest = home() / name, home() / name / "manifest.json"
+        partly = folder.with_name(f".{name}.partial").exists()
+        state = "there, not checked" if folder.exists() else "partly fetched; go on" if partly else "not there"
+        states[name] = f"{state}: {how(name)}"
+        if manifest.exists():
+            said = json.loads(manifest.read_text())["files"].values()
             size = sum(f["bytes"] for f in said) / 1e9
             states[name] = f"there: {sum(f['rows'] for f in said):,} rows, {size:.2f} GB, checked"
-        elif folder.exists():
-            states[name] = f"there, not checked: {how(name)}"
-        elif folder.with_name(f".{name}.partial").exists():
-            states[name] = f"partly fetched; go on: {how(name)}"
     states |= {"stdlib": "embedded", "digits": "embedded", "text": f"your own: {how('text --from FILE')}"}
     lines = [f"{name:<12} {state}" for name, state in states.items()]
     return "\n".join([f"data home: {home()} (SCALERUN_DATA changes it)", *lines])

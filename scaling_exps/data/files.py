@@ -295,7 +295,7 @@ def _folder(folder: Path, classes: list[str], digest: Any) -> Part:
 def _parquet(folder: Path, name: str) -> Files:
     import datasets
 
-    test = next((shards for t in TEST if (shards := sorted(folder.glob(f"{t}*.parquet")))), [])
+    test = next((of_part for t in TEST if (of_part := sorted(folder.glob(f"{t}*.parquet")))), [])
     if not test:
         raise DataError(f"no validation*.parquet in {str(folder)!r}: {LAYOUT}; or {how(name)}")
     shards = {"train": sorted(folder.glob("train*.parquet")), "test": test}
