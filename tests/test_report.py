@@ -423,9 +423,9 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
     }  # fmt: skip
     share = by_title["share of training with κ r < 0.1"]
     assert {t.arm: t.y for t in share.traces} == {"base": [0.5], "sqrt": [0.5, 0.5]}
-    steps = by_title["base: a step's"]
+    steps = by_title["base, batch 4: a step"]
     assert {t.arm: t.y[0] for t in steps.traces} == {
-        "noise √(tr Σ / B)": pytest.approx(math.sqrt(2)), "signal ‖∇f‖": pytest.approx(math.sqrt(0.5)),
+        charts.NOISE: pytest.approx(math.sqrt(2)), charts.SIGNAL: pytest.approx(math.sqrt(0.5)),
     }  # fmt: skip
     overlay = {c.title: c for c in drawn if c.group == "svag"}
     assert {"train loss", "test loss", "test accuracy", "weight norm"} <= set(overlay)

@@ -10,7 +10,8 @@
     different     |m| - t(1 - alpha/K, n-1) se > delta      for some metric     (Bonferroni over the metrics)
     inconclusive  neither
 
-With a true |gap| of delta or more, `equivalent` has probability <= alpha; with one of delta or less, `different` has.
+For normal d: with a true |gap| of delta or more, `equivalent` has probability <= alpha; with one of delta or less,
+`different` has, up to 2 alpha where se passes about 2 delta. An arm that diverges on every seed is `different`.
 """
 
 from __future__ import annotations
@@ -278,8 +279,10 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
         for key, arm in _keys(run.spec).items():
             cells[key].runs.append((run, arm))
     for absent in collection.missing:
-        for key, arm in _keys(absent.spec).items() if absent.spec else ():
-            cells[key].missing.append((absent, absent.spec, arm))
+        spec = absent.spec
+        for key, arm in _keys(spec).items() if spec else ():
+            assert spec is not None
+            cells[key].missing.append((absent, spec, arm))
     names = _names(dict.fromkeys(setting for setting, _, _ in cells))
     seeds: dict[str, set[int]] = defaultdict(set)
     for (setting, _, _), cell in cells.items():
