@@ -1,4 +1,4 @@
-"""Write docs/evidence/experiments.md and the summary in README.md from runs of the laptop experiments.
+"""Write docs/evidence/experiments.md, a summary and a section an experiment, from runs of the laptop experiments.
 
     python scripts/evidence.py RUNS
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from scaling_exps import report
 from scaling_exps.config import CONF
@@ -32,8 +33,7 @@ def main() -> None:
         head = _head(rows)
         sections.append(_section(folder.name, head, rows, collection.missing))
         summary += _summary(folder.name, head.partition(". ")[0], rows)
-    _replace(DOCS / "experiments.md", "\n\n".join(sections))
-    _replace(DOCS.parent.parent / "README.md", "\n".join(summary))
+    _replace(DOCS / "experiments.md", "\n\n".join(["\n".join(summary), *sections]))
     print(f"{len(sections)} sections")
 
 
@@ -50,7 +50,7 @@ def _head(rows: list[Row]) -> str:
 def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing]) -> str:
     results = [run.result for run in {run.path: run for row in rows for run in row.runs}.values()]
     commits = ", ".join(sorted({str(r.get("commit"))[:7] for r in results}))
-    versions = "; ".join(sorted({f"Python {v['python']}, torch {v['torch']}" for r in results if (v := r["versions"])}))
+    versions = "; ".join(sorted({f"Python {v.get('python')}, torch {v.get('torch')}" for v in map(_versions, results)}))
     minutes = sum(r["seconds"] for r in results) / 60
     lines = [
         f"## {name}",
@@ -67,17 +67,20 @@ def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing
     return "\n\n".join(line for line in lines if line)
 
 
+def _versions(result: dict[str, Any]) -> dict[str, str]:
+    return result.get("versions") or {}
+
+
 def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:
     """A line for each batch at which a rule was tested."""
     lines = []
     for r in (r for r in rows if r.role == "rule"):
         judged = [t for t in r.tests if t.margin is not None]
         gaps = "; ".join(f"{METRICS[t.metric]} {' '.join(tables.gap(t))}" for t in judged)
-        what = (
-            f"[{name}](docs/evidence/experiments.md#{name}): {r.setting}, {r.rule}, κ = {r.kappa:g}, n = {len(r.seeds)}"
-        )
+        what = f"[{name}](#{name}): {r.setting}, {r.rule}, κ = {r.kappa:g}, n = {len(r.seeds)}"
         beside = [c for c in rows if (c.setting, c.batch, c.role) == (r.setting, r.batch, "control")]
-        apart = ", ".join(c.rule for c in beside if c.verdict == "different") or "none"
+        apart = ", ".join(f"`{c.rule}`" for c in beside if c.verdict == "different") or "no one"
+        gaps = gaps.replace("|", "\\|")
         lines.append(f"| {claim} | {what} | {gaps} | **{r.verdict}**; of the controls different: {apart} |")
     return lines
 

@@ -59,8 +59,8 @@ def test_pairs_are_the_runs_of_a_seed(sweep: Path) -> None:
     assert near.gaps["train_loss"].sd < 0.03 < row(rows, "base", 4).metrics["train_loss"][1] * 3
     assert row(rows, "linear_scaled", 16).verdict == "different"  # by its weights
     assert [t.metric for t in row(rows, "linear_scaled", 16).tests if t.verdict == "different"] == ["weight_norm"]
-    assert near.power == "told apart: linear_scaled, none"
-    assert any("linear_scaled different (weight norm +5.0" in line for line in report.reading(rows))
+    assert near.power == "told apart: 'linear_scaled', 'none'"
+    assert any("'linear_scaled' different (weight norm +5.0" in line for line in report.reading(rows))
 
 
 ADAMW = {"completed": "rule", "adamw_sde": "rule", "sqrt": "rule", "none": "control"}
@@ -108,9 +108,9 @@ def test_an_arm_that_diverges_on_every_seed_is_different(tmp_path: Path) -> None
     rows = rows_of(tmp_path)
     assert row(rows, "linear", 16).verdict == "different"
     assert row(rows, "linear", 16).remarks == ("diverged on every seed (3), where the base runs did not",)
-    assert (row(rows, "sqrt", 16).verdict, row(rows, "sqrt", 16).power) == ("equivalent", "told apart: linear")
+    assert (row(rows, "sqrt", 16).verdict, row(rows, "sqrt", 16).power) == ("equivalent", "told apart: 'linear'")
     read = "\n".join(report.reading(rows))
-    assert "linear different (diverged on every seed)" in read and "nan" not in read
+    assert "'linear' different (diverged on every seed)" in read and "nan" not in read
     for run_dir in arms(tmp_path, specs, "sqrt"):
         end(run_dir, diverged=True)
     assert row(rows_of(tmp_path), "sqrt", 16).verdict == "different"
@@ -143,7 +143,7 @@ def test_the_reading_says_what_the_verdicts_say(tmp_path: Path) -> None:
     rows = rows_of(tmp_path, train_loss=0.06, weight_norm=30.0)
     assert [row(rows, r, 16).verdict for r in ("linear", "linear_scaled")] == ["different", "equivalent"]
     (line,) = report.reading(rows)
-    assert "batch 16: linear is different (final train loss +0.1" in line and "linear_scaled equivalent" in line
+    assert "batch 16: linear is different (final train loss +0.1" in line and "'linear_scaled' equivalent" in line
     assert "another run" not in line
 
 
@@ -423,9 +423,9 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
     }  # fmt: skip
     share = by_title["share of training with κ r < 0.1"]
     assert {t.arm: t.y for t in share.traces} == {"base": [0.5], "sqrt": [0.5, 0.5]}
-    steps = by_title["base: a step's"]
+    steps = by_title["base, batch 4: a step"]
     assert {t.arm: t.y[0] for t in steps.traces} == {
-        "noise √(tr Σ / B)": pytest.approx(math.sqrt(2)), "signal ‖∇f‖": pytest.approx(math.sqrt(0.5)),
+        charts.NOISE: pytest.approx(math.sqrt(2)), charts.SIGNAL: pytest.approx(math.sqrt(0.5)),
     }  # fmt: skip
     overlay = {c.title: c for c in drawn if c.group == "svag"}
     assert {"train loss", "test loss", "test accuracy", "weight norm"} <= set(overlay)

@@ -73,7 +73,7 @@ def test_not_a_number_is_left_out_and_rules_out_equivalent() -> None:
     test = judge("train_loss", [0.01, math.nan, 0.0, -0.01], 0.1)
     assert (test.n, test.verdict) == (3, "equivalent")
     assert conclude([test])[0] == "equivalent"
-    assert conclude([test], lost=1)[0] == "inconclusive"
+    assert conclude([test], failed=1)[0] == "inconclusive"
 
 
 def test_without_margin_nothing_is_judged() -> None:

@@ -6,7 +6,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, TypeGuard
 
 import numpy as np
 
@@ -25,6 +25,7 @@ GROUPS = {
     "paper": "All batch sizes of a rule in one frame, as the paper draws them",
 }
 ACCURACY = "test accuracy"
+NOISE, SIGNAL = "noise √(tr Σ / B)", "signal ‖∇f‖"
 WINDOWS = 12  # of training, over each of which noise records are pooled
 SPREAD = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "pooled over seeds"}
 
@@ -215,7 +216,7 @@ def _hyper(setting: str, rows: list[Row]) -> list[Chart]:
 def _cost(setting: str, rows: list[Row]) -> list[Chart]:
     def measured(key: str) -> Callable[[Row], Value | None]:
         def value(row: Row) -> Value | None:
-            values = [v for r in row.runs if _positive(v := r.result.get(key))]
+            values = [float(v) for r in row.runs if _positive(v := r.result.get(key))]
             return (sum(values) / len(values), min(values), max(values)) if values else None
 
         return value
@@ -224,7 +225,7 @@ def _cost(setting: str, rows: list[Row]) -> list[Chart]:
     return [_against_batch("cost", setting, name, rows, measured(key), log_y=True) for key, name in names if rows]
 
 
-def _positive(value: Any) -> bool:
+def _positive(value: Any) -> TypeGuard[float]:
     return isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value) and value > 0
 
 
@@ -257,18 +258,28 @@ def _noise(setting: str, rows: list[Row]) -> list[Chart]:
     dominated: dict[int, float] = {}
     for row, table in pooled:
         x, trace, signal = table.T
-        arm = row.rule if row.role == "base" else f"{row.rule}, batch {row.batch}"
         dominated[id(row)] = float(np.mean(row.batch * signal < DOMINATED * trace))
         up = (signal > 0) & (trace > 0)
         if not up.any():
             continue
         lines = (
-            Trace("noise √(tr Σ / B)", x[up].tolist(), np.sqrt(trace[up] / row.batch).tolist(), batch=row.batch),
-            Trace("signal ‖∇f‖", x[up].tolist(), np.sqrt(signal[up]).tolist(), batch=row.batch),
+            Trace(NOISE, x[up].tolist(), np.sqrt(trace[up] / row.batch).tolist(), batch=row.batch),
+            Trace(SIGNAL, x[up].tolist(), np.sqrt(signal[up]).tolist(), batch=row.batch),
         )
-        drawn.append(Chart("noise", setting, f"{arm}: a step's", "samples seen", "", lines, row.batch, log_y=True))
+        drawn.append(
+            Chart(
+                "noise",
+                setting,
+                f"{row.rule}, batch {row.batch}: a step",
+                "samples seen",
+                "",
+                lines,
+                row.batch,
+                log_y=True,
+            )
+        )
         ratios = row.batch * signal[up] / trace[up]
-        name = f"batch {row.batch}"
+        name = f"batch {row.batch}" if len(_arms(members)) < 2 else f"{row.rule}, batch {row.batch}"
         scale.append(Trace(name, x[up].tolist(), (row.batch / ratios).tolist(), batch=row.batch))
         ratio.append(Trace(name, x[up].tolist(), ratios.tolist(), batch=row.batch))
     lowest = min((min(t.y) for t in ratio), default=DOMINATED)
@@ -343,6 +354,8 @@ _STYLES = {
     "lr_only": Style("#b0408c", "#f09ad2", "longdash"),
     "sqrt_without_betas": Style("#6a4fc0", "#b3a0ff", "dot"),
     "sqrt_without_eps": Style("#7a4a2a", "#d9a67c", "dash"),
+    NOISE: Style("#c8500a", "#ff8f4d", "dot"),
+    SIGNAL: Style("#0068a8", "#5ab8f0"),
 }
 _MORE = (
     Style("#00748a", "#5fd4e8"), Style("#a01030", "#ff8098", "dash"), Style("#5a6b00", "#c3d94a", "dot"),

@@ -10,7 +10,8 @@
     different     |m| - t(1 - alpha/K, n-1) se > delta      for some metric     (Bonferroni over the metrics)
     inconclusive  neither
 
-With a true |gap| of delta or more, `equivalent` has probability <= alpha; with one of delta or less, `different` has.
+For normal d: with a true |gap| of delta or more, `equivalent` has probability <= alpha; with one of delta or less,
+`different` has, up to 2 alpha where se passes about 2 delta. An arm that diverges on every seed is `different`.
 """
 
 from __future__ import annotations
@@ -175,12 +176,12 @@ def seeds_needed(gap: float, sd: float, margin: float, family: int = 1) -> int |
     return int(n[good[0]]) if len(good) else None
 
 
-def conclude(tests: Iterable[Test], lost: int = 0) -> tuple[str, int | None]:
+def conclude(tests: Iterable[Test], failed: int = 0) -> tuple[str, int | None]:
     """The verdict of an arm from those of its metrics, and how many seeds would decide it.
 
     Args:
         tests: of all metrics; those without a margin say nothing.
-        lost: seeds of the arm that failed or gave no number. They are missing for a reason, and not at random: with
+        failed: seeds of the arm that failed or gave no number. They are missing for a reason, and not at random: with
             one of them the arm is never `equivalent`.
     """
     judged = [t for t in tests if t.margin is not None]
@@ -190,7 +191,7 @@ def conclude(tests: Iterable[Test], lost: int = 0) -> tuple[str, int | None]:
     if "different" in verdicts:
         return "different", None
     if verdicts == {"equivalent"}:
-        return ("inconclusive" if lost else "equivalent"), None
+        return ("inconclusive" if failed else "equivalent"), None
     if "no result" in verdicts and len(verdicts) == 1:
         return "no result", None
     if "too few seeds" in verdicts:
@@ -278,8 +279,10 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
         for key, arm in _keys(run.spec).items():
             cells[key].runs.append((run, arm))
     for absent in collection.missing:
-        for key, arm in _keys(absent.spec).items() if absent.spec else ():
-            cells[key].missing.append((absent, absent.spec, arm))
+        spec = absent.spec
+        for key, arm in _keys(spec).items() if spec else ():
+            assert spec is not None
+            cells[key].missing.append((absent, spec, arm))
     names = _names(dict.fromkeys(setting for setting, _, _ in cells))
     seeds: dict[str, set[int]] = defaultdict(set)
     for (setting, _, _), cell in cells.items():
@@ -325,9 +328,9 @@ def _row(
         return replace(row, remarks=tuple(remarks))
 
     finished = {r.spec.run_id: r for r in collection.runs}
-    failed = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
+    failed_ids = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
     pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
-    alone = {r.spec.science.seed: a.base_run_id in failed for r, a in members if a.base_run_id not in finished}
+    alone = {r.spec.science.seed: a.base_run_id in failed_ids for r, a in members if a.base_run_id not in finished}
     remarks += [
         f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in alone.items()
     ]
@@ -340,10 +343,10 @@ def _row(
     tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
     verdict, needed = "no result", None
     if pairs:
-        lost = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(alone.values())
-        lost += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
-        verdict, needed = conclude(tests, lost)
-        if lost and verdict != "different":
+        failed = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(alone.values())
+        failed += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
+        verdict, needed = conclude(tests, failed)
+        if failed and verdict != "different":
             remarks.append("a seed that failed, whose base failed, or that gave no number rules out `equivalent`")
     elif not members and all(m.diverged for m, _, _ in cell.missing):
         healthy = sum(a.base_run_id in finished for _, _, a in cell.missing)
@@ -381,7 +384,7 @@ def _power(row: Row, rows: list[Row]) -> str:
     if row.role == "base" or row.verdict == "different":
         return ""
     controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
-    if losers := [r.rule for r in controls if r.verdict == "different"]:
+    if losers := [repr(r.rule) for r in controls if r.verdict == "different"]:
         return f"told apart: {', '.join(losers)}"
     return "no power: no control was told apart" if controls else "no power: no control was run"
 
@@ -395,7 +398,10 @@ def _mean_sd(values: list[float]) -> tuple[float, float]:
 
 
 def reading(rows: list[Row]) -> list[str]:
-    """What the table says in words, of each rule under test at each batch, and of the controls beside it."""
+    """What the table says in words, of each rule under test at each batch, and of the controls beside it.
+
+    Controls stand in quotes: one of them is called `none`.
+    """
     lines = []
     for row in (r for r in rows if r.role == "rule" and r.svag == 1):
         test = row.gaps.get("trajectory")
@@ -404,7 +410,7 @@ def reading(rows: list[Row]) -> list[str]:
             text += f"; its train loss is {form('trajectory', test.difference, '')} from the base's on average"
         controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
         if controls:
-            text += f". Controls: {'; '.join(f'{r.rule} {_because(r)}' for r in controls)}"
+            text += f". Controls: {'; '.join(f'{r.rule!r} {_because(r)}' for r in controls)}"
         lines.append(text)
         if row.powerless and row.verdict == "equivalent":
             lines.append(
