@@ -30,15 +30,45 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import IO, Any, Literal, Self, get_args
+from typing import IO, Annotated, Any, Literal, Self
 
 import msgspec
 
 from scaling_exps.plan import PlanError, RunSpec
 
 State = Literal["finished", "failed", "running", "interrupted", "waiting"]
-Kind = Literal["train", "eval", "noise", "event"]
 TAIL = 8192  # bytes of records or log that are read to see how far a run is
+
+
+class _Row(msgspec.Struct, tag_field="kind"):
+    """What a record must hold to be one; most hold more."""
+
+    step: Annotated[int, msgspec.Meta(ge=0)]
+    samples: Annotated[int, msgspec.Meta(ge=0)]
+
+
+class _Train(_Row, tag="train"):
+    loss: float
+
+
+class _Eval(_Row, tag="eval"):
+    loss: float
+
+
+class _Noise(_Row, tag="noise"):
+    method: Literal["free", "full"]
+    batch: Annotated[int, msgspec.Meta(ge=1)]
+    enough: bool
+    kappa_r: float | None = None
+    b_noise: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.enough and (self.kappa_r is None or self.b_noise is None):
+            raise ValueError
+
+
+class _Event(_Row, tag="event"):
+    pass
 
 
 class BusyError(RuntimeError):
@@ -47,7 +77,7 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Records:
-    """The readable records of a run, and how many lines could not be read (a torn last line is none of them)."""
+    """The readable records of a run, and how many lines are none (a torn last line is not counted)."""
 
     rows: list[dict[str, Any]]
     damaged: int
@@ -152,9 +182,16 @@ class RunDir:
         return self.newest.exists() or self.previous.exists()
 
     def result(self) -> dict[str, Any] | None:
-        """result.json of a run that has ended: `status` is finished or failed. None: not ended, or not readable."""
+        """result.json of a run that has ended: `status` is failed, or finished with `metrics`, numbers by name.
+
+        None: it has not ended, or the file says neither.
+        """
         value = _object(self.path / "result.json")
-        return value if value is not None and value.get("status") in ("finished", "failed") else None
+        if value is None or value.get("status") not in ("finished", "failed"):
+            return None
+        metrics = value.get("metrics")
+        numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
+        return value if numbers or value["status"] == "failed" else None
 
     def write_result(self, value: dict[str, Any]) -> None:
         """How the run ended, with the time."""
@@ -238,6 +275,14 @@ class RunDir:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
             f.write(patch)
 
+    def open_log(self) -> IO[str]:
+        """log.txt, to append to.
+
+        Raises:
+            OSError: it cannot be written, or is no regular file.
+        """
+        return os.fdopen(_open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
+
     # ---- checkpoints ----
 
     def kept(self) -> list[Path]:
@@ -248,21 +293,23 @@ class RunDir:
                 numbered[int(step[1])] = path
         return [numbered[step] for step in sorted(numbered)]
 
-    def keep(self, step: int) -> None:
-        """Keep the newest checkpoint under its step."""
-        path = self.path / f"checkpoint-{step}.pt"
-        path.unlink(missing_ok=True)
-        os.link(self.newest, path)
+    def publish(self, aside: Path, keep: int | None = None) -> None:
+        """Make `aside` the newest checkpoint, and the newest the one before.
 
-    def publish(self, aside: Path) -> None:
-        """Make `aside` the newest checkpoint, and the newest the one before."""
+        Args:
+            keep: its step, where it is to stay under that name, too.
+        """
+        if keep is not None:  # first: after a kill in between, the run comes to this step again
+            path = self.path / f"checkpoint-{keep}.pt"
+            path.unlink(missing_ok=True)
+            os.link(aside, path)
         if self.newest.exists():
             os.replace(self.newest, self.previous)
         os.replace(aside, self.newest)
 
     def sweep(self) -> None:
         """Remove what killed processes were writing."""
-        for pattern in (".checkpoint.pt.*", ".*.json.*"):
+        for pattern in (".checkpoint.pt.*", ".result.json.*"):  # (.run.json.* may be a launcher's, at this moment)
             for leftover in self.path.glob(pattern):
                 leftover.unlink(missing_ok=True)
 
@@ -393,7 +440,9 @@ def _parse(text: bytes | str) -> Any:
         return msgspec.json.decode(text)
     except (ValueError, RecursionError):
         try:
-            return json.loads(text)  # Python's own form of NaN and infinity
+            value = json.loads(text)  # Python's own form of NaN and infinity
+            msgspec.json.encode(value)  # what cannot be written (half a surrogate pair) cannot be shown either
+            return value
         except (ValueError, RecursionError):
             return None
 
@@ -406,7 +455,9 @@ def _object(path: Path) -> dict[str, Any] | None:
 def _record(line: bytes | str) -> dict[str, Any] | None:
     """A line of records.jsonl, if it is one."""
     value = _parse(line)
-    if not isinstance(value, dict) or value.get("kind") not in get_args(Kind):
+    try:
+        msgspec.convert(value, _Train | _Eval | _Noise | _Event)
+    except (msgspec.ValidationError, RecursionError):
         return None
-    clock = (value.get("step"), value.get("samples"))
-    return value if all(isinstance(x, int | float) and not isinstance(x, bool) for x in clock) else None
+    assert isinstance(value, dict)
+    return value

@@ -7,9 +7,7 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 from scaling_exps.config import LocalLaunch
@@ -37,7 +35,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
                 "launch.devices; a run that has begun keeps its number (another runs_dir starts it anew)"
             )
     print(f"{len(specs)} run(s), {len(specs) - len(todo)} finished already, under {root}/", flush=True)
-    deadline = None if settings.minutes is None else time.monotonic() + 60 * settings.minutes
+    deadline = time.monotonic() + 60 * (settings.minutes or float("inf"))
     if side_by_side or any(world > 1 for world in worlds.values()):
         for world in sorted(set(worlds.values())):
             _workers([d for d, w in worlds.items() if w == world], world, settings.parallel, cards, deadline)
@@ -48,42 +46,29 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
                     f"finished: {run_dir}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items())
                 )
     else:
-        with _timer(deadline, train.request_stop):
-            for i, run_dir in enumerate(worlds, 1):
-                if len(worlds) > 1:
-                    print(f"[{i}/{len(worlds)}] ", end="", flush=True)
-                train.run_all([run_dir])
-                if train.stop_requested():
-                    break
-    if deadline is not None and time.monotonic() > deadline:
-        print(f"launch.minutes={settings.minutes:g} are over: the runs are saved")
-    unfinished = [d for d in prepared if d.state() != "finished"]
+        for i, run_dir in enumerate(worlds, 1):
+            if len(worlds) > 1:
+                print(f"[{i}/{len(worlds)}] ", end="", flush=True)
+            train.run_all([run_dir], until=deadline)
+            if train.stop_requested() or time.monotonic() > deadline:
+                break
+    asked = zip(prepared, specs, strict=True)
+    unfinished = [d for d, spec in asked if d.state() != "finished" or d.lacks_noise(spec)]
     for run_dir in unfinished:
-        why = run_dir.reason()
-        print(f"{run_dir.state()}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
+        why, state = run_dir.reason(), run_dir.state()
+        state_of = "finished, but its noise is not measured" if state == "finished" else state
+        print(f"{state_of}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
+    if unfinished and time.monotonic() > deadline:
+        print(f"launch.minutes={settings.minutes:g} are over", file=sys.stderr)
     if unfinished:
         print("the same command again goes on with what is missing", file=sys.stderr)
     return not unfinished
 
 
-@contextlib.contextmanager
-def _timer(deadline: float | None, stop: object) -> Iterator[None]:
-    """Call `stop` at the deadline."""
-    if deadline is None:
-        yield
-        return
-    timer = threading.Timer(max(0.0, deadline - time.monotonic()), stop)  # type: ignore[arg-type]
-    timer.daemon = True
-    timer.start()
-    try:
-        yield
-    finally:
-        timer.cancel()
-
-
-def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str], deadline: float | None) -> None:
+def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str], deadline: float) -> None:
     """Start up to `parallel` workers of `world` processes, each on its GPUs; at the deadline they save and end.
 
+    They do so, too, when this process dies, however it dies: that ends their standard input.
     Workers of one process share the list out by its locks. A group of processes ends with a run that fails, so it is
     given one.
     """
@@ -92,7 +77,7 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     count = min(parallel, len(run_dirs))
     queue = [run_dirs] * count if world == 1 else [[d] for d in run_dirs]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    command = [sys.executable, *start, "-m", "scaling_exps.train", f"--since={time.time()}"]
+    command = [sys.executable, *start, "-m", "scaling_exps.train", "--attached", f"--since={time.time()}"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
@@ -101,16 +86,20 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
         with Progress(disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"{count} side by side", total=len(run_dirs))
             while queue or any(w.poll() is None for w in workers.values()):
-                if deadline is not None and time.monotonic() > deadline:
+                if time.monotonic() > deadline:
                     break
                 for share in range(count):
                     if queue and (share not in workers or workers[share].poll() is not None):
                         members = queue.pop(0)
-                        with contextlib.ExitStack() as stack:  # torchrun's own report goes where ours does
-                            log = stack.enter_context(open(members[0].log, "ab")) if world > 1 else None
+                        with contextlib.ExitStack() as stack:
+                            log = None
+                            if world > 1:  # torchrun's own report goes where ours does
+                                with contextlib.suppress(OSError):
+                                    log = stack.enter_context(members[0].open_log())
                             workers[share] = subprocess.Popen(
                                 [*command, *map(str, members)],
                                 env={**environment, **_share(cards, share, world)},
+                                stdin=subprocess.PIPE,
                                 stderr=log,
                             )
                 time.sleep(0.2)

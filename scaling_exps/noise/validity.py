@@ -144,7 +144,12 @@ def of_base(
     for run_dir in candidates:
         if not run_dir.exists:
             continue
-        base = run_dir.spec()
+        try:
+            base = run_dir.spec()
+        except PlanError:
+            if given is not None:
+                raise
+            continue
         if differing := _differences(spec, base):
             raise PlanError(f"noise_from={given}: {run_dir} is of another recipe: {'; '.join(differing)}")
         rows = [r for r in run_dir.records().rows if r["kind"] == "noise"]

@@ -194,10 +194,11 @@ class RunSpec(_Value, frozen=True, dict=True):
             )
         try:
             spec = msgspec.convert(fields, RunSpec)
-        except (msgspec.ValidationError, ValueError) as e:
+            described = spec.run_id
+        except (ValueError, RecursionError) as e:
             raise PlanError(f"run.json is not one that this scalerun wrote: {e}") from e
-        if spec.run_id != identity:
-            raise PlanError(f"run.json says run id {identity} but describes {spec.run_id}: it was edited; plan anew")
+        if described != identity:
+            raise PlanError(f"run.json says run id {identity} but describes {described}: it was edited; plan anew")
         if not spec.arms:
             raise PlanError("run.json names no arm; plan anew")
         return spec

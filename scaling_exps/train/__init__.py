@@ -7,9 +7,9 @@
 from scaling_exps.train.loop import fit, preflight
 from scaling_exps.train.ranks import slurm_rank
 from scaling_exps.train.trainer import Trainer, TrainError
-from scaling_exps.train.worker import AGAIN, FAILED, request_stop, run, run_all, stop_requested, work
+from scaling_exps.train.worker import AGAIN, FAILED, run, run_all, stop_requested, work
 
 __all__ = [
-    "AGAIN", "FAILED", "TrainError", "Trainer", "fit", "preflight", "request_stop", "run", "run_all", "slurm_rank",
-    "stop_requested", "work",
+    "AGAIN", "FAILED", "TrainError", "Trainer", "fit", "preflight", "run", "run_all", "slurm_rank", "stop_requested",
+    "work",
 ]  # fmt: skip

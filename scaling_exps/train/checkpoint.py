@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import errno
 import os
+import stat
 import sys
 import zipfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,9 +58,7 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
                 raise
             f.flush()
             os.fsync(f.fileno())
-        run_dir.publish(aside)
-        if keep:
-            run_dir.keep(t.step)
+        run_dir.publish(aside, t.step if keep else None)
     finally:
         aside.unlink(missing_ok=True)
 
@@ -72,15 +72,7 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
     if t.rank == 0:
         run_dir.sweep()
     size = 0
-    for path in (run_dir.newest, run_dir.previous):
-        state = load(path, t.device)
-        if state is None:
-            continue
-        if state.get("run_id") != t.spec.run_id:
-            raise TrainError(f"{path} belongs to run {state.get('run_id')}; remove it, or choose another runs_dir")
-        if not 0 <= state["step"] <= t.science.steps:
-            print(f"{path} says step {state['step']} of {t.science.steps}; going further back", file=sys.stderr)
-            continue
+    for path, state in whole(t, run_dir):
         if run_dir.records_checksum(state["records_size"]) != state["records_checksum"]:
             print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
             continue
@@ -90,6 +82,24 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
     if ranks.maximum(t.step) != -ranks.maximum(-t.step):
         raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
     return size
+
+
+def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:
+    """The run's checkpoints that can be read, newest first; the kept ones last.
+
+    Raises:
+        TrainError: one is another run's.
+    """
+    for path in (run_dir.newest, run_dir.previous, *reversed(run_dir.kept())):
+        state = load(path, t.device)
+        if state is None:
+            continue
+        if state.get("run_id") != t.spec.run_id:
+            raise TrainError(f"{path} belongs to run {state.get('run_id')}; remove it, or choose another runs_dir")
+        if 0 <= state["step"] <= t.science.steps:
+            yield path, state
+        else:
+            print(f"{path} says step {state['step']} of {t.science.steps}; going further back", file=sys.stderr)
 
 
 def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
@@ -124,11 +134,11 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
     """The checkpoint, or None if it is absent, cut or altered (the archive's checksums say).
 
     Raises:
-        OSError, torch.OutOfMemoryError: it could not be read now; nothing is known about the file.
+        OSError, torch.OutOfMemoryError, MemoryError: it could not be read now; nothing is known about the file.
     """
     try:
-        if not path.is_file():
-            return None
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            raise zipfile.BadZipFile
         with zipfile.ZipFile(path) as archive:
             if archive.testzip() is not None:
                 raise zipfile.BadZipFile
@@ -136,7 +146,7 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
         return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
     except FileNotFoundError:
         return None
-    except torch.OutOfMemoryError:
+    except (torch.OutOfMemoryError, MemoryError):
         raise
     except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
         if isinstance(e, OSError) and e.errno != errno.EINVAL:  # (a wrong offset in the archive makes an EINVAL)

@@ -45,7 +45,8 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
     provenance.reset_peak_memory()
     trainer = Trainer(spec)
     size = checkpoint.restore(trainer, run_dir)
-    run_dir.clear_result()
+    if trainer.rank == 0:  # a slower rank could remove what rank 0 writes at the end
+        run_dir.clear_result()
     poll = _Poll(trainer, 60 * spec.checkpoint.minutes)
     with _Recorder(trainer, run_dir, size) as recorder:
         while trainer.step < s.steps:
@@ -157,12 +158,9 @@ class _Recorder:
         t, s = self.trainer, self.trainer.science
         rows = self.run_dir.records().rows
         metrics = final_metrics(rows)
-        assessed = validity.assess(rows, s.batch, s.batch)
         result: dict[str, Any] = {
             "metrics": metrics,
-            **(
-                {} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}
-            ),
+            **_noise_fields(rows, s.batch),
             "seconds": round(t.seconds, 3),
             "samples_per_second": round(t.rate, 2),
             "peak_memory_bytes": provenance.peak_memory(t.device),
@@ -180,30 +178,42 @@ class _Recorder:
         return result
 
 
-def measure_kept(spec: RunSpec, run_dir: RunDir) -> None:
-    """Full noise records of a finished run, from the checkpoints that lie in its folder.
+def measure_kept(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
+    """Full noise records of a finished run, from its kept checkpoints and its newest. Every rank calls this.
+
+    Returns:
+        What they change in result.json; nothing on other ranks.
 
     Raises:
         TrainError: no checkpoint is whole.
     """
     trainer = Trainer(spec)
-    rows, steps = [], set()
-    for path in (*run_dir.kept(), run_dir.newest, run_dir.previous):
-        state = checkpoint.load(path, trainer.device)
-        if state is not None and state["step"] not in steps and state["run_id"] == spec.run_id:
+    kept = run_dir.kept()
+    rows: dict[int, dict[str, Any]] = {}  # by step
+    for path, state in checkpoint.whole(trainer, run_dir):
+        if state["step"] not in rows and (not rows or path in kept):  # the one before is of no chosen step
             checkpoint.put(trainer, state, path)
-            steps.add(trainer.step)
-            rows.append(full_noise(trainer, marks(spec, trainer.step, spec.measure.noise_records)))
+            rows[trainer.step] = full_noise(trainer, marks(spec, trainer.step, spec.measure.noise_records))
     if not rows:
         raise TrainError(
             f"{run_dir} has no whole checkpoint to measure the noise at; train with checkpoint.keep=[0.1,1]"
         )
-    if trainer.rank == 0:
-        with run_dir.writer(run_dir.records_size()) as writer:
-            for row in sorted(rows, key=lambda r: r["step"]):
-                writer.write(row)
-            writer.sync()
-        print(f"gradient noise of {run_dir} measured at {len(rows)} checkpoint(s)", flush=True)
+    if trainer.rank:
+        return {}
+    with run_dir.writer(run_dir.records_size()) as writer:
+        for step in sorted(rows):
+            writer.write(rows[step])
+        writer.sync()
+    print(f"gradient noise of {run_dir} measured at {len(rows)} checkpoint(s)", flush=True)
+    return {
+        **_noise_fields(run_dir.records().rows, spec.science.batch), "records_checksum": writer.checksum,
+    }  # fmt: skip
+
+
+def _noise_fields(rows: list[dict[str, Any]], batch: int) -> dict[str, float]:
+    """What result.json says of the noise: over which share of the samples it dominates, of how many that is known."""
+    assessed = validity.assess(rows, batch, batch)
+    return {} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}
 
 
 def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:

@@ -64,7 +64,10 @@ def _tree() -> tuple[str | None, str]:
     def git(*words: str) -> str:
         try:
             done = subprocess.run(
-                ["git", "-C", str(Path(__file__).resolve().parents[1]), *words], capture_output=True, text=True
+                ["git", "-C", str(Path(__file__).resolve().parents[1]), *words],
+                capture_output=True,
+                text=True,
+                errors="replace",
             )
         except FileNotFoundError:
             return ""

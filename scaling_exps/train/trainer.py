@@ -7,6 +7,7 @@ step k:   g = Σ_i w_i ∇L_i over the micro-batches of its draws   (plain: w_i 
 from __future__ import annotations
 
 import contextlib
+import os
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -55,6 +56,8 @@ class Trainer:
             raise TrainError(f"run.json asks for {spec.placement.world_size} processes, and {self.world} run")
         self.device = ranks.device()
         self.net = build_net(spec).to(self.device)
+        if spec.placement.compile:  # kernels chosen by rule, not by timing: a resumed run must get the same ones
+            os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         net = torch.compile(self.net) if spec.placement.compile else self.net
         self.forward: nn.Module = (
             nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
@@ -180,8 +183,13 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.science.precision == "bfloat16")
 
     def record(self, kind: str, **metrics: Any) -> dict[str, Any]:
-        """A record of this moment."""
+        """A record of this moment.
+
+        Raises:
+            TrainError: as `check_finite`.
+        """
         s = self.science
+        self.check_finite()
         t = rules.continuous_time(s.hyper, self.step, s.family)
         return {"kind": kind, "step": self.step, "samples": s.samples(self.step), "t": t, **metrics}
 
@@ -189,7 +197,6 @@ class Trainer:
         """Mean loss of the samples since the last record, over all ranks; what they were trained with."""
         gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
         total = ranks.total(self.loss_sum)
-        self.check_finite()
         loss = float(total) / (self.loss_count * self.world)
         window = self.loss_count * self.world * self.science.micro_batch
         self.loss_sum.zero_()

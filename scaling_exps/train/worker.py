@@ -1,6 +1,6 @@
 """A worker: run folders in, one after another; signals, ranks, exit codes.
 
-python -m scaling_exps.train [--since TIME] RUN_DIR ...
+python -m scaling_exps.train [--since TIME] [--attached] RUN_DIR ...
 """
 
 from __future__ import annotations
@@ -32,49 +32,57 @@ FAILED = 200
 _signals: list[int] = []  # received; the handler does nothing else
 
 
-def run(run_dir: RunDir) -> str:
+def run(run_dir: RunDir, until: float = float("inf")) -> str:
     """Run what the folder's run.json says, or go on with it, to its end, holding its lock. Every rank calls this.
 
     Whatever raises on the way ends in result.json, with its reason and traceback.
 
+    Args:
+        until: save and stop after this time (time.monotonic), as after a signal.
+
     Returns:
-        How it ended: `finished`, `failed`, or `stopped` by a signal.
+        How it ended: `finished`, `failed`, or `stopped`.
 
     Raises:
         BusyError: another process works on it.
         PlanError: its run.json cannot be read.
+        OSError: it cannot be locked; nothing was written.
     """
     spec = run_dir.spec()
     world, rank = ranks.world()
     with contextlib.ExitStack() as stack:
-        busy = None
+        refusal: BusyError | OSError | None = None
         if rank == 0:
             try:
                 stack.enter_context(run_dir.lock())
-            except BusyError as e:
-                busy = e
-        if ranks.maximum(busy is not None):  # all ranks know it, or the others wait for rank 0
-            raise busy or BusyError(f"{run_dir} is being run by another process")
+            except (BusyError, OSError) as e:
+                refusal = e
+        if ranks.maximum(refusal is not None):  # all ranks know it, or the others wait for rank 0
+            raise refusal or BusyError(f"{run_dir} is being run by another process")
+        earlier = run_dir.result() or {}
+        finished = earlier.get("status") == "finished"
         try:
-            if (run_dir.result() or {}).get("status") == "finished":
+            if finished:
                 if run_dir.lacks_noise(spec):
-                    loop.measure_kept(spec, run_dir)
+                    measured = loop.measure_kept(spec, run_dir)
+                    if rank == 0:
+                        run_dir.write_result({**earlier, **measured})
                 return "finished"
             if rank == 0:
                 _record_start(run_dir)
-            result = loop.fit(spec, run_dir, lambda: bool(_signals))
+            result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)
             if rank == 0:
                 run_dir.write_result({"status": "finished", **result, **provenance.environment()})
             return "finished"
         except loop.Stopped:
             if rank == 0:
-                print(f"run {spec.run_id} saved and stopped by a signal; the same command goes on with it", flush=True)
+                print(f"run {spec.run_id} saved and stopped; the same command goes on with it", flush=True)
             return "stopped"
         except Exception as e:
             if world > 1 and ranks.lost(e):
                 print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
                 raise
-            _fail(spec, run_dir, e)
+            _fail(spec, run_dir, e, finished)
             if world > 1:
                 raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
             return "failed"
@@ -85,21 +93,32 @@ def _record_start(run_dir: RunDir) -> None:
     run_dir.append_event({**event, **provenance.code(run_dir)})
 
 
-def _fail(spec: RunSpec, run_dir: RunDir, e: Exception) -> None:
-    """Say why the run failed, in its result.json and on the terminal; with the traceback where nobody refused."""
+def _fail(spec: RunSpec, run_dir: RunDir, e: Exception, finished: bool) -> None:
+    """Say why the run failed, on the terminal (with the traceback where nobody refused) and in its result.json.
+
+    Of a finished run only a measurement failed: it stays finished.
+    """
     refusal = isinstance(e, TrainError) or (isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps"))
     reason = str(e) if refusal else f"{type(e).__name__}: {e}"
     trace = "".join(traceback.format_exception(e))
     if not refusal and not isinstance(e, OSError):
         print(trace, file=sys.stderr)
     print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
-    with contextlib.suppress(OSError):
-        diverged = isinstance(e, DivergedError)
-        result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
-        run_dir.write_result({**result, **provenance.environment()})
+    if not finished:
+        with contextlib.suppress(OSError):
+            diverged = isinstance(e, DivergedError)
+            result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
+            run_dir.write_result({**result, **provenance.environment()})
 
 
-def run_all(run_dirs: list[RunDir], *, log: bool = False, since: float = float("inf"), patience: float = 0) -> bool:
+def run_all(
+    run_dirs: list[RunDir],
+    *,
+    log: bool = False,
+    since: float = float("inf"),
+    until: float = float("inf"),
+    patience: float = 0,
+) -> bool:
     """Run each directory that has work left and is not held by somebody else.
 
     Several workers may be given one list: the locks share it out.
@@ -107,6 +126,7 @@ def run_all(run_dirs: list[RunDir], *, log: bool = False, since: float = float("
     Args:
         log: send a run's output to its log.txt.
         since: a run that failed after this time (seconds of the epoch) is not started again.
+        until: as in `run`.
         patience: seconds to wait for a run that is held. A requeued job may start while its last process still dies.
 
     Returns:
@@ -122,12 +142,12 @@ def run_all(run_dirs: list[RunDir], *, log: bool = False, since: float = float("
                 good = False
             if not ranks.maximum(work_left):
                 continue
-            with _output_to(run_dir.log) if log and rank == 0 else contextlib.nullcontext():
+            with _output_to(run_dir) if log and rank == 0 else contextlib.nullcontext():
                 try:
-                    how = run(run_dir)
+                    how = run(run_dir, until)
                 except BusyError:
                     continue
-                except PlanError as e:
+                except (PlanError, OSError) as e:
                     print(e, file=sys.stderr)
                     how = "failed"
             good &= how == "finished"
@@ -176,11 +196,6 @@ def _handlers() -> Iterator[None]:
             signal.signal(n, handler)
 
 
-def request_stop() -> None:
-    """Save and stop at the next step, as after a signal."""
-    _signals.append(signal.SIGUSR1)
-
-
 def stop_requested() -> bool:
     """Whether a signal has asked this process to save and stop.
 
@@ -192,18 +207,36 @@ def stop_requested() -> bool:
     return bool(_signals)
 
 
+def _stop_at_end_of_input() -> None:
+    """Save and stop when standard input ends."""
+    while os.read(0, 512):
+        pass
+    _signals.append(signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def _output_to(path: Path) -> Iterator[None]:
-    with open(path, "a") as f, contextlib.redirect_stdout(f), contextlib.redirect_stderr(f):
+def _output_to(run_dir: RunDir) -> Iterator[None]:
+    """Into the run's log.txt; where that cannot be written, onto the terminal."""
+    with contextlib.ExitStack() as stack:
+        try:
+            f = stack.enter_context(run_dir.open_log())
+        except OSError as e:
+            print(f"{run_dir} has no log: {e}", file=sys.stderr)
+        else:
+            stack.enter_context(contextlib.redirect_stdout(f))
+            stack.enter_context(contextlib.redirect_stderr(f))
         yield
 
 
-def work(run_dirs: list[Path], since: float = float("inf"), earlier: list[int] | None = None) -> int:
+def work(
+    run_dirs: list[Path], since: float = float("inf"), earlier: list[int] | None = None, attached: bool = False
+) -> int:
     """A worker process: join the group, run the directories, and say by the exit status how it went.
 
     Args:
         since: as in `run_all`.
         earlier: signals that came before this module was loaded.
+        attached: save and stop when standard input, a pipe of the process that started this one, ends: it is gone.
 
     Returns:
         0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
@@ -211,6 +244,8 @@ def work(run_dirs: list[Path], since: float = float("inf"), earlier: list[int] |
     _signals.extend(earlier or [])
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    if attached:
+        threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     status: list[int] = []
     atexit.register(_leave, status)
     try:
