@@ -202,7 +202,7 @@ def words(pictures: Path, *more: str) -> list[str]:
     return [
         "model=timm", "model.name=resnet10t", "model.options={channels:[8,8,16,16],stem_width:8}",
         "dataset=imagefolder", f"dataset.path={pictures}", "dataset.classes=3", *SHAPE, "recipe.micro_batch=8",
-        "recipe.samples=64", "logger=none", "measure.statistics_samples=32", "measure.noise=none",
+        "recipe.samples=64", "logger=none", "recipe.statistics_samples=32", "measure.noise=none",
         "measure.evaluations=2", *more,
     ]  # fmt: skip
 
@@ -215,7 +215,7 @@ def test_training_asks_ahead_for_what_it_then_reads(pictures: Path, tmp_path: Pa
     """Each batch after the first was prefetched: over micro-batches, SVAG's two draws and steps; none past the end."""
     for svag in (1, 2):
         spec = planned(*words(pictures, "batch=16", "recipe.batch=16", f"svag={svag}", "recipe.samples=32"))
-        trainer = train.Trainer(spec, tmp_path)
+        trainer = train.Trainer(spec)
         asked: list[tuple[int, int]] = []
         read: list[tuple[int, int]] = []
         ask, get = trainer.stream.prefetch, trainer.stream.batch
@@ -224,7 +224,7 @@ def test_training_asks_ahead_for_what_it_then_reads(pictures: Path, tmp_path: Pa
         for _ in range(spec.science.steps):
             trainer.train_step()
             trainer.optimizer.zero_grad()
-        assert read == [(k, k + 8) for k in range(0, spec.samples(spec.science.steps), 8)]
+        assert read == [(k, k + 8) for k in range(0, spec.science.samples(spec.science.steps), 8)]
         assert asked == read[1:]
 
 
@@ -291,7 +291,7 @@ def test_a_vit_takes_steps_on_cifar10(cifar10: str, tmp_path: Path) -> None:
         "model=vit", "optimizer=adamw", f"dataset.path={cifar10}", "recipe.epochs=null", "recipe.samples=1920",
         "model.options={patch_size:8,embed_dim:48,depth:2,num_heads:3}", "recipe.lr=2e-3", "measure.noise=none",
     )  # fmt: skip
-    trainer = train.Trainer(spec, tmp_path)
+    trainer = train.Trainer(spec)
     losses = []
     for _ in range(spec.science.steps):
         before = float(trainer.loss_sum)
