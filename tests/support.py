@@ -32,6 +32,37 @@ def prepare(root: Path, spec: plan.RunSpec) -> RunDir:
     return run_dir
 
 
+def placed(spec: plan.RunSpec, world: int) -> plan.RunSpec:
+    """The same run on another number of processes."""
+    total = spec.placement.world_size * spec.placement.accumulation
+    placement = msgspec.structs.replace(spec.placement, world_size=world, accumulation=total // world)
+    return msgspec.structs.replace(spec, placement=placement)
+
+
+def weights(run_dir: RunDir) -> dict[str, Any]:
+    """The network in the newest checkpoint: tensors by name."""
+    import torch
+
+    state: dict[str, Any] = torch.load(run_dir.newest, weights_only=True)["net"]
+    return state
+
+
+def same_run(a: RunDir, b: RunDir) -> None:
+    """Assert that two runs hold the same records, each once, and the same weights, to the bit."""
+    import torch
+
+    assert rows(a) == rows(b) and not a.records().damaged
+    first, second = weights(a), weights(b)
+    assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
+
+
+def take_steps(trainer: Any, count: int) -> None:
+    """Train on by `count` steps, as the loop does."""
+    for _ in range(count):
+        trainer.train_step()
+        trainer.optimizer.zero_grad(set_to_none=True)
+
+
 def worker(run_dir: RunDir, processes: int = 1) -> list[str]:
     """The command that runs a folder, one process or several."""
     start = [sys.executable]

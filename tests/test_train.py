@@ -10,38 +10,34 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, work, worker
+from support import (
+    ENVIRONMENT,
+    ROOT,
+    TINY,
+    dataset,
+    placed,
+    prepare,
+    rows,
+    same_run,
+    scalerun,
+    specs,
+    take_steps,
+    weights,
+    work,
+    worker,
+)
 
-from scaling_exps import data, models, optim, records, rules, train
-from scaling_exps.launch import directories
-
-CIFAR = {"kind": "images", "name": "cifar10", "shape": [32, 32, 3], "classes": 10}
-DIGITS = {"kind": "images", "name": "digits", "shape": [8, 8, 1], "classes": 10}
-
-
-def weights(run_dir: Path) -> dict[str, torch.Tensor]:
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    return {f"{part}.{k}": v for part in ("net",) for k, v in state[part].items()}
-
-
-def placed(spec, world: int):  # type: ignore[no-untyped-def]
-    total = spec.placement.world_size * spec.placement.accumulation
-    return replace(spec, placement=replace(spec.placement, world_size=world, accumulation=total // world))
-
+from scaling_exps import config, data, models, optim, rules, train
+from scaling_exps.records import BusyError, RunDir
+from scaling_exps.train import checkpoint, measure
 
 BN = [
-    "model.norm=batch",
-    "model.width=8",
-    "recipe.micro_batch=16",
-    "batch=64",
-    "recipe.batch=64",
-    "recipe.samples=1280",
-]
+    "model.norm=batch", "model.width=8", "recipe.micro_batch=16", "batch=64", "recipe.batch=64", "recipe.samples=1280",
+]  # fmt: skip
 
 
 def test_world_size_and_accumulation_do_not_matter(tmp_path: Path) -> None:
@@ -88,7 +84,7 @@ def test_the_loop_is_the_textbook_loop(tmp_path: Path) -> None:
         optimizer.param_groups[0]["lr"] = s.hyper.lr * optim.multiplier(s.schedule, 32 * (k + 0.5))
         optimizer.step()
     for name, tensor in net.state_dict().items():
-        torch.testing.assert_close(weights(run_dir)[f"net.{name}"], tensor, rtol=0, atol=2e-5)
+        torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=0, atol=2e-5)
 
 
 def test_same_command_same_bits(tmp_path: Path) -> None:
@@ -96,13 +92,12 @@ def test_same_command_same_bits(tmp_path: Path) -> None:
     a, b = prepare(tmp_path / "a", spec), prepare(tmp_path / "b", spec)
     work(a)
     work(b)
-    assert rows(a) == rows(b)
-    assert all(torch.equal(x, y) for x, y in zip(weights(a).values(), weights(b).values(), strict=True))
+    same_run(a, b)
 
 
 def test_evaluation_does_not_move_the_training(tmp_path: Path) -> None:
     (few,), (many,) = specs(*BN, "measure.evaluations=1"), specs(*BN, "measure.evaluations=20")
-    a, b = prepare(tmp_path, few), prepare(tmp_path, many)
+    a, b = prepare(tmp_path / "few", few), prepare(tmp_path / "many", many)
     work(a)
     work(b)
     first, second = weights(a), weights(b)
@@ -114,11 +109,8 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
     losses = []
     for batch in (16, 64):
         (spec,) = specs(*BN, f"batch={batch}")
-        trainer = train.Trainer(spec, Path("unused"))
-        losses.append(trainer.evaluate()["loss"])
+        losses.append(measure.evaluate(train.Trainer(spec))["loss"])
     assert losses[0] == losses[1]
-    assert torch.equal(trainer.statistics.indices(0, 64), trainer.stream.sibling(0, "statistics").indices(0, 64))
-    assert not torch.equal(trainer.statistics.indices(0, 64), trainer.stream.indices(0, 64))
 
 
 @pytest.mark.parametrize("processes", [1, 2])
@@ -153,17 +145,15 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> 
                     os.kill(pid, signal.SIGKILL)
             process.wait()
             kills += 1
-        if (broken / "result.json").exists():
+        if broken.result():
             break
-        while records.holder(broken):  # the kernel is still burying them
+        while broken.holder():  # the kernel has not yet removed them
             time.sleep(0.02)
-        assert records.state(broken) in ("waiting", "interrupted")
+        assert broken.state() in ("waiting", "interrupted")
     else:
         work(broken, processes)
     assert kills > 0
-    assert rows(broken) == rows(whole)
-    first, second = weights(whole), weights(broken)
-    assert all(torch.equal(first[k], second[k]) for k in first)
+    same_run(broken, whole)
 
 
 def _family_of(pid: int) -> list[int]:
@@ -172,30 +162,22 @@ def _family_of(pid: int) -> list[int]:
     return [pid, *(p for child in children for p in _family_of(int(child)))]
 
 
-def _some_run(tmp_path: Path) -> tuple[Path, train.Trainer]:
+def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Path) -> None:
     (spec,) = specs("batch=8")
-    run_dir = prepare(tmp_path, spec)
-    trainer = train.Trainer(spec, run_dir)
-    for _ in range(3):
-        trainer.train_step()
-        trainer.optimizer.zero_grad()
-    return run_dir, trainer
-
-
-def test_a_damaged_checkpoint_is_found_and_the_one_before_is_used(tmp_path: Path) -> None:
-    run_dir, trainer = _some_run(tmp_path)
-    trainer.save(0)
-    trainer.train_step()
-    trainer.save(0)
-    path = run_dir / "checkpoint.pt"
-    whole = path.read_bytes()
+    run_dir, trainer = prepare(tmp_path, spec), train.Trainer(spec)
+    with run_dir.writer(0) as writer:
+        take_steps(trainer, 3)
+        checkpoint.save(trainer, run_dir, writer)
+        take_steps(trainer, 1)
+        checkpoint.save(trainer, run_dir, writer)
+    whole = run_dir.newest.read_bytes()
     for damaged in (whole[: len(whole) // 2], b"", whole[:5000] + bytes([whole[5000] ^ 1]) + whole[5001:]):
-        path.write_bytes(damaged)
-        fresh = train.Trainer(trainer.spec, run_dir)
-        fresh.restore()
+        run_dir.newest.write_bytes(damaged)
+        fresh = train.Trainer(spec)
+        checkpoint.restore(fresh, run_dir)
         assert fresh.step == 3
-    path.write_bytes(whole)
-    fresh.restore()
+    run_dir.newest.write_bytes(whole)
+    checkpoint.restore(fresh, run_dir)
     assert fresh.step == 4
 
 
@@ -203,17 +185,15 @@ def test_a_non_finite_loss_stops_the_run_before_the_update(tmp_path: Path) -> No
     (spec,) = specs("optimizer=sgd", "rule=none", "recipe.lr=1e20", "batch=8", "checkpoint.minutes=1e-9")
     run_dir = prepare(tmp_path, spec)
     assert train.run(run_dir) == "failed"
-    result = json.loads((run_dir / "result.json").read_text())
-    assert "not finite at step" in result["reason"]
-    good = torch.load(run_dir / "checkpoint.pt", weights_only=True)
-    assert f"at step {good['step']} " in result["reason"]  # the newest checkpoint is the state just before
+    good = torch.load(run_dir.newest, weights_only=True)
+    assert f"not finite at step {good['step']} " in run_dir.reason()  # the newest checkpoint is the state just before
     assert all(torch.isfinite(v).all() for v in good["net"].values())
 
 
 def test_svag_one_step_is_the_weighted_gradient() -> None:
     """The step's gradient at svag = 2 is r1 g1 + r2 g2 of two draws. Fails if they shared samples, or with √(2l-1)."""
     (spec,) = specs("batch=8", "recipe.micro_batch=4", "svag=2")
-    trainer = train.Trainer(spec, Path("unused"))
+    trainer = train.Trainer(spec)
     gradients = []
     for start in (0, 8):
         trainer.net.zero_grad()
@@ -231,38 +211,33 @@ def test_svag_one_step_is_the_weighted_gradient() -> None:
 def test_a_second_launcher_is_told_who_holds_the_run(tmp_path: Path) -> None:
     (spec,) = specs("batch=8")
     run_dir = prepare(tmp_path, spec)
-    with records.lock(run_dir):
-        assert records.state(run_dir) == "running"
-        with pytest.raises(records.BusyError, match=r"is being run by process \d+ on "):
+    with run_dir.lock():
+        assert run_dir.state() == "running"
+        with pytest.raises(BusyError, match=r"is being run by process \d+ on "):
             train.run(run_dir)
-    assert records.state(run_dir) == "waiting"
+    assert run_dir.state() == "waiting"
     assert train.run(run_dir) == "finished"
 
 
-def test_a_line_cut_by_a_crash_is_left_out(tmp_path: Path) -> None:
-    (tmp_path / "records.jsonl").write_text('{"kind": "train", "step": 1}\n{"kind": "tr')
-    assert records.read_records(tmp_path) == [{"kind": "train", "step": 1}]
-
-
 def test_networks_see_what_their_names_say() -> None:
-    for name, options, count in (
-        ("resnet56", {"width": 16, "norm": "batch"}, 853_018),  # He et al. 2016, table 6: 0.85M
-        ("resnet50", {"norm": "batch"}, 23_520_842),
-        ("vgg16", {"width": 64, "norm": "batch"}, 14_724_042),  # no biases before BN
+    for model, count in (
+        (config.ResNet(name="resnet56", depth=56, width=16, norm="batch"), 853_018),  # He et al. 2016, table 6: 0.85M
+        (config.ResNet50(name="resnet50", norm="batch"), 23_520_842),
+        (config.VGG16(name="vgg16", width=64, norm="batch"), 14_724_042),  # no biases before BN
     ):
-        net = models.build({"name": name, **options}, CIFAR, 0, freeze_last=name == "vgg16")
+        name = model.name
+        net = models.build(model, dataset("cifar10"), 0, freeze_last=name == "vgg16")
         assert sum(p.numel() for p in net.parameters()) == count, name
         assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
         if name == "vgg16":
             last = net[-1].weight
             assert not last.requires_grad and last.std().item() == pytest.approx(0.01, rel=0.05)
-    with pytest.raises(models.ModelError, match="allowed: batch, group"):
-        models.build({"name": "resnet8", "width": 8, "norm": "layer"}, DIGITS, 0)
 
 
 def test_initial_weights_are_of_the_seed_alone() -> None:
     def first(seed: int) -> torch.Tensor:
-        return models.build({"name": "resnet8", "width": 8, "norm": "group"}, DIGITS, seed).conv.weight  # type: ignore[union-attr, return-value]
+        model = config.ResNet(name="resnet8", depth=8, width=8, norm="group")
+        return models.build(model, dataset("digits"), seed).conv.weight  # type: ignore[union-attr, return-value]
 
     before = torch.random.get_rng_state()
     a = first(0)
@@ -278,25 +253,16 @@ def test_initial_weights_are_of_the_seed_alone() -> None:
 
 def test_a_sweep_as_a_user_runs_it(tmp_path: Path) -> None:
     words = [
-        w
-        for w in (
-            *BN,
-            "recipe.samples=640",
-            "batch=[32,64]",
-            "rule=[sqrt,none]",
-            "recipe.batch=32",
-            "launch.parallel=2",
-        )
-        if w != "batch=64" and w != "recipe.batch=64" and w != "recipe.samples=1280"
-    ]
-    words += ["recipe.epochs=null"]
+        "model.norm=batch", "model.width=8", "recipe.micro_batch=16", "recipe.batch=32", "recipe.epochs=null",
+        "recipe.samples=640", "batch=[32,64]", "rule=[sqrt,none]", "launch.parallel=2",
+    ]  # fmt: skip
     done = scalerun(*words, cwd=tmp_path)
     assert done.returncode == 0, done.stderr
     assert {p.name for p in tmp_path.iterdir()} == {"runs"}
     runs = list((tmp_path / "runs").iterdir())
     assert len(runs) == 3  # kappa = 1 once
     for run in runs:
-        assert {"run.json", "records.jsonl", "result.json", "checkpoint.pt", "wandb"} <= {p.name for p in run.iterdir()}
+        assert {"run.json", "records.jsonl", "result.json", "checkpoint.pt"} <= {p.name for p in run.iterdir()}
         assert (run.stat().st_mode & 0o077) == 0  # private to the user
         result = json.loads((run / "result.json").read_text())
         assert result["status"] == "finished" and result["versions"]["torch"] == torch.__version__.split("+")[0]
@@ -331,17 +297,17 @@ def test_a_finished_run_is_not_aborted_at_the_interpreters_shutdown(tmp_path: Pa
     """gloo's threads outlive their group and sometimes abort the process while the interpreter shuts down; a finalizer
     that runs there does so always. A worker must be gone before."""
     (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64")
-    run_dir = prepare(tmp_path, replace(spec, placement=replace(spec.placement, world_size=2)))
+    run_dir = prepare(tmp_path, placed(spec, 2))
     script = tmp_path / "worker.py"
     script.write_text(
         "import os, sys\nfrom pathlib import Path\nfrom scaling_exps.train import work\n\n\n"
         "class Late:\n    def __del__(self, abort=os.abort):\n        abort()\n\n\nlate = Late()\n"
         "sys.exit(work([Path(sys.argv[1])]))\n"
     )
-    command = [*worker(run_dir, 2)[:-3], str(script), str(run_dir)]
+    command = [*worker(run_dir, 2)[:-3], str(script), str(run_dir)]  # -m scaling_exps.train RUN_DIR
     done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
-    assert records.state(run_dir) == "finished"
+    assert run_dir.state() == "finished"
 
 
 def test_what_cannot_run_leaves_nothing(tmp_path: Path) -> None:
@@ -360,27 +326,16 @@ def test_what_cannot_run_leaves_nothing(tmp_path: Path) -> None:
 def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     (spec,) = specs("batch=8")
     run_dir = prepare(tmp_path / "runs", spec)
-    raw = json.loads((run_dir / "run.json").read_text())
-    (run_dir / "run.json").write_text(json.dumps(raw | {"version": 0}))
-    words = [
-        "batch=8",
-        "model.width=4",
-        "recipe.epochs=null",
-        "recipe.samples=256",
-        "logger=none",
-        "measure.statistics_samples=64",
-    ]
-    done = scalerun(*words, cwd=tmp_path)
-    assert done.returncode == 2 and "version 0" in done.stderr, done.stderr
-    assert [p.name for p in run_dir.iterdir()] == ["run.json"]
+    file = run_dir.path / "run.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"version": 1}))
+    done = scalerun("batch=8", *TINY, cwd=tmp_path)
+    assert done.returncode == 2 and "version 1" in done.stderr and "another runs_dir" in done.stderr, done.stderr
+    assert [p.name for p in run_dir.path.iterdir()] == ["run.json"]
 
 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_ctrl_c_saves_and_the_same_command_goes_on(parallel: int, tmp_path: Path) -> None:
-    words = [
-        "batch=4", "seed=[0,1]", "model.width=4", "recipe.epochs=null", "recipe.samples=40000", "logger=none",
-        "measure.statistics_samples=64", f"launch.parallel={parallel}",
-    ]  # fmt: skip
+    words = [*TINY, "batch=4", "seed=[0,1]", "recipe.samples=40000", f"launch.parallel={parallel}"]
     process = subprocess.Popen(
         [sys.executable, "-m", "scaling_exps.cli", *words], env=ENVIRONMENT, cwd=tmp_path, stderr=subprocess.PIPE,
         stdout=subprocess.PIPE, text=True, start_new_session=True,
@@ -392,8 +347,8 @@ def test_ctrl_c_saves_and_the_same_command_goes_on(parallel: int, tmp_path: Path
     _, said = process.communicate(timeout=60)
     assert process.returncode == 130
     assert "Traceback" not in said and "goes on from the newest checkpoint" in said
-    begun = [p.parent for p in (tmp_path / "runs").glob("*/records.jsonl")]
-    assert all(records.state(d) == "interrupted" and (d / "checkpoint.pt").exists() for d in begun)
+    begun = [d for d in RunDir.under(tmp_path / "runs") if (d.path / "records.jsonl").exists()]
+    assert begun and all(d.state() == "interrupted" and d.begun for d in begun)
 
 
 def test_records_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
@@ -402,10 +357,10 @@ def test_records_past_the_checkpoint_are_cut_off(tmp_path: Path) -> None:
     run_dir = prepare(tmp_path, spec)
     assert train.run(run_dir) == "finished"
     before, final = rows(run_dir), weights(run_dir)
-    with open(run_dir / "records.jsonl", "a") as f:
+    with open(run_dir.path / "records.jsonl", "a") as f:
         f.write('{"kind": "tr')  # and the line that the crash cut
-    (run_dir / "result.json").unlink()
-    os.replace(run_dir / "checkpoint.prev.pt", run_dir / "checkpoint.pt")
+    run_dir.clear_result()
+    os.replace(run_dir.previous, run_dir.newest)
     assert train.run(run_dir) == "finished"
     assert rows(run_dir) == before
     assert all(torch.equal(final[k], v) for k, v in weights(run_dir).items())
@@ -415,9 +370,9 @@ def test_a_margin_is_fixed_before_the_run(tmp_path: Path) -> None:
     """Typed again with another margin, a run that has begun keeps its own; one that has not takes the new one."""
     (narrow,), (wide,) = specs("batch=8", "margin.train_loss=0.01"), specs("batch=8", "margin.train_loss=1")
     assert narrow.run_id == wide.run_id
-    run_dir = directories.write([wide], tmp_path)[wide.run_id]
-    directories.write([narrow], tmp_path)
-    assert records.read_spec(run_dir).margin == {"train_loss": 0.01}
+    run_dir = prepare(tmp_path, wide)
+    prepare(tmp_path, narrow)
+    assert run_dir.spec().margin == {"train_loss": 0.01}
     assert train.run(run_dir) == "finished"
-    directories.write([wide], tmp_path)
-    assert records.read_spec(run_dir).margin == {"train_loss": 0.01}
+    prepare(tmp_path, wide)
+    assert run_dir.spec().margin == {"train_loss": 0.01}
