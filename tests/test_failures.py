@@ -9,19 +9,37 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
-from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
-from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
+from support import (
+    ENVIRONMENT,
+    ROOT,
+    TINY,
+    placed,
+    prepare,
+    rows,
+    same_run,
+    scalerun,
+    specs,
+    take_steps,
+    weights,
+    worker,
+)
 
-from scaling_exps import config, records, train
-from scaling_exps.launch import directories, local
+from scaling_exps import cli, config, optim, rules, train
+from scaling_exps.launch import local
 from scaling_exps.plan import RunSpec
+from scaling_exps.records import BusyError, RunDir
+from scaling_exps.train import checkpoint
+from scaling_exps.train import loop as loop_module
+from scaling_exps.train import worker as worker_module
 
 OFTEN = ["batch=16", "recipe.samples=4800", "checkpoint.minutes=1e-9"]  # 300 steps; a save at every look
 
@@ -32,7 +50,7 @@ def spec() -> RunSpec:
 
 
 @pytest.fixture(scope="module")
-def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run_dir = prepare(tmp_path_factory.mktemp("undisturbed"), spec)
     torch.set_num_threads(1)
     assert train.run(run_dir) == "finished"
@@ -40,7 +58,7 @@ def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> Path
 
 
 @pytest.fixture
-def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run that was stopped in the middle: two checkpoints, and records up to the newer one."""
     run_dir = prepare(tmp_path, spec)
     step = train.Trainer.train_step
@@ -48,37 +66,34 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> P
     def steps(trainer: train.Trainer) -> None:
         step(trainer)
         if trainer.step >= spec.science.steps // 2:
-            train.runs._signals.append(signal.SIGTERM)  # what the handler does
+            worker_module._signals.append(signal.SIGTERM)  # what the handler does
 
     with monkeypatch.context() as m:
         m.setattr(train.Trainer, "train_step", steps)
-        m.setattr(train.runs, "LOOK", 0.1)
+        m.setattr(loop_module, "POLL", 0.0)  # asked at every step
         assert train.run(run_dir) == "stopped"
-    train.runs._signals.clear()
-    assert records.state(run_dir) == "interrupted"
-    assert (run_dir / "checkpoint.prev.pt").exists()
+    worker_module._signals.clear()
+    assert run_dir.state() == "interrupted"
+    assert run_dir.previous.exists()
     return run_dir
 
 
-def goes_on(run_dir: Path, undisturbed: Path) -> None:
+def goes_on(run_dir: RunDir, undisturbed: RunDir) -> None:
     assert train.run(run_dir) == "finished"
-    assert rows(run_dir) == rows(undisturbed)
-    assert len((run_dir / "records.jsonl").read_text().splitlines()) == len(rows(undisturbed))
-    a, b = (torch.load(d / "checkpoint.pt", weights_only=True)["net"] for d in (run_dir, undisturbed))
-    assert all(torch.equal(a[k], b[k]) for k in b)
+    same_run(run_dir, undisturbed)
 
 
-def test_a_signal_saves_and_the_run_goes_on(halfway: Path, undisturbed: Path) -> None:
-    state = torch.load(halfway / "checkpoint.pt", weights_only=True)
-    assert state["step"] >= records.read_spec(halfway).science.steps // 2  # saved when told, not when due
+def test_a_signal_saves_and_the_run_goes_on(halfway: RunDir, undisturbed: RunDir) -> None:
+    state = torch.load(halfway.newest, weights_only=True)
+    assert state["step"] == halfway.spec().science.steps // 2  # saved when asked to, not when due
     goes_on(halfway, undisturbed)
 
 
 @pytest.mark.parametrize("name", ["cut", "flipped", "empty", "gone", "both"])
 def test_a_damaged_checkpoint_gives_way_to_the_one_before(
-    name: str, halfway: Path, undisturbed: Path, capfd: pytest.CaptureFixture[str]
+    name: str, halfway: RunDir, undisturbed: RunDir, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    path = halfway / "checkpoint.pt"
+    path = halfway.newest
     content = bytearray(path.read_bytes())
     content[len(content) // 2] ^= 1
     damaged = {"cut": bytes(content[: len(content) // 2]), "empty": b""}.get(name, bytes(content))
@@ -86,41 +101,86 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(
     if name == "gone":  # killed between the two renames of a save
         path.unlink()
     if name == "both":
-        (halfway / "checkpoint.prev.pt").write_bytes(damaged)
+        halfway.previous.write_bytes(damaged)
     goes_on(halfway, undisturbed)
     assert ("damaged" in capfd.readouterr().err) == (name != "gone")
 
 
 @pytest.mark.parametrize("keep", [1.0, 0.7, 0.0])
-def test_records_cut_in_a_line(keep: float, halfway: Path, undisturbed: Path) -> None:
+def test_records_cut_in_a_line(keep: float, halfway: RunDir, undisturbed: RunDir) -> None:
     """A torn line past the checkpoint is cut off; records that the checkpoint counts on lead back to an older state."""
-    path = halfway / "records.jsonl"
+    path = halfway.path / "records.jsonl"
     content = path.read_bytes()
     torn = b'{"kind": "train", "st'
     path.write_bytes(content + torn if keep == 1 else content[: int(keep * len(content))])
     goes_on(halfway, undisturbed)
 
 
-def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(halfway: Path, undisturbed: Path) -> None:
+@pytest.mark.parametrize("line", [0, -1])
+def test_an_altered_record_leads_further_back(
+    line: int, halfway: RunDir, undisturbed: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """One altered character in a record that the checkpoint counts on: the last is the newer checkpoint's alone, the
+    first is both's. Fails if the record were skipped: a run then ends with the metrics of an earlier evaluation."""
+    path = halfway.path / "records.jsonl"
+    lines = path.read_bytes().splitlines(keepends=True)
+    lines[line] = lines[line].replace(b'"step"', b'"stop"')
+    path.write_bytes(b"".join(lines))
+    assert halfway.records().damaged == 1
+    goes_on(halfway, undisturbed)
+    assert capfd.readouterr().err.count("going further back") == (2 if line == 0 else 1)
+
+
+def test_a_kept_checkpoint_is_gone_back_to(
+    tmp_path: Path, undisturbed: RunDir, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if a run whose two newest checkpoints are bad began anew beside a whole one of its middle."""
+    (keeping,) = specs(*OFTEN, "checkpoint.keep=[0.5]")
+    run_dir = prepare(tmp_path, keeping)
+    assert train.run(run_dir) == "finished"
+    for path in (run_dir.newest, run_dir.previous):
+        path.write_bytes(b"")
+    run_dir.clear_result()
+    capfd.readouterr()
+    goes_on(run_dir, undisturbed)
+    assert "from step 150" in capfd.readouterr().out
+
+
+def test_a_checkpoint_beyond_the_run_is_not_believed(halfway: RunDir, undisturbed: RunDir) -> None:
+    for step in (10**9, -1, "7"):
+        state = torch.load(halfway.newest, weights_only=True)
+        torch.save({**state, "step": step}, halfway.newest)
+        trainer = train.Trainer(halfway.spec())
+        checkpoint.restore(trainer, halfway)
+        assert 0 < trainer.step < halfway.spec().science.steps // 2, step  # the one before
+    goes_on(halfway, undisturbed)
+
+
+def test_a_checkpoint_that_cannot_be_read_now_is_not_taken_for_a_damaged_one(
+    halfway: RunDir, undisturbed: RunDir
+) -> None:
     """The disk, the network or the memory failed, not the file: starting anew would cut the records off."""
-    whole = {name: (halfway / name).read_bytes() for name in ("checkpoint.pt", "checkpoint.prev.pt", "records.jsonl")}
-    (halfway / "checkpoint.pt").unlink()
-    (halfway / "checkpoint.pt").symlink_to("checkpoint.pt")  # reading it is an OSError, for root too
+    files = (halfway.newest, halfway.previous, halfway.path / "records.jsonl")
+    whole = {file: file.read_bytes() for file in files}
+    halfway.newest.unlink()
+    halfway.newest.symlink_to("checkpoint.pt")  # reading it is an OSError, for root too
     assert train.run(halfway) == "failed"
-    assert "symbolic links" in directories.reason(halfway)
-    (halfway / "checkpoint.pt").unlink()
-    (halfway / "checkpoint.pt").write_bytes(whole["checkpoint.pt"])
-    assert whole == {name: (halfway / name).read_bytes() for name in whole}
+    assert "symbolic links" in halfway.reason()
+    halfway.newest.unlink()
+    halfway.newest.write_bytes(whole[halfway.newest])
+    assert whole == {file: file.read_bytes() for file in files}
     goes_on(halfway, undisturbed)
 
 
-def test_what_a_killed_save_left_is_removed(halfway: Path, undisturbed: Path) -> None:
-    (halfway / ".checkpoint.pt.4711").write_bytes(b"half a checkpoint")
+def test_what_a_killed_save_left_is_removed(halfway: RunDir, undisturbed: RunDir) -> None:
+    (halfway.path / ".checkpoint.pt.4711").write_bytes(b"half a checkpoint")
     goes_on(halfway, undisturbed)
-    assert not list(halfway.glob(".*"))
+    assert not list(halfway.path.glob(".*"))
 
 
-def test_a_clock_that_jumps_changes_nothing(halfway: Path, undisturbed: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_clock_that_jumps_changes_nothing(
+    halfway: RunDir, undisturbed: RunDir, monkeypatch: pytest.MonkeyPatch
+) -> None:
     real, jumps = time.time, iter(range(10**9))
     monkeypatch.setattr(time, "time", lambda: real() + (-1) ** next(jumps) * 86400 * 365)
     goes_on(halfway, undisturbed)
@@ -142,15 +202,15 @@ def small_disk(path: Path, size: str) -> Iterator[None]:
 
 @pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small tmpfs needs root")
 def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
-    spec: RunSpec, undisturbed: Path, tmp_path: Path
+    spec: RunSpec, undisturbed: RunDir, tmp_path: Path
 ) -> None:
-    size = (undisturbed / "checkpoint.pt").stat().st_size
+    size = undisturbed.newest.stat().st_size
     with small_disk(tmp_path / "disk", f"{2 * size // 1024 + 60}k"):  # two checkpoints fit; a third, being written, not
         run_dir = prepare(tmp_path / "disk", spec)
         assert train.run(run_dir) == "failed"
-        why = directories.reason(run_dir)
+        why = run_dir.reason()
         assert "space" in why.lower() or "write" in why.lower(), why
-        assert train.trainer.load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu")) is not None
+        assert checkpoint.load(run_dir.newest, torch.device("cpu")) is not None
         subprocess.run(["mount", "-o", "remount,size=64m", tmp_path / "disk"], check=True)
         goes_on(run_dir, undisturbed)
 
@@ -160,92 +220,310 @@ def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
     run_dir = prepare(tmp_path / "runs", big)
     first = subprocess.Popen(worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
     try:
-        end = time.monotonic() + 60
-        while records.holder(run_dir) is None:
-            assert time.monotonic() < end
+        while run_dir.holder() is None:
+            assert first.poll() is None
             time.sleep(0.05)
-        second = scalerun(
-            "model.width=4", "recipe.epochs=null", "recipe.samples=1000000", "logger=none",
-            "measure.statistics_samples=64", cwd=tmp_path,
-        )  # fmt: skip
+        second = scalerun(*TINY, "recipe.samples=1000000", cwd=tmp_path)
         assert second.returncode == 1
         assert f"held by process {first.pid} on" in second.stderr
-        with pytest.raises(records.BusyError, match=f"process {first.pid} on"):
+        with pytest.raises(BusyError, match=f"process {first.pid} on"):
             train.run(run_dir)
         os.kill(first.pid, signal.SIGTERM)
-        assert first.wait(timeout=30) == train.AGAIN
+        assert first.wait() == train.AGAIN
     finally:
         first.kill()
         first.wait()
-    assert records.state(run_dir) == "interrupted"
-    assert "saved and stopped" in (run_dir / "log.txt").read_text()
+    assert run_dir.state() == "interrupted"
+    assert "saved and stopped" in run_dir.log.read_text()
 
 
-def two_ranks(root: Path, *words: str) -> Path:
+def two_ranks(root: Path, *words: str) -> RunDir:
     (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64", *words)
-    return prepare(root, replace(spec, placement=replace(spec.placement, world_size=2)))
+    return prepare(root, placed(spec, 2))
 
 
 def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: Path) -> None:
     """A shared lock does not show as a running run, and is in the way: what another launcher does between the look and
     the lock. Fails by a deadlock if rank 0 alone goes on to the next run."""
     held, free = two_ranks(tmp_path), two_ranks(tmp_path, "seed=1")
-    with open(held / "lock", "a+") as f:
+    with open(held.path / "lock", "a+") as f:
         fcntl.flock(f, fcntl.LOCK_SH)
-        done = subprocess.run(
-            [*worker(held, 2), str(free)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True, timeout=100
-        )
+        done = subprocess.run([*worker(held, 2), str(free)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (records.state(held), records.state(free)) == ("waiting", "finished")
+    assert (held.state(), free.state()) == ("waiting", "finished")
 
 
 def test_a_look_at_a_run_does_not_keep_it_from_starting(spec: RunSpec, tmp_path: Path) -> None:
     run_dir = prepare(tmp_path, spec)
-    with open(run_dir / "lock", "a+") as f:
+    with open(run_dir.path / "lock", "a+") as f:
         fcntl.flock(f, fcntl.LOCK_SH)
         threading.Timer(0.15, fcntl.flock, (f, fcntl.LOCK_UN)).start()
-        with records.lock(run_dir):
-            assert records.holder(run_dir) is not None
+        with run_dir.lock():
+            assert run_dir.holder() is not None
 
 
-def test_a_sweep_of_two_devices_goes_past_a_run_that_fails_and_says_why(tmp_path: Path) -> None:
-    """The network dies in its fourth training step on both ranks, for seed 0 only."""
-    (tmp_path / "dying.py").write_text(
-        "import torch\n\n\nclass Net(torch.nn.Module):\n"
-        "    def __init__(self, classes, dies):\n        super().__init__()\n"
-        "        self.layer, self.dies, self.calls = torch.nn.Linear(64, classes), dies, 0\n\n"
-        "    def forward(self, x):\n        self.calls += self.training\n"
-        "        if self.dies and self.calls > 3:\n            raise torch.OutOfMemoryError('no room for a tensor')\n"
-        "        return self.layer(x.flatten(1))\n\n\n"
-        "def net(shape, classes, dies):\n    return Net(classes, dies)\n"
-    )
-    words = [
-        "model=custom", "model.factory=dying:net", "model.norm=layer", "batch=32", "recipe.batch=32",
-        "recipe.micro_batch=16", "recipe.epochs=null", "recipe.samples=256", "logger=none", "launch.devices=2",
-        "measure.evaluations=1",
-    ]  # fmt: skip
-    done = scalerun(
-        "-m", *words, "model.options={dies:true},{dies:false}", cwd=tmp_path, PYTHONPATH=f"{ROOT}:{tmp_path}"
-    )
+# ---- whatever a run raises ----
+
+NETWORK = """
+import builtins
+
+import torch
+
+
+class Explode(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * torch.inf
+
+
+class Net(torch.nn.Module):
+    def __init__(self, classes, error):
+        super().__init__()
+        self.layer, self.error, self.calls = torch.nn.Linear(64, classes), error, 0
+
+    def forward(self, x):
+        self.calls += self.training
+        x = self.layer(x.flatten(1))
+        if self.error and self.calls > 3:
+            if self.error == "loss":
+                return x * torch.nan
+            if self.error == "gradient":
+                return Explode.apply(x)
+            errors = {**vars(builtins), "OutOfMemoryError": torch.OutOfMemoryError}
+            raise errors[self.error]("of my own")
+        return x
+
+
+def net(shape, classes, error):
+    return Net(classes, error)
+"""
+CUSTOM = [
+    "model=custom", "model.factory=dying:net", "model.norm=layer", "batch=32", "recipe.batch=32", "recipe.epochs=null",
+    "recipe.samples=256", "logger=none", "measure.noise=none", "measure.evaluations=1",
+]  # fmt: skip
+
+
+def options(*errors: str) -> list[str]:
+    """The words of a sweep of networks that raise in their fourth training step; "" never does."""
+    return ["-m", *CUSTOM, "model.options=" + ",".join(f"{{error:{e or 'null'}}}" for e in errors)]
+
+
+@pytest.fixture
+def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A network of the user's own that can be made to fail; the PYTHONPATH with which it is imported."""
+    (tmp_path / "dying.py").write_text(NETWORK)
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.delitem(sys.modules, "dying", raising=False)
+    return f"{ROOT}:{tmp_path}"
+
+
+def test_whatever_a_network_raises_the_sweep_goes_on(tmp_path: Path, dying: str) -> None:
+    """Fails if an exception that nobody listed ended the sweep, or left no reason and traceback (repro/b03)."""
+    errors = ["IndexError", "ValueError", "KeyError", "AssertionError", "TypeError", "OutOfMemoryError", ""]
+    done = scalerun(*options(*errors), cwd=tmp_path, PYTHONPATH=dying)
+    assert done.returncode == 1, done.stderr
+    ended = [d.result() for d in RunDir.under(tmp_path / "runs")]
+    assert len(ended) == len(errors) and all(ended), done.stderr
+    failed = {r["reason"].split(":")[0]: r["traceback"] for r in ended if r and r["status"] == "failed"}
+    assert failed.keys() == set(errors) - {""}
+    assert all("dying.py" in trace and name in trace for name, trace in failed.items())
+
+
+def test_a_sweep_of_two_devices_goes_past_a_run_that_fails_and_says_why(tmp_path: Path, dying: str) -> None:
+    """The network dies in its fourth training step on both ranks, of one run only."""
+    words = [*options("IndexError", ""), "recipe.micro_batch=16", "launch.devices=2"]
+    done = scalerun(*words, cwd=tmp_path, PYTHONPATH=dying)
     assert done.returncode == 1
     states = {r["state"]: r["detail"] for r in json.loads(scalerun("status", "--json", cwd=tmp_path).stdout)}
     assert states.keys() == {"finished", "failed"}, (states, done.stderr)
-    assert "OutOfMemoryError: no room for a tensor" in states["failed"]
+    assert "IndexError: of my own" in states["failed"]
+
+
+def starts(root: Path) -> list[int]:
+    """How often each run was started."""
+    return [sum(e["event"] == "start" for e in d.events()) for d in RunDir.under(root)]
+
+
+def test_a_run_that_failed_is_not_started_again_by_its_neighbour(tmp_path: Path, dying: str) -> None:
+    """Two workers have one list. Fails if the second tried what the first has just failed (repro/b02), or if the next
+    command did not try again."""
+    words = [*options("IndexError", "KeyError", "TypeError"), "launch.parallel=2"]
+    for command in (1, 2):
+        done = scalerun(*words, cwd=tmp_path, PYTHONPATH=dying)
+        assert done.returncode == 1
+        assert starts(tmp_path / "runs") == [command] * 3, done.stderr
+    run_dirs, since = RunDir.under(tmp_path / "runs"), time.time()
+    for _ in range(2):  # one worker after the other, whatever the timing
+        train.run_all(run_dirs, since=since)
+    assert starts(tmp_path / "runs") == [3] * 3
+
+
+def test_a_failing_run_closes_what_it_opened(tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two runs in one process. Fails if the first were left open: wandb then gave its run to the second."""
+    import wandb
+
+    class Remote:
+        """What `wandb.init` returns, as far as the mirror uses it."""
+
+        starting_step = 0
+
+        def __init__(self, **settings: object) -> None:
+            self.id, self.summary, self.steps = settings["id"], {}, []  # type: ignore[var-annotated]
+            self.closed: int | None = None
+
+        def define_metric(self, *_: object, **__: object) -> None: ...
+
+        def log(self, _: object, step: int) -> None:
+            assert self.closed is None
+            self.steps.append(step)
+
+        def finish(self, exit_code: int) -> None:
+            self.closed = exit_code
+
+    remotes: list[Remote] = []
+    monkeypatch.setattr(wandb, "init", lambda **settings: remotes.append(Remote(**settings)) or remotes[-1])
+    monkeypatch.setenv("WANDB_MODE", "online")
+    words = [w for w in options("IndexError", "")[1:] if w != "logger=none"]
+    sweep = [specs(*words[:-1], f"model.options={{error:{e}}}", "logger=wandb")[0] for e in ("IndexError", "null")]
+    run_dirs = [prepare(tmp_path, spec) for spec in sweep]
+    assert not train.run_all(run_dirs)
+    assert [d.state() for d in run_dirs] == ["failed", "finished"]
+    assert [(r.id, r.closed) for r in remotes] == [(sweep[0].run_id, 1), (sweep[1].run_id, 0)]
+    assert remotes[1].steps == list(range(len(rows(run_dirs[1]))))
+    still_open = [os.readlink(f"/proc/self/fd/{fd}") for fd in os.listdir("/proc/self/fd") if fd.isdigit() and
+                  os.path.exists(f"/proc/self/fd/{fd}")]  # fmt: skip
+    assert not [name for name in still_open if name.startswith(str(tmp_path))]
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+@pytest.mark.parametrize("optimizer", ["adam", "sgd", "paper_adam"])
+def test_nothing_is_updated_from_a_step_that_is_not_finite(
+    what: str, optimizer: str, tmp_path: Path, dying: str
+) -> None:
+    """Fails if a gradient of infinities below a finite loss reached the weights, or the moments."""
+    words = ["recipe.momentum=0.9"] if optimizer == "sgd" else []
+    (spec,) = specs(
+        *CUSTOM, f"optimizer={optimizer}", f"model.options={{error:{what}}}", "checkpoint.minutes=1e-9", *words
+    )
+    trainer = train.Trainer(spec)
+    take_steps(trainer, 3)
+
+    def state() -> list[torch.Tensor]:
+        moments = [v for s in trainer.optimizer.state.values() for v in s.values() if torch.is_tensor(v)]
+        return [t.detach().clone() for t in (*trainer.net.parameters(), *moments)]
+
+    before = state()
+    with pytest.raises(train.TrainError, match="not finite at step 3 "):
+        trainer.train_step()
+    assert trainer.step == 3 and all(torch.equal(a, b) for a, b in zip(state(), before, strict=True))
+    run_dir = prepare(tmp_path, spec)
+    assert train.run(run_dir) == "failed"
+    assert "the loss or a gradient is not finite at step 3 (96 samples)" in run_dir.reason()
+    saved = weights(run_dir)  # of the step before
+    assert all(torch.equal(saved[k], v) for k, v in trainer.net.state_dict().items())
+
+
+@pytest.mark.parametrize("name", ["adam", "adamw", "rmsprop", "sgd"])
+def test_a_fused_optimizer_skips_a_step_by_found_inf(name: str) -> None:
+    """What `Trainer._watch` relies on where the host does not wait: with found_inf = 1 torch moves neither weights nor
+    state, with 0 it is the same step as without. Fails if an optimizer here were not fused, or torch ignored it."""
+    betas = (0.9,) if name == "sgd" else (0.9, 0.99)
+    results = []
+    for flags in ((None, None), (0.0, 0.0), (0.0, 1.0)):
+        p = torch.nn.Parameter(torch.ones(5))
+        optimizer = optim.build(name, [p], rules.Hyper(0.1, betas, 1e-8, 0.01))
+        assert optimizer.defaults["fused"]
+        for flag in flags:
+            p.grad = torch.linspace(-1, 1, 5)
+            optimizer.found_inf = None if flag is None else torch.tensor(flag)  # type: ignore[attr-defined]
+            optimizer.step()
+            results.append([p.detach().clone(), *(v.clone() for v in optimizer.state[p].values())])
+    assert all(torch.equal(a, b) for k in (0, 1) for a, b in zip(results[k], results[k + 2], strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(results[4], results[5], strict=True))
+
+
+# ---- pieces of minutes ----
+
+PIECES = ["batch=4", "recipe.batch=4", "seed=[0,1]", "measure.noise=none", "measure.evaluations=2"]
+
+
+def undisturbed_sweep(root: Path, sweep: list[RunSpec]) -> dict[str, RunDir]:
+    run_dirs = {spec.run_id: prepare(root, spec) for spec in sweep}
+    assert train.run_all(list(run_dirs.values()))
+    return run_dirs
+
+
+def test_minutes_that_are_over_save_and_the_same_command_goes_on(tmp_path: Path) -> None:
+    """In one process, a step a command. Fails if a stop lost or doubled anything, or its exit code were 0."""
+    sweep = specs(*PIECES, "recipe.samples=12")
+    whole = undisturbed_sweep(tmp_path / "whole", sweep)
+    words = [*TINY, *PIECES, "recipe.samples=12", "launch.minutes=1e-9", f"runs_dir={tmp_path / 'runs'}"]
+    codes = [1]
+    while codes[-1]:
+        codes.append(cli.main(words))
+        assert len(codes) < 20
+    assert set(codes[1:-1]) == {1} and len(codes) > 3
+    for run_dir in RunDir.under(tmp_path / "runs"):
+        same_run(run_dir, whole[run_dir.path.name])
+
+
+def both_write(sweep: list[RunSpec], root: Path) -> bool:
+    run_dirs = [RunDir(root / spec.run_id) for spec in sweep]
+    return all(d.newest_record() is not None and d.holder() is not None for d in run_dirs)
+
+
+def test_workers_side_by_side_save_when_the_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The minutes end when both workers train. Fails if one did not hear, did not save, or lost or doubled anything."""
+    sweep = specs(*PIECES, "recipe.samples=4000")
+    whole = undisturbed_sweep(tmp_path / "whole", sweep)
+    settings, clock = config.compose(["launch.parallel=2", "launch.minutes=60"])[0].launch, time.monotonic
+    assert isinstance(settings, config.LocalLaunch)
+    with monkeypatch.context() as m:
+        m.setattr(time, "monotonic", lambda: clock() + 1e6 * both_write(sweep, tmp_path))
+        assert not local.launch(sweep, tmp_path, settings)
+    run_dirs = [RunDir(tmp_path / spec.run_id) for spec in sweep]
+    assert [d.state() for d in run_dirs] == ["interrupted"] * 2 and all(d.begun for d in run_dirs)
+    assert local.launch(sweep, tmp_path, settings)
+    for run_dir in run_dirs:
+        same_run(run_dir, whole[run_dir.path.name])
+
+
+def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
+    """The launcher is killed outright. Fails if its workers trained on, or died without saving."""
+    sweep = specs(*PIECES, "recipe.samples=40000")
+    words = [*TINY, *PIECES, "recipe.samples=40000", "launch.parallel=2", "runs_dir=."]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=tmp_path, env=ENVIRONMENT,
+        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    while not both_write(sweep, tmp_path):
+        assert process.poll() is None
+        time.sleep(0.05)
+    process.kill()
+    process.wait()
+    run_dirs = [RunDir(tmp_path / spec.run_id) for spec in sweep]
+    while any(d.holder() for d in run_dirs):  # (a worker that trained on would finish)
+        time.sleep(0.05)
+    assert [d.state() for d in run_dirs] == ["interrupted"] * 2 and all(d.begun for d in run_dirs)
 
 
 def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
     run_dir = two_ranks(tmp_path)
     subprocess.run(worker(run_dir, 2), env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
-    (run_dir / "result.json").unlink()  # as if killed in the last instant
+    run_dir.clear_result()  # as if killed in the last instant
     (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64")
     assert spec.placement.world_size == 1
     assert local.launch([spec], tmp_path, config.compose([])[0].launch)
-    assert (records.read_json(run_dir / "result.json") or {})["world_size"] == 2
+    assert (run_dir.result() or {})["world_size"] == 2
 
 
-def test_what_a_finished_run_says_of_its_data_stays(spec: RunSpec, undisturbed: Path) -> None:
-    directories.write([replace(spec, dataset_path="/elsewhere", experiment="another")], undisturbed.parent)
-    assert records.read_spec(undisturbed) == spec
+def test_what_a_finished_run_says_of_its_data_stays(spec: RunSpec, undisturbed: RunDir) -> None:
+    undisturbed.prepare(msgspec.structs.replace(spec, dataset_path="/elsewhere", experiment="another"))
+    assert undisturbed.spec() == spec
 
 
 def test_workers_side_by_side_have_cards_of_their_own() -> None:
@@ -256,7 +534,7 @@ def test_workers_side_by_side_have_cards_of_their_own() -> None:
 
 
 def test_wandb_unreachable_is_said_once_and_stops_nothing(
-    undisturbed: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    undisturbed: RunDir, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     import wandb
 
@@ -264,8 +542,9 @@ def test_wandb_unreachable_is_said_once_and_stops_nothing(
         raise wandb.errors.CommError("no route to host")
 
     monkeypatch.setattr(wandb, "init", unreachable)
+    monkeypatch.setenv("WANDB_MODE", "online")
     (mirrored,) = specs(*OFTEN, "logger=wandb")
     run_dir = prepare(tmp_path, mirrored)
     assert train.run(run_dir) == "finished"
-    assert rows(run_dir) == rows(undisturbed)
+    same_run(run_dir, undisturbed)
     assert capfd.readouterr().err.count("wandb is off") == 1

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import math
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -12,16 +11,18 @@ import pytest
 import torch
 from support import prepare, specs
 
-from scaling_exps import fork as module
-from scaling_exps import records, train
-from scaling_exps.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
+from scaling_exps import train
+from scaling_exps.records import RunDir
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
+from scaling_exps.train import checkpoint
+from scaling_exps.train import fork as module
+from scaling_exps.train.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
 
 
 @pytest.fixture(scope="module")
-def run_dir(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def run_dir(tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     """Batch 4, 128 steps on real digits."""
-    (spec,) = specs("recipe.samples=512", "measure.evaluations=1")
+    (spec,) = specs("recipe.samples=512", "measure.evaluations=1", "checkpoint.keep=[0.5]")
     folder = prepare(tmp_path_factory.mktemp("fork"), spec)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # see test_scale
@@ -44,10 +45,10 @@ def content(folder: Path) -> dict[str, str]:
     return {p.name: hashlib.sha256(p.read_bytes()).hexdigest() for p in folder.iterdir() if p.is_file()}
 
 
-def test_fork(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    before = content(run_dir)
+def test_fork(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    before = content(run_dir.path)
     result = fork(run_dir, repeats=2, samples=64)
-    assert content(run_dir) == before  # it is only read
+    assert content(run_dir.path) == before  # it is only read
     assert [b.batch for b in result.branches] == [2, 4, 8, 16, 32]
     base = result.branches[1]
     assert (base.difference, base.low, base.high) == (0, 0, 0)
@@ -66,7 +67,7 @@ def test_fork(run_dir: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "gradient-noise scale" in text
 
 
-def test_the_fork_sees_a_missing_rule(run_dir: Path) -> None:
+def test_the_fork_sees_a_missing_rule(run_dir: RunDir) -> None:
     """This early the loss still falls: eight times the batch on an unscaled rate has moved far less."""
     late = {
         rule: fork(run_dir, kappas=[8], repeats=2, samples=512, rule=rule, tolerance=0.01) for rule in ("sqrt", "none")
@@ -78,19 +79,19 @@ def test_the_fork_sees_a_missing_rule(run_dir: Path) -> None:
     assert late["none"].batch < late["sqrt"].batch == 32
 
 
-def test_a_branch_starts_where_the_checkpoint_is(run_dir: Path) -> None:
-    state = train.trainer.load_checkpoint(run_dir / "checkpoint.pt", torch.device("cpu"))
+def test_a_branch_starts_where_the_checkpoint_is(run_dir: RunDir) -> None:
+    state = checkpoint.load(run_dir.newest, torch.device("cpu"))
     assert state is not None
-    spec = records.read_spec(run_dir)
+    spec = run_dir.spec()
     for batch in (16, 4):  # and the first must leave nothing behind for the second
-        t = _Branching(spec, run_dir, state, batch, 64, None).trainer(None, 0)
+        t = _Branching(spec, state, batch, 64, None).trainer(None, 0)
         for name, value in t.net.state_dict().items():
             torch.testing.assert_close(value, state["net"][name], rtol=0, atol=0)
         moved = t.optimizer.state_dict()["state"]
         for i, old in state["optimizer"]["state"].items():
             torch.testing.assert_close(moved[i]["exp_avg_sq"], old["exp_avg_sq"] * 4 / batch, rtol=1e-6, atol=0)
         order = t.stream.indices(0, 64)
-    plain = train.Trainer(spec, run_dir).stream.indices(512, 512 + 64)
+    plain = train.Trainer(spec).stream.indices(512, 512 + 64)
     assert not torch.equal(order, plain)  # fresh data
 
 
@@ -113,8 +114,12 @@ def test_noise_scale_on_a_known_case() -> None:
             x[:, 0] += norm
             return x, torch.ones(stop - start, dtype=torch.long)
 
+        net = Net()
         return SimpleNamespace(
-            net=Net(), science=SimpleNamespace(micro_batch=micro), stream=SimpleNamespace(batch=batch)
+            net=net,
+            parameters=list(net.parameters()),
+            science=SimpleNamespace(micro_batch=micro),
+            stream=SimpleNamespace(batch=batch),
         )
 
     known = noise_scale(trainer(1.0))
@@ -126,6 +131,16 @@ def test_noise_scale_on_a_known_case() -> None:
     assert 32 < few[len(few) // 2] < 52, few
     nothing = noise_scale(trainer(0.0))  # no mean gradient: no number is made up
     assert nothing.scale is None or nothing.high > 1000
+
+
+def test_a_kept_checkpoint_is_forked(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
+    """Fails if the newest checkpoint were taken whatever is asked for, or another run's were."""
+    (kept,) = run_dir.kept()
+    words = ["--repeats", "2", "--samples", "16", "--kappa", "2", "--json"]
+    assert main([str(kept), *words]) == 0
+    assert json.loads(capsys.readouterr().out)["step"] == 64
+    assert main([str(kept.with_name("checkpoint-65.pt")), *words]) == 2
+    assert "checkpoint-65.pt" in capsys.readouterr().err
 
 
 def branch(kappa: float, difference: float, half: float) -> Branch:
@@ -152,13 +167,13 @@ def test_the_crossing_is_interpolated_in_the_logarithm() -> None:
         ({"rule": "linear_momentum"}, "allowed here"),
     ],
 )
-def test_refusals(run_dir: Path, settings: dict, message: str) -> None:
+def test_refusals(run_dir: RunDir, settings: dict, message: str) -> None:
     with pytest.raises((ForkError, RuleError), match=message):
         fork(run_dir, **settings)
 
 
-def test_command_refuses_with_one_message(run_dir: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "run.json").write_bytes((run_dir / "run.json").read_bytes())
+def test_command_refuses_with_one_message(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "run.json").write_bytes((run_dir.path / "run.json").read_bytes())
     for argv, message in [
         ([str(tmp_path)], "has no checkpoint"),
         ([str(tmp_path / "none")], "no readable run.json"),
@@ -168,9 +183,3 @@ def test_command_refuses_with_one_message(run_dir: Path, tmp_path: Path, capsys:
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
-
-
-def test_interval_is_students() -> None:
-    mean, half = module._interval([0.0, 2.0])
-    assert mean == 1
-    assert half == pytest.approx(12.706 * math.sqrt(2) / math.sqrt(2), rel=1e-4)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from support import prepare, rows, specs, work
+from support import placed, prepare, rows, specs, take_steps, weights, work
 
-from scaling_exps import data, noise, optim, plan, records, train, validity
+from scaling_exps import config, optim, plan, train
+from scaling_exps.noise import estimators, validity
+from scaling_exps.train import checkpoint, measure
 
 UNIT = 4
 
@@ -27,13 +28,15 @@ def gaussian(n: int, seed: int, signal: float = 0.3, skew: bool = False) -> tupl
     return z * scale + signal, float(scale.square().sum()), 40 * signal**2
 
 
-def full(matrix: torch.Tensor, scales: list[torch.Tensor | None] | None = None, **ranks: Any) -> list[noise.Estimate]:
-    return noise.full(
+def full(
+    matrix: torch.Tensor, scales: list[torch.Tensor | None] | None = None, **ranks: Any
+) -> list[estimators.Estimate]:
+    return estimators.full(
         lambda units: [matrix[units.start : units.stop]], len(matrix), UNIT, scales or [None], matrix[0], **ranks
     )
 
 
-def covers(value: noise.Value, truth: float) -> bool:
+def covers(value: estimators.Value, truth: float) -> bool:
     return value.low <= truth <= value.high
 
 
@@ -65,7 +68,7 @@ def test_free_is_calibrated(ell: int, chunks: int) -> None:
         g = m.view(60, chunks, 40)
         step = (g * w.view(1, -1, 1)).sum(1)
         pairs = torch.stack([g.square().sum(2).mean(1), step.square().sum(1)], 1)
-        estimates.append(noise.two_batch(pairs, q, UNIT, chunks))
+        estimates.append(estimators.two_batch(pairs, q, UNIT, chunks))
     for name, truth in (("trace", UNIT * t), ("gradient_sq", u), ("inverse", u / (UNIT * t))):
         values = [getattr(e, name) for e in estimates]
         mean = torch.tensor([v.value for v in values], dtype=torch.float64)
@@ -88,14 +91,14 @@ def test_preconditioned_is_the_full_one_of_scaled_gradients() -> None:
 def test_too_little_means_nothing() -> None:
     """Two gradients have no interval; no signal is 'not enough data', never a ratio; one gradient is refused."""
     m, _, _ = gaussian(64, 0, signal=0.0)
-    for few in (full(m)[0], full(gaussian(2, 0)[0])[0], noise.two_batch(torch.ones(2, 2).double(), 0.5, 1, 2)):
+    for few in (full(m)[0], full(gaussian(2, 0)[0])[0], estimators.two_batch(torch.ones(2, 2).double(), 0.5, 1, 2)):
         assert not few.enough
         record = few.record(32, 1.0)
         assert "b_noise" not in record
         assert "r" not in record
         assert "NaN" not in json.dumps(record)
         assert "Infinity" not in json.dumps(record)
-    with pytest.raises(noise.NoiseError, match="n=1 "):
+    with pytest.raises(estimators.NoiseError, match="n=1 "):
         full(m[:1])
 
 
@@ -106,14 +109,14 @@ BASE = ["batch=16", "recipe.batch=16", "recipe.micro_batch=4", "recipe.samples=3
 
 def trainer_of(*words: str) -> train.Trainer:
     (spec,) = specs(*words)
-    return train.Trainer(spec, Path("unused"))
+    return train.Trainer(spec)
 
 
 def checked(words: list[str], tmp_path: Path) -> dict[str, torch.Tensor]:
     (spec,) = specs(*words)
     run_dir = prepare(tmp_path, spec)
     assert train.run(run_dir) == "finished"
-    state = torch.load(run_dir / "checkpoint.pt", weights_only=True)
+    state = torch.load(run_dir.newest, weights_only=True)
     moments = {f"{i}.{k}": v for i, s in state["optimizer"]["state"].items() for k, v in s.items()}
     return {**state["net"], **moments}
 
@@ -126,7 +129,8 @@ def test_a_measured_run_ends_on_the_bits_of_an_unmeasured_one(norm: str, tmp_pat
     unit = [] if norm == "batch" else ["measure.noise_unit=1"]
     states = [
         checked(
-            [*words, f"measure.noise={kind}", "measure.noise_examples=16", *(unit if kind == "full" else [])], tmp_path
+            [*words, f"measure.noise={kind}", "measure.noise_examples=16", *(unit if kind == "full" else [])],
+            tmp_path / kind,
         )
         for kind in ("none", "free", "full")
     ]
@@ -139,12 +143,14 @@ def test_units_are_the_gradients_that_training_computes() -> None:
     step with m = v̂-corrected gradient moves by lr P g."""
     trainer = trainer_of(*BASE)
     trainer.train_step()
-    net, stream = trainer.net, trainer.noise_stream
+    net, stream = trainer.net, trainer.stream.sibling(trainer.science.seed, "noise")
     named = dict(net.named_parameters())
     x, y = stream.batch(0, 8)
     loss = torch.nn.functional.cross_entropy
-    (whole,) = noise.unit_gradients(lambda a, b: loss(net(a), b), list(named.values()), lambda i: (x, y), range(1), [])
-    single = noise.example_gradients(
+    (whole,) = estimators.unit_gradients(
+        lambda a, b: loss(net(a), b), list(named.values()), lambda i: (x, y), range(1), []
+    )
+    single = estimators.example_gradients(
         lambda p, a, b: loss(torch.func.functional_call(net, p, (a,)), b),
         named, lambda a, b: (x[a:b], y[a:b]), range(8), [],
     )  # fmt: skip
@@ -159,10 +165,8 @@ def test_units_are_the_gradients_that_training_computes() -> None:
 def frozen_in_place(*words: str, steps: int) -> tuple[dict[str, Any], dict[str, Any]]:
     """Free over `steps` steps and full, at weights that do not move (lr 1e-12)."""
     trainer = trainer_of(*words, "recipe.lr=1e-12", "measure.noise=full", "measure.noise_examples=1024")
-    for _ in range(steps):
-        trainer.train_step()
-        trainer.optimizer.zero_grad(set_to_none=True)
-    free, whole = trainer.noise_records(1)
+    take_steps(trainer, steps)
+    free, whole = measure.noise_records(trainer, 1)
     return free, whole
 
 
@@ -195,9 +199,7 @@ def test_one_process_and_two_ranks_agree(tmp_path: Path) -> None:
     (spec,) = specs(*words)
     done = []
     for world in (1, 2):
-        total = spec.placement.accumulation * spec.placement.world_size
-        placed = replace(spec, placement=replace(spec.placement, world_size=world, accumulation=total // world))
-        run_dir = prepare(tmp_path / str(world), placed)
+        run_dir = prepare(tmp_path / str(world), placed(spec, world))
         work(run_dir, world)
         done.append([r for r in rows(run_dir) if r["kind"] == "noise"])
     assert [r["method"] for r in done[0]] == ["free", "full"] * 4
@@ -212,30 +214,25 @@ def test_one_process_and_two_ranks_agree(tmp_path: Path) -> None:
 # ---- records, summary, plan ----
 
 
-def noise_run(tmp_path: Path, *words: str) -> Path:
-    (spec,) = specs(
-        "batch=4", "recipe.batch=4", "measure.noise=full", "measure.noise_examples=1024", "recipe.samples=1024", *words
-    )
-    run_dir = prepare(tmp_path, spec)
-    train.run(run_dir)
-    return run_dir
-
-
 def test_a_run_says_and_a_plan_finds(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    run_dir = noise_run(tmp_path)
+    """Fails if another seed's base run, or one that was measured otherwise, were not used."""
+    words = ["recipe.batch=4", "recipe.samples=1024"]
+    (base,) = specs("batch=4", *words, "measure.noise=full", "measure.noise_examples=1024")
+    run_dir = prepare(tmp_path, base)
+    train.run(run_dir)
     said = capsys.readouterr().out
     assert "noise dominated for " in said
-    result = records.read_json(run_dir / "result.json")
-    assert result is not None
-    assert 0 <= result["noise_dominated"] <= 1
-    (target,) = specs("batch=64", "recipe.batch=4", "recipe.samples=1024", "seed=3")  # another seed, other records
-    rows_found, source = validity.of_base(target, tmp_path, None)
+    result = run_dir.result()
+    assert result is not None and 0 <= result["noise_dominated"] <= 1
+    both = specs("batch=[4,64]", *words)
+    rows_of_base, source = validity.of_base(both[1], both, tmp_path, None)
     assert source == str(run_dir)
-    assert rows_found == [r for r in records.read_records(run_dir) if r["kind"] == "noise"]
-    told = validity.describe(target, Path("nowhere"), str(run_dir))
-    assert told["source"] == str(run_dir)
-    assert told["deviation"] < 1
-    assert "κr < 0.1 for" in told["text"]
+    assert rows_of_base == [r for r in run_dir.records().rows if r["kind"] == "noise"]
+    (other,) = specs("batch=64", *words, "seed=3")
+    text = validity.describe([other], Path("nowhere"), str(run_dir))[other.run_id]
+    assert text["source"] == str(run_dir)
+    assert text["deviation"] < 1
+    assert "κr < 0.1 for" in text["text"]
 
 
 @pytest.mark.parametrize(
@@ -244,15 +241,15 @@ def test_a_run_says_and_a_plan_finds(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["recipe.lr=2e-3"], "of another recipe: lr 0.001 instead of 0.002"),
         (["optimizer=rmsprop"], "optimizer adam instead of rmsprop"),
         (["recipe.batch=8"], "batch 4 instead of 8"),
-        (["recipe.samples=2048"], "schedule"),
+        (["recipe.samples=2048"], "samples 1024 instead of 2048"),
     ],
 )
 def test_a_record_of_another_recipe_is_refused(words: list[str], told: str, tmp_path: Path) -> None:
     (other,) = specs("batch=4", "recipe.batch=4", "recipe.samples=1024")
     run_dir = prepare(tmp_path, other)
     (target,) = specs("batch=64", "recipe.batch=4", "recipe.samples=1024", *words)
-    with pytest.raises(plan.PlanError, match="noise=") as e:
-        validity.of_base(target, Path("nowhere"), str(run_dir))
+    with pytest.raises(plan.PlanError, match="noise_from=") as e:
+        validity.of_base(target, [target], Path("nowhere"), str(run_dir))
     assert told in str(e.value)
 
 
@@ -282,7 +279,7 @@ def test_assess_by_hand() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["measure.noise=often"], "allowed: free, full, none"),
+        (["measure.noise=often"], "measure.noise='often'"),
         (["measure.noise_examples=1"], "needs two gradients"),
         (["measure.noise_examples=0"], "must be >= 2"),
         (["measure.noise_unit=5", "measure.noise_examples=8"], "must lie between 1 and the micro-batch 4"),
@@ -294,7 +291,7 @@ def test_assess_by_hand() -> None:
     ],
 )
 def test_refused_with_the_reason(words: list[str], told: str) -> None:
-    with pytest.raises(plan.PlanError) as e:
+    with pytest.raises((plan.PlanError, config.ConfigError)) as e:
         specs("batch=4", "recipe.batch=4", "recipe.micro_batch=4", "measure.noise=full", *words)
     assert told in str(e.value)
 
@@ -302,13 +299,89 @@ def test_refused_with_the_reason(words: list[str], told: str) -> None:
 def test_a_killed_run_s_window_is_in_its_checkpoint(tmp_path: Path) -> None:
     """The free estimator's window survives a restart. Fails if it were not saved: fewer steps in the record."""
     (spec,) = specs(*BASE)
-    run_dir = prepare(tmp_path, spec)
-    one = train.Trainer(spec, run_dir)
-    for _ in range(3):
-        one.train_step()
-        one.optimizer.zero_grad(set_to_none=True)
-    one.save(0)
-    two = train.Trainer(spec, run_dir)
-    two.restore()
-    assert two.noise_records(1) == one.noise_records(1)
-    assert data.ImageStream is type(two.noise_stream)
+    run_dir, one = prepare(tmp_path, spec), train.Trainer(spec)
+    take_steps(one, 3)
+    with run_dir.writer(0) as writer:
+        checkpoint.save(one, run_dir, writer)
+    two = train.Trainer(spec)
+    checkpoint.restore(two, run_dir)
+    assert measure.noise_records(two, 1) == measure.noise_records(one, 1)
+
+
+# ---- measuring is not science ----
+
+
+def test_what_is_measured_is_no_part_of_a_run(tmp_path: Path) -> None:
+    """Fails if any key of measure.* changed the run id, or if BN's statistics did not."""
+    (plain,) = specs(*BASE, "model.norm=batch")
+    words = {
+        "measure.evaluations=3", "measure.train_records=7", "measure.noise=full", "measure.noise=none",
+        "measure.noise_records=5", "measure.noise_examples=32", "checkpoint.keep=[0.5]", "checkpoint.minutes=1",
+    }  # fmt: skip
+    for word in words:
+        (other,) = specs(*[w for w in BASE if w.split("=")[0] != word.split("=")[0]], "model.norm=batch", word)
+        assert other != plain and other.run_id == plain.run_id, word
+    (science,) = specs(*BASE, "model.norm=batch", "recipe.statistics_samples=128")
+    assert science.run_id != plain.run_id
+
+
+@pytest.mark.parametrize(
+    ("words", "kind"),
+    [
+        (["batch=16", "recipe.micro_batch=4"], "free"),
+        (["batch=4", "recipe.micro_batch=4"], "full"),
+        (["batch=16", "recipe.micro_batch=16"], "full"),
+        (["batch=4", "recipe.micro_batch=4", "svag=2"], "free"),  # its two draws are two gradients
+        (["batch=16", "recipe.micro_batch=4", "measure.noise=full"], "full"),
+        (["batch=4", "recipe.micro_batch=4", "measure.noise=free"], "free"),
+        (["batch=4", "recipe.micro_batch=4", "measure.noise=none"], "none"),
+    ],
+)
+def test_auto_measures_what_a_step_cannot_tell(words: list[str], kind: str) -> None:
+    """Fails if a step of one gradient, which says nothing of noise, went without a measurement of its own."""
+    (spec,) = specs("recipe.batch=4", *words)
+    assert spec.noise == kind
+
+
+LATER = ["batch=4", "recipe.batch=4", "recipe.samples=1024", "checkpoint.keep=[0.5,1]", "measure.noise_examples=64"]
+
+
+def test_a_finished_run_is_measured_afterwards_and_not_trained(tmp_path: Path) -> None:
+    """Full noise asked of a finished run comes from its kept checkpoints, and equals what the run itself would have
+    recorded there. Fails if the run were trained anew, if its result or weights changed, if the checkpoints of [0.5, 1]
+    were not kept, or if the measurement were done twice."""
+    (plain,) = specs(*LATER, "measure.noise=none")
+    (asked,) = specs(*LATER, "measure.noise=full")
+    run_dir, throughout = prepare(tmp_path, plain), prepare(tmp_path / "throughout", asked)
+    assert train.run(run_dir) == train.run(throughout) == "finished"
+    assert [p.name for p in run_dir.kept()] == ["checkpoint-128.pt", "checkpoint-256.pt"]
+    before, net, result, written = rows(run_dir), weights(run_dir), run_dir.result(), run_dir.newest.stat()
+    assert run_dir.lacks_noise(asked) and not run_dir.lacks_noise(plain)
+
+    prepare(tmp_path, asked)
+    assert train.run_all([run_dir])
+    after = rows(run_dir)
+    assert after[: len(before)] == before
+    measured = [r for r in rows(throughout) if r["kind"] == "noise" and r["step"] in (128, 256)]
+    assert after[len(before) :] == measured and len(measured) == 2
+    assert run_dir.newest.stat() == written and all(torch.equal(v, net[k]) for k, v in weights(run_dir).items())
+    assert result is not None
+    changed = run_dir.result()
+    assert changed is not None and changed["metrics"] == result["metrics"] and "noise_dominated" in changed
+    assert changed["records_checksum"] == run_dir.records_checksum(run_dir.records_size())
+    assert train.run_all([run_dir]) and rows(run_dir) == after  # once
+
+
+def test_a_measurement_that_fails_leaves_the_run_finished(tmp_path: Path) -> None:
+    """Fails if a finished run without checkpoints were called failed (and trained anew), or its want passed for met."""
+    (plain,) = specs(*LATER, "measure.noise=none")
+    (asked,) = specs(*LATER, "measure.noise=full")
+    run_dir = prepare(tmp_path, plain)
+    assert train.run(run_dir) == "finished"
+    before, result = rows(run_dir), run_dir.result()
+    for path in (*run_dir.kept(), run_dir.newest, run_dir.previous):
+        path.unlink(missing_ok=True)
+    prepare(tmp_path, asked)
+    assert not train.run_all([run_dir])
+    assert (run_dir.state(), run_dir.result(), rows(run_dir)) == ("finished", result, before)
+    assert run_dir.lacks_noise(asked)

@@ -32,13 +32,13 @@ from torch import Tensor
 
 from scaling_exps import data, optim
 from scaling_exps.noise import estimators
-from scaling_exps.plan import Placement, RunSpec
+from scaling_exps.plan import Placement, PlanError, RunSpec
 from scaling_exps.records import RunDir
-from scaling_exps.rules import OPTIMIZERS, Hyper
+from scaling_exps.rules import OPTIMIZERS, Hyper, RuleError
 from scaling_exps.rules.scale import scale
 from scaling_exps.train import checkpoint, ranks
 from scaling_exps.train.measure import evaluate
-from scaling_exps.train.trainer import Trainer, mean_loss
+from scaling_exps.train.trainer import Trainer, TrainError, mean_loss
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken
@@ -93,15 +93,17 @@ class Fork:
 def fork(
     run_dir: RunDir,
     *,
+    at: Path | None = None,
     kappas: Sequence[float] = KAPPAS,
     repeats: int = 4,
     samples: int | None = None,
     tolerance: float = 0.02,
     rule: str | None = None,
 ) -> Fork:
-    """Branch off the newest checkpoint in `run_dir`, which is only read.
+    """Branch off a checkpoint in `run_dir`, which is only read.
 
     Args:
+        at: the checkpoint; None is the newest.
         kappas: batch sizes as multiples of the run's; 1 is added.
         repeats: data orders, >= 2.
         samples: length of a branch; a multiple of every batch. None is 32 steps of the largest.
@@ -130,9 +132,10 @@ def fork(
         raise ForkError(
             f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
         )
-    state = checkpoint.newest(run_dir, ranks.device())
-    if state is None:
-        raise ForkError(f"{run_dir} has no checkpoint: train it first, or for longer than checkpoint.minutes")
+    device = ranks.device()
+    state = checkpoint.newest(run_dir, device) if at is None else checkpoint.load(at, device)
+    if state is None or state.get("run_id") != spec.run_id:
+        raise ForkError(f"{at or run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
     branches = {k: _Branching(spec, state, batches[k], samples, rule) for k in kappas}
     noise = noise_scale(branches[1.0].trainer(None, 0))
     losses = {k: [b.loss(noise.scale, r) for r in range(repeats)] for k, b in branches.items()}
@@ -285,7 +288,7 @@ def render(f: Fork) -> str:
 def main(argv: Sequence[str]) -> int:
     """`scalerun fork RUN_DIR`: 0, or 2 with one message where the run or the request is at fault."""
     parser = argparse.ArgumentParser(prog="scalerun fork", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="directory of a run that has a checkpoint; it is only read")
+    parser.add_argument("run_dir", type=Path, help="folder of a run, or one of its checkpoints; it is only read")
     parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")
     parser.add_argument("--repeats", type=int, default=4, help="data orders (default 4)")
     parser.add_argument("--samples", type=int, help="length of a branch (default: 32 steps of the largest batch)")
@@ -301,11 +304,13 @@ def main(argv: Sequence[str]) -> int:
     except ValueError:
         print(f"scalerun fork: --kappa {a.kappa!r} must be numbers with commas between, as 0.5,1,2", file=sys.stderr)
         return 2
+    at = a.run_dir if a.run_dir.suffix == ".pt" else None
+    run_dir = RunDir(a.run_dir.parent if at else a.run_dir)
     try:
         result = fork(
-            RunDir(a.run_dir), kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
+            run_dir, at=at, kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
         )
-    except ValueError as e:  # ForkError, RuleError, and what reading the run refuses
+    except (ForkError, RuleError, PlanError, data.DataError, TrainError) as e:
         print(f"scalerun fork: {e}", file=sys.stderr)
         return 2
     print(json.dumps(asdict(result), indent=1) if a.json else render(result))
