@@ -25,22 +25,34 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+from scaling_exps.theory.checks import (
+    decoupled_decay,
+    integrator,
+    invariant_adam,
+    noise_dominance,
+    scaling_rule,
+    skewness,
+    svag,
+    weak_order,
+)
 from scaling_exps.theory.exact import sde_moments
-from scaling_exps.theory.laws import decoupled_decay, noise_dominance, scaling_rule
 from scaling_exps.theory.oracles import Base, Condition, Linear, Logistic, Noise, Oracle, Quadratic, TwoWell
-from scaling_exps.theory.orders import integrator, skewness, svag, weak_order
-from scaling_exps.theory.problem import Problem
-from scaling_exps.theory.result import Result, draw, show
+from scaling_exps.theory.problem import Chain, Problem, reference
+from scaling_exps.theory.result import Measurement, Result, draw, fit, show
 from scaling_exps.theory.sde import euler_maruyama, simulate
-from scaling_exps.theory.weak import Measurement, Run, fit, measure, paired, plain_run, scaled_run, svag_run
+from scaling_exps.theory.weak import measure, paired
 
 CHECKS: dict[str, Callable[[int], Result]] = {
-    f.__name__: f for f in (weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, integrator)
+    f.__name__: f
+    for f in (
+        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, integrator,
+    )
 }
 
 __all__ = [
     "CHECKS",
     "Base",
+    "Chain",
     "Condition",
     "Linear",
     "Logistic",
@@ -50,19 +62,16 @@ __all__ = [
     "Problem",
     "Quadratic",
     "Result",
-    "Run",
     "TwoWell",
     "euler_maruyama",
     "fit",
     "main",
     "measure",
     "paired",
-    "plain_run",
+    "reference",
     "run_check",
-    "scaled_run",
     "sde_moments",
     "simulate",
-    "svag_run",
 ]
 
 
