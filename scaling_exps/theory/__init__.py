@@ -19,11 +19,17 @@ Quadratic ones have exact moments (`sde_moments`), fused kernels and self-sizing
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
+
+if _missing := [p for p in ("matplotlib", "numba", "scipy", "threadpoolctl") if importlib.util.find_spec(p) is None]:
+    raise ModuleNotFoundError(
+        f"scalerun theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'", name=_missing[0]
+    )
 
 from scaling_exps.theory.checks import (
     decoupled_decay,
@@ -45,7 +51,14 @@ from scaling_exps.theory.weak import measure, paired
 CHECKS: dict[str, Callable[[int], Result]] = {
     f.__name__: f
     for f in (
-        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, integrator,
+        weak_order,
+        svag,
+        scaling_rule,
+        noise_dominance,
+        skewness,
+        decoupled_decay,
+        invariant_adam,
+        integrator,
     )
 }
 
@@ -78,7 +91,7 @@ __all__ = [
 def run_check(name: str, seed: int = 0) -> Result:
     """Run one named check. Raises ValueError for an unknown name or a negative seed."""
     if name not in CHECKS:
-        raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
+        raise _unknown(name)
     if seed < 0:
         raise ValueError(f"seed={seed} was given; allowed: >= 0; seed 0 is a seed")
     start = time.perf_counter()
@@ -87,28 +100,31 @@ def run_check(name: str, seed: int = 0) -> Result:
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def _unknown(*names: str) -> ValueError:
+    given = ", ".join(map(repr, names))
+    return ValueError(f"unknown check {given}; allowed: {', '.join(CHECKS)}; leave the name out to run them all")
+
+
+def main(words: Sequence[str] | None = None) -> int:
     """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
     parser = argparse.ArgumentParser(
         prog="scalerun theory",
         description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
         epilog="checks: " + "; ".join(f"{n}: {(f.__doc__ or '').splitlines()[0]}" for n, f in CHECKS.items()),
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all); also check=NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (0)")
     parser.add_argument("--out", type=Path, default=None, help="write NAME.png and theory.json here")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
     try:
-        names = [part for n in args.names for part in n.removeprefix("check=").strip("[]").split(",") if part]
-        names = names or list(CHECKS)
-        for name in names:
-            if name not in CHECKS:
-                raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
+        names = list(dict.fromkeys(args.names)) or list(CHECKS)
+        if unknown := [name for name in names if name not in CHECKS]:
+            raise _unknown(*unknown)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
         results = []
-        for name in dict.fromkeys(names):
+        for name in names:
             results.append(run_check(name, args.seed))
             if args.out:
                 draw(results[-1], args.out / f"{name}.png")

@@ -180,8 +180,9 @@ def scaling_rule(seed: int = 0, budget: float = 1e8) -> Result:
         f"base eta^2 = {BASE_STEP:g}; the gap of each rule to the base run itself, largest over {len(TIMES)} times"
     )
     r.notes.append(
-        "a control is judged on the function with the highest lower bound of its ratio to sqrt (bounds hold for all at once); 'linear' is lr x kappa with betas and eps left alone"
+        "a control is judged on the function whose ratio to sqrt has the highest lower bound (bounds hold for all at once)"
     )
+    r.notes.append("'linear' is lr x kappa with betas and eps left alone")
     return r
 
 
@@ -192,7 +193,9 @@ def _ratio(r: Result, optimizer: str, noise: str, arm: str, against: str, kappa:
     at 95% for all of them at once (Bonferroni).
     """
     rows = [x for x in r.rows if (x.optimizer, x.noise, x.kappa) == (optimizer, noise, kappa)]
-    pairs = {a.function: (a, b) for a in rows for b in rows if a.function == b.function and (a.arm, b.arm) == (arm, against)}
+    pairs = {
+        a.function: (a, b) for a in rows for b in rows if a.function == b.function and (a.arm, b.arm) == (arm, against)
+    }
     z = float(stats.norm.ppf(1 - 0.025 / len(pairs)))
     intervals = {f: ratio(a.error, a.standard_error, b.error, b.standard_error, z) for f, (a, b) in pairs.items()}
     best = max(intervals, key=lambda f: (math.isfinite(intervals[f][1]), intervals[f][0]))
@@ -276,7 +279,9 @@ def decoupled_decay(seed: int = 0, paths: int = 1 << 12) -> Result:
 
 def invariant_adam(seed: int = 0, paths: int = 1 << 12) -> Result:
     """Adam whose v averages squares of micro-batch gradients keeps its law even where the gradient beats the noise."""
-    r = Result("invariant_adam", "v from squares of micro-batch gradients, lr x kappa: kept at any noise; sqrt is not", "kappa")
+    r = Result(
+        "invariant_adam", "v from squares of micro-batch gradients, lr x kappa: kept at any noise; sqrt is not", "kappa"
+    )
     base, unit_noise = Hyper(2e-3, (0.99, 0.999), 1e-8, 0.0), _micro_noise(seed, 2048, paths)
     for sigma, name in ((10.0, "noise dominates"), (0.3, "gradient dominates")):
         noise = sigma * unit_noise

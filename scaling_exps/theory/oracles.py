@@ -9,8 +9,8 @@
     sigma    noise scale, > 0; a batch of B examples has sigma = 1/sqrt(B)
     xi       the noise in its own coordinates, z = R xi, mean 0, variance 1
 
-Section 2 of the paper (arXiv 2205.10287) asks of an oracle: smooth f and Sigma^(1/2) of polynomial growth, bounded moments of z,
-and low skewness, |E z^3| <= K / sigma. `conditions` answers for each, because the checks print it.
+Section 2 of the paper (arXiv 2205.10287) asks of an oracle: smooth f and Sigma^(1/2) of polynomial growth, bounded
+moments of z, and low skewness, |E z^3| <= K / sigma. `conditions` answers for each, because the checks print it.
 """
 
 from __future__ import annotations

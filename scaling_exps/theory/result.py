@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -68,7 +69,7 @@ def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0
 
 
 def ratio(a: float, se_a: float, b: float, se_b: float, z: float = 1.96) -> tuple[float, float]:
-    """Fieller's interval for a/b >= 0: the r with (a - r b)^2 <= z^2 (se_a^2 + r^2 se_b^2); open above where b may be 0.
+    """Fieller's interval for a/b >= 0: (a - r b)^2 <= z^2 (se_a^2 + r^2 se_b^2); open above where b may be 0.
 
     >>> ratio(1.0, 0.0, 0.5, 0.0)
     (2.0, 2.0)
@@ -231,7 +232,9 @@ def show(results: Sequence[Result], console: Any) -> None:
             pm = f" ± {f.tolerance:.2g}" if f.tolerance else ""
             verdict = "noise wins" if f.passed is None else "pass" if f.passed else "FAIL"
             if f.control:
-                verdict = "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: not shown to fail"
+                verdict = (
+                    "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: not shown to fail"
+                )
             table.add_row(
                 f.optimizer, f.noise, f.arm, f.function, f.quantity, f"{f.slope:.3f}",
                 f"[{f.interval[0]:.3f}, {f.interval[1]:.3f}]".replace("[", r"\["),
@@ -244,26 +247,63 @@ def show(results: Sequence[Result], console: Any) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """The figure of a check: error against the axis on log-log scales, one panel an optimizer and noise."""
-    import matplotlib
+    """The figure of a check as a PNG, 1000 pixels wide: what its verdicts judge, against its axis, log-log.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Of every arm the functions that were judged: of a rule all, of a control one. Verdicts that have an `x` are drawn
+    as points beside their prediction (a line).
+    """
+    from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r.optimizer, r.noise) for r in result.rows))
-    arms = list(dict.fromkeys(r.arm for r in result.rows))
-    single = len(arms) == 1
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for ax, (optimizer, noise) in zip(axes[0], panels, strict=True):
-        for i, arm in enumerate(arms):
-            for j, function in enumerate(result.functions(optimizer, noise, arm)):
-                x, e, s = result.series(optimizer, noise, arm, function)
-                color = f"C{(j if single else i) % 10}"
-                label = function if single else arm if j == 0 else None
-                ax.errorbar(x, e, s, color=color, label=label, lw=0.9, ms=3, marker="o" if i < 10 else "s", alpha=0.8)
-        ax.set(xscale="log", yscale="log", xlabel=result.axis, title=f"{optimizer}, {noise}")
-        ax.legend(fontsize=6, ncols=2)
-    axes[0][0].set_ylabel("error")
-    fig.suptitle(f"{result.check}: {result.claim}", fontsize=8)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    points = [v for v in result.fits if v.x is not None]
+    if points:
+        panels = list(dict.fromkeys((v.optimizer, v.function.split(",")[0]) for v in points))
+    else:
+        panels = list(dict.fromkeys((v.optimizer, v.noise) for v in result.fits))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.6 + 2.8 * columns, 3.1 * rows + 1.2), dpi=140, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    entries: dict[str, Any] = {}
+    for ax, panel in zip(axes, panels, strict=False):
+        xs = _draw_points(ax, points, panel, entries) if points else _draw_errors(ax, result, *panel, entries)
+        xs = [x for x in xs if math.log2(x).is_integer()]  # others stand too close for words
+        ax.set(xscale="log", yscale="log", xlabel=_AXES[result.axis])
+        ax.set_xticks(xs, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in xs])
+        ax.set_title(", ".join(panel), fontsize=11)
+        ax.set_xticks([], minor=True)
+        ax.grid(alpha=0.25)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax in axes[: len(panels) : columns]:
+        ax.set_ylabel("ratio to kappa = 1" if points else "error")
+    figure.suptitle("\n".join(textwrap.wrap(f"{result.check}: {result.claim}", 15 + 30 * columns)), fontsize=11)
+    title = "points: measured, lines: closed form" if points else "one line a test function"
+    style = {"loc": "outside lower center", "ncols": 2, "fontsize": 10, "title_fontsize": 10, "frameon": False}
+    figure.legend(entries.values(), entries.keys(), title=title, **style)
+    figure.savefig(path)
+
+
+_AXES = {"eta2": "time of one step", "ell": "ell", "kappa": "kappa"}
+
+
+def _draw_errors(ax: Any, result: Result, optimizer: str, noise: str, entries: dict[str, Any]) -> list[float]:
+    arms = list(dict.fromkeys(v.arm for v in result.fits))
+    lines = dict.fromkeys((v.arm, v.function) for v in result.fits if (v.optimizer, v.noise) == (optimizer, noise))
+    seen: list[float] = []
+    for arm, function in lines:
+        x, error, se = result.series(optimizer, noise, arm, function)
+        i, width = arms.index(arm), 0.8 if len(lines) > 2 * len(arms) else 1.6
+        entries[arm] = ax.errorbar(x, error, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=width)
+        seen += x
+    return sorted(set(seen))
+
+
+def _draw_points(ax: Any, verdicts: list[Verdict], panel: tuple[str, str], entries: dict[str, Any]) -> list[float]:
+    chosen = [v for v in verdicts if (v.optimizer, v.function.split(",")[0]) == panel]
+    for i, name in enumerate(dict.fromkeys(v.function.split(", ")[1] for v in chosen)):
+        line = [v for v in chosen if v.function.endswith(", " + name)]
+        x = [v.x for v in line]
+        ax.plot(x, [v.expected for v in line], color=f"C{i}", lw=1)
+        half = [(v.interval[1] - v.interval[0]) / 2 for v in line]
+        entries[name] = ax.errorbar(x, [v.slope for v in line], half, color=f"C{i}", marker="o", ms=5, ls="")
+    return sorted({v.x for v in chosen if v.x is not None})
