@@ -1,3 +1,5 @@
+# ruff: noqa: E402 (missing packages are named before the modules that import them fail)
+
 """The theory laboratory: the paper's SDEs, scaling rule and SVAG as something one runs.
 
     scalerun theory [NAME ...] [--json] [--seed N] [--out DIR]
@@ -26,10 +28,13 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+
+class MissingPackageError(ImportError, ValueError):
+    """A package of the extra `theory` is not installed; a ValueError, so that the command says it in one line."""
+
+
 if _missing := [p for p in ("matplotlib", "numba", "scipy", "threadpoolctl") if importlib.util.find_spec(p) is None]:
-    raise ModuleNotFoundError(
-        f"scalerun theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'", name=_missing[0]
-    )
+    raise MissingPackageError(f"theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'")
 
 from scaling_exps.theory.checks import (
     decoupled_decay,
@@ -88,21 +93,21 @@ __all__ = [
 ]
 
 
-def run_check(name: str, seed: int = 0) -> Result:
-    """Run one named check. Raises ValueError for an unknown name or a negative seed."""
-    if name not in CHECKS:
-        raise _unknown(name)
+def _validate(names: Sequence[str], seed: int) -> None:
+    if unknown := [name for name in names if name not in CHECKS]:
+        given = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown check {given}; allowed: {', '.join(CHECKS)}; leave the name out to run them all")
     if seed < 0:
         raise ValueError(f"seed={seed} was given; allowed: >= 0; seed 0 is a seed")
+
+
+def run_check(name: str, seed: int = 0) -> Result:
+    """Run one named check. Raises ValueError for an unknown name or a negative seed."""
+    _validate([name], seed)
     start = time.perf_counter()
     result = CHECKS[name](seed)
     result.seconds = time.perf_counter() - start
     return result
-
-
-def _unknown(*names: str) -> ValueError:
-    given = ", ".join(map(repr, names))
-    return ValueError(f"unknown check {given}; allowed: {', '.join(CHECKS)}; leave the name out to run them all")
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -117,28 +122,26 @@ def main(words: Sequence[str] | None = None) -> int:
     parser.add_argument("--seed", type=int, default=0, help="of every draw (0)")
     parser.add_argument("--out", type=Path, default=None, help="write NAME.png and theory.json here")
     args = parser.parse_args(words)
+    names = list(dict.fromkeys(args.names)) or list(CHECKS)
     try:
-        names = list(dict.fromkeys(args.names)) or list(CHECKS)
-        if unknown := [name for name in names if name not in CHECKS]:
-            raise _unknown(*unknown)
+        _validate(names, args.seed)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-        results = []
-        for name in names:
-            results.append(run_check(name, args.seed))
-            if args.out:
-                draw(results[-1], args.out / f"{name}.png")
-            if not args.json:
-                _print(results[-1])
-        document = report(results, args.seed)
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-        if args.out:
-            (args.out / "theory.json").write_text(text + "\n")
-        if args.json:
-            print(text)
     except (ValueError, OSError) as e:
         print(f"scalerun theory: {e}", file=sys.stderr)
         return 2
+    results = []
+    for name in names:
+        results.append(run_check(name, args.seed))
+        if args.out:
+            draw(results[-1], args.out / f"{name}.png")
+        if not args.json:
+            _print(results[-1])
+    text = json.dumps(report(results, args.seed), ensure_ascii=False, allow_nan=False)
+    if args.out:
+        (args.out / "theory.json").write_text(text + "\n")
+    if args.json:
+        print(text)
     return 0 if all(r.passed for r in results) else 1
 
 
