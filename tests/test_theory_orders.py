@@ -85,13 +85,13 @@ def test_the_rule_keeps_the_law_and_others_do_not():
 
 
 def test_noise_dominance_closed_form():
-    """Displacement sqrt((1+r)/(1+kappa r)) to 0.5% and variance (1+r)/(1+kappa r) to 1.5%, whole intervals: fails if the
-    rule's exponent is not 1/2 or v does not see the gradient."""
+    """Displacement sqrt((1+r)/(1+kappa r)) to 0.5% and variance (1+r)/(1+kappa r) to 1.5%, whole intervals: fails if
+    the rule's exponent is not 1/2 or v does not see the gradient."""
     assert checks.noise_dominance(seed=3, paths=1 << 15).passed
 
 
 def test_decoupled_decay_wants_sqrt_kappa():
-    """Decay per unit of data is lr lambda / kappa, so lr x sqrt(kappa) asks lambda x sqrt(kappa): fails if lambda stays."""
+    """Decay per unit of data is lr lambda / kappa, so lr x sqrt(kappa) asks for lambda x sqrt(kappa)."""
     assert checks.decoupled_decay(seed=1, paths=1 << 12).passed
 
 

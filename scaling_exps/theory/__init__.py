@@ -25,7 +25,7 @@ import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 
@@ -36,36 +36,13 @@ class MissingPackageError(ImportError, ValueError):
 if _missing := [p for p in ("matplotlib", "numba", "scipy", "threadpoolctl") if importlib.util.find_spec(p) is None]:
     raise MissingPackageError(f"theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'")
 
-from scaling_exps.theory.checks import (
-    decoupled_decay,
-    integrator,
-    invariant_adam,
-    noise_dominance,
-    scaling_rule,
-    skewness,
-    svag,
-    weak_order,
-)
+from scaling_exps.theory.checks import CHECKS
 from scaling_exps.theory.exact import sde_moments
 from scaling_exps.theory.oracles import Base, Condition, Linear, Logistic, Noise, Oracle, Quadratic, TwoWell
 from scaling_exps.theory.problem import Chain, Problem, reference
 from scaling_exps.theory.result import Measurement, Result, draw, fit, show
 from scaling_exps.theory.sde import euler_maruyama, simulate
 from scaling_exps.theory.weak import measure, paired
-
-CHECKS: dict[str, Callable[[int], Result]] = {
-    f.__name__: f
-    for f in (
-        weak_order,
-        svag,
-        scaling_rule,
-        noise_dominance,
-        skewness,
-        decoupled_decay,
-        invariant_adam,
-        integrator,
-    )
-}
 
 __all__ = [
     "CHECKS",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
@@ -368,3 +369,11 @@ def _kept(r: Result, optimizer: str, noise: str, arm: str, kappa: int, limit: fl
         r.check, optimizer, noise, arm, row.function, f"gap at kappa={kappa}", row.error, interval, 0.0, limit,
         interval[1] <= limit,
     )  # fmt: skip
+
+
+CHECKS: dict[str, Callable[[int], Result]] = {
+    f.__name__: f
+    for f in (
+        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, integrator,
+    )
+}  # fmt: skip

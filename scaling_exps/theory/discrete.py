@@ -99,24 +99,12 @@ def run_fused(
     d, hyper = o.dim, chain.hyper
     out = np.empty((len(observe), 6 * d, blocks * LANES))
     parameters = kernels.Steps(
-        algo=ALGORITHMS.index(problem.algorithm),
-        H=np.ascontiguousarray(o.H),
-        b=o.b,
-        S=np.ascontiguousarray(o.root(np.zeros((1, d)))),
-        x0=x0,
-        m0=m0,
-        v0=chain.u_scale**2 * u0,
-        lr=hyper.lr,
-        beta1=float(hyper.betas[0]),
-        beta2=float(hyper.betas[-1]),
-        eps=hyper.eps,
-        sigma=chain.sigma,
-        v_scale=chain.u_scale**2,
-        k0=chain.k0,
-        weights=np.array(chain.weights, float),
-        law=LAWS.index(o.noise.law),
-        shape=o.noise.shape(chain.sigma),
-    )
+        algo=ALGORITHMS.index(problem.algorithm), H=np.ascontiguousarray(o.H), b=o.b,
+        S=np.ascontiguousarray(o.root(np.zeros((1, d)))), x0=x0, m0=m0, v0=chain.u_scale**2 * u0,
+        lr=hyper.lr, beta1=float(hyper.betas[0]), beta2=float(hyper.betas[-1]), eps=hyper.eps,
+        sigma=chain.sigma, v_scale=chain.u_scale**2, k0=chain.k0, weights=np.array(chain.weights, float),
+        law=LAWS.index(o.noise.law), shape=o.noise.shape(chain.sigma),
+    )  # fmt: skip
     observe = np.asarray(observe, np.int64)
     kernels.discrete(parameters, np.ascontiguousarray(factors), observe, seed, first_block, out)
     return out

@@ -48,7 +48,7 @@ class Chain:
     weights: tuple[float, ...] = (1.0,)
 
     def scaled(self, rule: rules.Rule, kappa: float) -> Chain:
-        """At kappa times the batch by a rule: sigma / sqrt(kappa), steps / kappa (equal data).
+        """At kappa times the batch by a rule (sqrt: paper, Def. 5.2): sigma / sqrt(kappa), steps / kappa (equal data).
 
         Raises:
             ValueError: kappa does not divide the steps.

@@ -278,8 +278,10 @@ def draw(result: Result, path: Path) -> None:
         ax.set_ylabel("ratio to kappa = 1" if points else "error")
     figure.suptitle("\n".join(textwrap.wrap(f"{result.check}: {result.claim}", 15 + 30 * columns)), fontsize=11)
     title = "points: measured, lines: closed form" if points else "one line a test function"
-    style = {"loc": "outside lower center", "ncols": 2, "fontsize": 10, "title_fontsize": 10, "frameon": False}
-    figure.legend(entries.values(), entries.keys(), title=title, **style)
+    figure.legend(
+        entries.values(), entries.keys(), title=title, loc="outside lower center", ncols=2, fontsize=10,
+        title_fontsize=10, frameon=False,
+    )  # fmt: skip
     figure.savefig(path)
 
 

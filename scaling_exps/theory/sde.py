@@ -69,20 +69,10 @@ def simulate(
     x0, m0, u0 = problem.start
     out = np.empty((len(observe), 3 * d, -(-paths // LANES) * LANES))
     parameters = kernels.Flow(
-        algo=ALGORITHMS.index(problem.algorithm),
-        H=np.ascontiguousarray(o.H),
-        b=o.b,
-        S=S,
-        var=np.diag(S @ S.T).copy(),
-        x0=x0,
-        m0=m0,
-        u0=u0,
-        s0=problem.sigma0,
-        e0=problem.eps0,
-        c1=problem.c1,
-        c2=problem.c2,
-        t0=problem.t0,
-    )
+        algo=ALGORITHMS.index(problem.algorithm), H=np.ascontiguousarray(o.H), b=o.b, S=S,
+        var=np.diag(S @ S.T).copy(), x0=x0, m0=m0, u0=u0, s0=problem.sigma0, e0=problem.eps0,
+        c1=problem.c1, c2=problem.c2, t0=problem.t0,
+    )  # fmt: skip
     kernels.sde(parameters, level, observe, seed, first // LANES, increments == "two_point", scheme == "heun", out)
     return out[:, :, :paths]
 
