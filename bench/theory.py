@@ -129,7 +129,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
-    made: dict[str, Callable[[int], float]] = {}
+    contestants: dict[str, Callable[[int], float]] = {}
     builders = {
         "ours": lambda: ours(args.paths, args.steps, "normal"),
         "ours, two-point": lambda: ours(args.paths, args.steps, "two_point"),
@@ -139,15 +139,15 @@ def main() -> None:
     }
     for name, build in builders.items():
         try:
-            made[name] = build()
-            made[name](0)  # compile, and touch the memory
+            contestants[name] = build()
+            contestants[name](0)  # compile, and touch the memory
             print(f"{name}: ready", file=sys.stderr, flush=True)
         except ImportError as e:
             print(f"{name}: left out ({e})", file=sys.stderr)
-    times: dict[str, list[float]] = {name: [] for name in made}
+    times: dict[str, list[float]] = {name: [] for name in contestants}
     means: dict[str, float] = {}
     for turn in range(args.repeats):
-        for name, go in made.items():
+        for name, go in contestants.items():
             start = time.perf_counter()
             means[name] = go(turn + 1)
             times[name].append(time.perf_counter() - start)

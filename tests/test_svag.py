@@ -81,9 +81,7 @@ def test_l_2_on_a_network_is_the_laboratory_s_l_2(optimizer: str, family: rules.
     more = ["recipe.momentum=0"] if family == "sgd" else []
     (base,) = specs(f"optimizer={optimizer}", "batch=8", "recipe.batch=8", "recipe.samples=48", *more)
     (spec,) = specs(f"optimizer={optimizer}", "batch=8", "recipe.batch=8", "recipe.samples=48", "svag=2", *more)
-    name = optimizer.removeprefix("paper_")
-    problem = theory.Problem(name, theory.Quadratic([1.0]), t0=0.5 if name == "adam" else 0.0)
-    laboratory = theory.svag_run(problem, theory.Run(base.science.hyper, 1.0, 1.0, base.science.steps), 2)
+    laboratory = theory.Chain(base.science.hyper, 1.0, 1.0, base.science.steps, family).svag(2)
     hyper, weights, steps = laboratory.hyper, laboratory.weights, laboratory.steps
     stretch = steps // base.science.steps
     assert (spec.science.hyper, spec.science.steps) == (hyper, steps)

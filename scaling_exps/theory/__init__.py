@@ -1,3 +1,5 @@
+# ruff: noqa: E402 (missing packages are named before the modules that import them fail)
+
 """The theory laboratory: the paper's SDEs, scaling rule and SVAG as something one runs.
 
     scalerun theory [NAME ...] [--json] [--seed N] [--out DIR]
@@ -19,28 +21,33 @@ Quadratic ones have exact moments (`sde_moments`), fused kernels and self-sizing
 from __future__ import annotations
 
 import argparse
+import importlib.util
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
-from scaling_exps.theory.exact import sde_moments
-from scaling_exps.theory.laws import decoupled_decay, noise_dominance, scaling_rule
-from scaling_exps.theory.oracles import Base, Condition, Linear, Logistic, Noise, Oracle, Quadratic, TwoWell
-from scaling_exps.theory.orders import integrator, skewness, svag, weak_order
-from scaling_exps.theory.problem import Problem
-from scaling_exps.theory.result import Result, draw, show
-from scaling_exps.theory.sde import euler_maruyama, simulate
-from scaling_exps.theory.weak import Measurement, Run, fit, measure, paired, plain_run, scaled_run, svag_run
 
-CHECKS: dict[str, Callable[[int], Result]] = {
-    f.__name__: f for f in (weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, integrator)
-}
+class MissingPackageError(ImportError, ValueError):
+    """A package of the extra `theory` is not installed; a ValueError, so that the command says it in one line."""
+
+
+if _missing := [p for p in ("matplotlib", "numba", "scipy", "threadpoolctl") if importlib.util.find_spec(p) is None]:
+    raise MissingPackageError(f"theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'")
+
+from scaling_exps.theory.checks import CHECKS
+from scaling_exps.theory.exact import sde_moments
+from scaling_exps.theory.oracles import Base, Condition, Linear, Logistic, Noise, Oracle, Quadratic, TwoWell
+from scaling_exps.theory.problem import Chain, Problem, reference
+from scaling_exps.theory.result import Measurement, Result, draw, fit, show
+from scaling_exps.theory.sde import euler_maruyama, simulate
+from scaling_exps.theory.weak import measure, paired
 
 __all__ = [
     "CHECKS",
     "Base",
+    "Chain",
     "Condition",
     "Linear",
     "Logistic",
@@ -50,70 +57,68 @@ __all__ = [
     "Problem",
     "Quadratic",
     "Result",
-    "Run",
     "TwoWell",
     "euler_maruyama",
     "fit",
     "main",
     "measure",
     "paired",
-    "plain_run",
+    "reference",
     "run_check",
-    "scaled_run",
     "sde_moments",
     "simulate",
-    "svag_run",
 ]
+
+
+def _validate(names: Sequence[str], seed: int) -> None:
+    if unknown := [name for name in names if name not in CHECKS]:
+        given = ", ".join(map(repr, unknown))
+        raise ValueError(f"unknown check {given}; allowed: {', '.join(CHECKS)}; leave the name out to run them all")
+    if seed < 0:
+        raise ValueError(f"seed={seed} was given; allowed: >= 0; seed 0 is a seed")
 
 
 def run_check(name: str, seed: int = 0) -> Result:
     """Run one named check. Raises ValueError for an unknown name or a negative seed."""
-    if name not in CHECKS:
-        raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
-    if seed < 0:
-        raise ValueError(f"seed={seed} was given; allowed: >= 0; seed 0 is a seed")
+    _validate([name], seed)
     start = time.perf_counter()
     result = CHECKS[name](seed)
     result.seconds = time.perf_counter() - start
     return result
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def main(words: Sequence[str] | None = None) -> int:
     """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
     parser = argparse.ArgumentParser(
         prog="scalerun theory",
         description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
         epilog="checks: " + "; ".join(f"{n}: {(f.__doc__ or '').splitlines()[0]}" for n, f in CHECKS.items()),
     )
-    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all); also check=NAME")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="checks to run (all)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of tables")
     parser.add_argument("--seed", type=int, default=0, help="of every draw (0)")
     parser.add_argument("--out", type=Path, default=None, help="write NAME.png and theory.json here")
-    args = parser.parse_args(argv)
+    args = parser.parse_args(words)
+    names = list(dict.fromkeys(args.names)) or list(CHECKS)
     try:
-        names = [part for n in args.names for part in n.removeprefix("check=").strip("[]").split(",") if part]
-        names = names or list(CHECKS)
-        for name in names:
-            if name not in CHECKS:
-                raise ValueError(f"unknown check {name!r}; allowed: {', '.join(CHECKS)}; leave it out to run them all")
+        _validate(names, args.seed)
         if args.out:
             args.out.mkdir(parents=True, exist_ok=True)
-        results = []
-        for name in dict.fromkeys(names):
-            results.append(run_check(name, args.seed))
-            if args.out:
-                draw(results[-1], args.out / f"{name}.png")
-            if not args.json:
-                _print(results[-1])
-        document = report(results, args.seed)
-        text = json.dumps(document, ensure_ascii=False, allow_nan=False)
-        if args.out:
-            (args.out / "theory.json").write_text(text + "\n")
-        if args.json:
-            print(text)
     except (ValueError, OSError) as e:
         print(f"scalerun theory: {e}", file=sys.stderr)
         return 2
+    results = []
+    for name in names:
+        results.append(run_check(name, args.seed))
+        if args.out:
+            draw(results[-1], args.out / f"{name}.png")
+        if not args.json:
+            _print(results[-1])
+    text = json.dumps(report(results, args.seed), ensure_ascii=False, allow_nan=False)
+    if args.out:
+        (args.out / "theory.json").write_text(text + "\n")
+    if args.json:
+        print(text)
     return 0 if all(r.passed for r in results) else 1
 
 

@@ -20,8 +20,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy.integrate import solve_ivp
 
-from scaling_exps.rules import Hyper
-from scaling_exps.theory.problem import Problem
+from scaling_exps.theory.problem import Chain, Problem
 
 Array = np.ndarray
 
@@ -97,33 +96,29 @@ class Twin:
     moments: list[Moments]
 
 
-def frozen_twin(
-    problem: Problem, hyper: Hyper, sigma: float, unit: float, variance: float, steps: int, k0: int, observe: Array
-) -> Twin:
+def frozen_twin(problem: Problem, chain: Chain, observe: Array) -> Twin:
     """Freeze v_k at its mean without the gradient's share; then (theta, m) is linear in the draws.
 
     Args:
-        hyper, sigma: of the run that is observed (a scaled or SVAG run has its own).
-        unit: the noise scale in u = v / unit^2 (sigma ell under SVAG).
-        variance: of the summed draw, sum of squared SVAG weights (1 without SVAG).
-        steps, k0: number of steps, and the step counter at the start (Adam's bias corrections).
-        observe: (n,) increasing step numbers, 0 .. steps.
+        chain: the run that is observed (a scaled or SVAG run has its own).
+        observe: (n,) increasing step numbers, 0 .. chain.steps.
     """
+    hyper, steps, k0, u_scale = chain.hyper, chain.steps, chain.k0, chain.u_scale
     o, d = problem.oracle, problem.oracle.dim
     x0, m0, u0 = problem.start
     adam, sgd = problem.algorithm == "adam", problem.algorithm == "sgd"
     beta1 = hyper.betas[0] if adam else 0.0
     beta2 = hyper.betas[-1] if not sgd else 1.0
     S = o.root(np.zeros((1, d)))
-    noise = sigma**2 * variance * (S @ S.T)
-    v_known, v = unit**2 * u0, unit**2 * u0
+    noise = chain.sigma**2 * sum(w * w for w in chain.weights) * (S @ S.T)
+    v_known = v = u_scale**2 * u0
     p = 2 * d if adam else d
     mu, C = np.concatenate([x0, m0])[:p], np.zeros((p, p))
     factors = np.empty((steps, d))
     moments = []
     for k in range(steps + 1):
         if k in observe:
-            moments.append(Moments(mu, C, v / unit**2))
+            moments.append(Moments(mu, C, v / u_scale**2))
         if k == steps:
             break
         if sgd:

@@ -5,6 +5,7 @@
 Coordinates are few and paths are many, so a kernel keeps LANES paths in cache, walks them through all steps,
 and runs the blocks in parallel. Memory: the states asked for, and O(LANES) a thread; never O(steps x paths).
 The classes that train networks remain the reference: tests hold `discrete` equal to them step for step.
+What takes a parameter tuple is inlined: passing the tuple's arrays on costs 20%.
 
     X, M, U   theta, m, u = v / sigma^2          (d, LANES)
     rows of an output                            theta (d), m (d), u (d), then for `discrete` its frozen twin
@@ -13,6 +14,7 @@ The classes that train networks remain the reference: tests hold `discrete` equa
 from __future__ import annotations
 
 import math
+from typing import NamedTuple
 
 import numpy as np
 from numba import njit, prange
@@ -32,6 +34,46 @@ from scaling_exps.theory.keyed import (
 RMSPROP, ADAM, SGD = 0, 1, 2
 
 
+class Flow(NamedTuple):
+    """An SDE: the algorithm, the oracle (H, S (d, d), b and var = diag Sigma (d,)), the start (d,), its constants."""
+
+    algo: int
+    H: np.ndarray
+    b: np.ndarray
+    S: np.ndarray
+    var: np.ndarray
+    x0: np.ndarray
+    m0: np.ndarray
+    u0: np.ndarray
+    s0: float
+    e0: float
+    c1: float
+    c2: float
+    t0: float
+
+
+class Steps(NamedTuple):
+    """An optimizer: as `Flow`, its hyperparameters, v_scale = v / u, and the draws of a step (see `keyed.noise`)."""
+
+    algo: int
+    H: np.ndarray
+    b: np.ndarray
+    S: np.ndarray
+    x0: np.ndarray
+    m0: np.ndarray
+    v0: np.ndarray
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    sigma: float
+    v_scale: float
+    k0: int
+    weights: np.ndarray
+    law: int
+    shape: float
+
+
 @njit(error_model="numpy", fastmath={"contract"})
 def _linear(A, b, X, out):
     """out <- A X + b, all (d, LANES)."""
@@ -45,17 +87,18 @@ def _linear(A, b, X, out):
                     out[i, k] += A[i, j] * X[j, k]
 
 
-@njit(error_model="numpy", fastmath={"contract"})
-def _drift(algo, t, G, M, U, var, s0, e0, c1, c2, aX, aM, aU, bX):
-    """One coordinate of the SDEs of section 4: drifts aX, aM, aU, and bX, the factor of (S dW) in theta
+@njit(inline="always", error_model="numpy", fastmath={"contract"})
+def _drift(p, i, t, G, M, U, aX, aM, aU, bX):
+    """Coordinate i of the SDEs (paper, Def. 4.1 and its Adam twin): drifts aX, aM, aU, and bX, the factor of (S dW) in theta
     (that of m is s0 c1)."""
-    if algo == RMSPROP:
+    s0, e0, c1, c2, var = p.s0, p.e0, p.c1, p.c2, p.var[i]
+    if p.algo == RMSPROP:
         for k in range(LANES):
-            p = 1.0 / (s0 * math.sqrt(U[k]) + e0)
-            aX[k] = -p * G[k]
-            bX[k] = -p * s0
+            q = 1.0 / (s0 * math.sqrt(U[k]) + e0)
+            aX[k] = -q * G[k]
+            bX[k] = -q * s0
             aU[k] = c2 * (var - U[k])
-    elif algo == ADAM:
+    elif p.algo == ADAM:
         g1, root2 = -math.expm1(-c1 * t), math.sqrt(-math.expm1(-c2 * t))
         for k in range(LANES):
             aX[k] = -(root2 / g1) / (s0 * math.sqrt(U[k]) + e0 * root2) * M[k]
@@ -68,22 +111,24 @@ def _drift(algo, t, G, M, U, var, s0, e0, c1, c2, aX, aM, aU, bX):
             bX[k] = -s0
 
 
-@njit(error_model="numpy", fastmath={"contract"})
-def _euler_rmsprop(G, SW, X, U, var, s0, e0, c2, dt):
+@njit(inline="always", error_model="numpy", fastmath={"contract"})
+def _euler_rmsprop(p, i, dt, G, SW, X, U):
     """`_drift` and `_advance` of RMSprop in one loop: the case that is timed."""
+    s0, e0, c2, var = p.s0, p.e0, p.c2, p.var[i]
     for k in range(LANES):
         X[k] -= (G[k] * dt + s0 * SW[k]) / (s0 * math.sqrt(U[k]) + e0)
         U[k] += c2 * dt * (var - U[k])
 
 
-@njit(error_model="numpy", fastmath={"contract"})
-def _advance(algo, dt, sm, SW, aX, aM, aU, bX, X, M, U):
+@njit(inline="always", error_model="numpy", fastmath={"contract"})
+def _advance(p, dt, SW, aX, aM, aU, bX, X, M, U):
+    sm = p.s0 * p.c1
     for k in range(LANES):
         X[k] += aX[k] * dt + bX[k] * SW[k]
-    if algo != SGD:
+    if p.algo != SGD:
         for k in range(LANES):
             U[k] += aU[k] * dt
-    if algo == ADAM:
+    if p.algo == ADAM:
         for k in range(LANES):
             M[k] += aM[k] * dt + sm * SW[k]
 
@@ -95,13 +140,13 @@ def _average(a, c):
 
 
 @njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract"})
-def sde(algo, H, b, S, var, x0, m0, u0, s0, e0, c1, c2, t0, level, steps, observe, seed, first, two_point, heun, out):
+def sde(p, level, observe, seed, first, two_point, heun, out):
     """Walk out.shape[2] paths (a multiple of LANES) of one SDE with dt = 2^-level; out (observations, 3 d, paths).
 
     two_point: increments +-sqrt(dt) (weak order as with normals, not refinable). heun: trapezoidal drift and
     diffusion coefficient, weak order 2 here because Sigma is constant, so the noise enters additively.
     """
-    d = H.shape[0]
+    d, steps = p.b.shape[0], observe[-1]
     dt = 2.0**-level
     zero = np.zeros(d)
     for block in prange(out.shape[2] // LANES):
@@ -114,15 +159,12 @@ def sde(algo, H, b, S, var, x0, m0, u0, s0, e0, c1, c2, t0, level, steps, observ
         cX, cM, cU, eX = np.empty((d, LANES)), np.empty((d, LANES)), np.empty((d, LANES)), np.empty((d, LANES))
         right = np.empty((d, level + 1, LANES))
         for i in range(d):
-            X[i], M[i], U[i] = x0[i], m0[i], u0[i]
+            X[i], M[i], U[i] = p.x0[i], p.m0[i], p.u0[i]
         seen = 0
         for step in range(steps + 1):
             if seen < observe.shape[0] and observe[seen] == step:
-                for i in range(d):
-                    for k in range(LANES):
-                        out[seen, i, block * LANES + k] = X[i, k]
-                        out[seen, d + i, block * LANES + k] = M[i, k]
-                        out[seen, 2 * d + i, block * LANES + k] = U[i, k]
+                lanes = out[seen, :, block * LANES : (block + 1) * LANES]
+                lanes[:d], lanes[d : 2 * d], lanes[2 * d :] = X, M, U
                 seen += 1
             if step == steps:
                 break
@@ -133,35 +175,35 @@ def sde(algo, H, b, S, var, x0, m0, u0, s0, e0, c1, c2, t0, level, steps, observ
                         W[i, k] *= math.sqrt(dt)
                 else:
                     next_increment(keys, step, level, i, right[i], W[i], z)
-            _linear(S, zero, W, SW)
-            _linear(H, b, X, G)
-            t = t0 + step * dt
-            if algo == RMSPROP and not heun:
+            _linear(p.S, zero, W, SW)
+            _linear(p.H, p.b, X, G)
+            t = p.t0 + step * dt
+            if p.algo == RMSPROP and not heun:
                 for i in range(d):
-                    _euler_rmsprop(G[i], SW[i], X[i], U[i], var[i], s0, e0, c2, dt)
+                    _euler_rmsprop(p, i, dt, G[i], SW[i], X[i], U[i])
                 continue
             for i in range(d):
-                _drift(algo, t, G[i], M[i], U[i], var[i], s0, e0, c1, c2, aX[i], aM[i], aU[i], bX[i])
+                _drift(p, i, t, G[i], M[i], U[i], aX[i], aM[i], aU[i], bX[i])
             if heun:
+                Y[:], N[:], V[:] = X, M, U
                 for i in range(d):
-                    for k in range(LANES):
-                        Y[i, k], N[i, k], V[i, k] = X[i, k], M[i, k], U[i, k]
-                    _advance(algo, dt, s0 * c1, SW[i], aX[i], aM[i], aU[i], bX[i], Y[i], N[i], V[i])
-                _linear(H, b, Y, G)
+                    _advance(p, dt, SW[i], aX[i], aM[i], aU[i], bX[i], Y[i], N[i], V[i])
+                _linear(p.H, p.b, Y, G)
                 for i in range(d):
-                    _drift(algo, t + dt, G[i], N[i], V[i], var[i], s0, e0, c1, c2, cX[i], cM[i], cU[i], eX[i])
+                    _drift(p, i, t + dt, G[i], N[i], V[i], cX[i], cM[i], cU[i], eX[i])
                     _average(aX[i], cX[i])
                     _average(aM[i], cM[i])
                     _average(aU[i], cU[i])
                     _average(bX[i], eX[i])
             for i in range(d):
-                _advance(algo, dt, s0 * c1, SW[i], aX[i], aM[i], aU[i], bX[i], X[i], M[i], U[i])
+                _advance(p, dt, SW[i], aX[i], aM[i], aU[i], bX[i], X[i], M[i], U[i])
 
 
-@njit(error_model="numpy", fastmath={"contract"})
-def _update(algo, lr, beta1, beta2, eps, bias1, bias2, frozen, X, M, V, G):
+@njit(inline="always", error_model="numpy", fastmath={"contract"})
+def _update(p, bias1, bias2, frozen, X, M, V, G):
     """One step of one coordinate. `frozen` < 0: the optimizer (OLD v, eps outside the root, NEW m);
-    otherwise `frozen` stands for lr / (bias1 (sqrt(v / bias2) + eps)), and the step is linear."""
+    otherwise `frozen` stands for lr / (bias1 (sqrt(v / bias2) + eps)), and the step is linear (paper, Defs. 2.3 and 2.4)."""
+    algo, lr, beta1, beta2, eps = p.algo, p.lr, p.beta1, p.beta2, p.eps
     for k in range(LANES):
         if algo == ADAM:
             M[k] += (1.0 - beta1) * (G[k] - M[k])
@@ -178,36 +220,13 @@ def _update(algo, lr, beta1, beta2, eps, bias1, bias2, frozen, X, M, V, G):
 
 
 @njit(parallel=True, cache=True, error_model="numpy", fastmath={"contract"})
-def discrete(
-    algo,
-    H,
-    b,
-    S,
-    x0,
-    m0,
-    v0,
-    lr,
-    beta1,
-    beta2,
-    eps,
-    sigma,
-    unit,
-    k0,
-    weights,
-    kind,
-    shape,
-    frozen,
-    observe,
-    seed,
-    first,
-    out,
-):
+def discrete(p, frozen, observe, seed, first, out):
     """Walk out.shape[2] paths of one optimizer on g = H x + b + sigma sum_j weights_j S xi_j.
 
     frozen (steps, d): the step factors of the twin that sees the same draws but never its own v; its moments
-    are known exactly, which makes it the control variate. out (observations, 6 d, paths), u = v / unit^2.
+    are known exactly, which makes it the control variate. out (observations, 6 d, paths), u = v / v_scale.
     """
-    d = H.shape[0]
+    d, weights = p.b.shape[0], p.weights
     zero = np.zeros(d)
     steps = frozen.shape[0]
     for block in prange(out.shape[2] // LANES):
@@ -218,32 +237,28 @@ def discrete(
         draw = np.empty(LANES)
         for twin in range(2):
             for i in range(d):
-                X[twin, i], M[twin, i], V[twin, i] = x0[i], m0[i], v0[i]
+                X[twin, i], M[twin, i], V[twin, i] = p.x0[i], p.m0[i], p.v0[i]
         seen = 0
         for step in range(steps + 1):
             if seen < observe.shape[0] and observe[seen] == step:
                 for twin in range(2):
-                    for i in range(d):
-                        r = 3 * d * twin + i
-                        for k in range(LANES):
-                            out[seen, r, block * LANES + k] = X[twin, i, k]
-                            out[seen, r + d, block * LANES + k] = M[twin, i, k]
-                            out[seen, r + 2 * d, block * LANES + k] = V[twin, i, k] / (unit * unit)
+                    lanes = out[seen, 3 * d * twin : 3 * d * (twin + 1), block * LANES : (block + 1) * LANES]
+                    lanes[:d], lanes[d : 2 * d], lanes[2 * d :] = X[twin], M[twin], V[twin] / p.v_scale
                 seen += 1
             if step == steps:
                 break
             for i in range(d):
                 for j in range(weights.shape[0]):
-                    noise(kind, shape, keys, ((step * weights.shape[0] + j) << 8) | i, draw)
+                    noise(p.law, p.shape, keys, ((step * weights.shape[0] + j) << 8) | i, draw)
                     for k in range(LANES):
-                        xi[i, k] = sigma * weights[j] * draw[k] + (xi[i, k] if j else 0.0)
-            _linear(S, zero, xi, z)
-            bias1 = 1.0 - beta1 ** (k0 + step + 1)
-            bias2 = 1.0 - beta2 ** (k0 + step)
+                        xi[i, k] = p.sigma * weights[j] * draw[k] + (xi[i, k] if j else 0.0)
+            _linear(p.S, zero, xi, z)
+            bias1 = 1.0 - p.beta1 ** (p.k0 + step + 1)
+            bias2 = 1.0 - p.beta2 ** (p.k0 + step)
             for twin in range(2):
-                _linear(H, b, X[twin], G)
+                _linear(p.H, p.b, X[twin], G)
                 for i in range(d):
                     for k in range(LANES):
                         G[i, k] += z[i, k]
                     f = frozen[step, i] if twin else -1.0
-                    _update(algo, lr, beta1, beta2, eps, bias1, bias2, f, X[twin, i], M[twin, i], V[twin, i], G[i])
+                    _update(p, bias1, bias2, f, X[twin, i], M[twin, i], V[twin, i], G[i])

@@ -9,8 +9,8 @@
     sigma    noise scale, > 0; a batch of B examples has sigma = 1/sqrt(B)
     xi       the noise in its own coordinates, z = R xi, mean 0, variance 1
 
-Section 2 of the paper asks of an oracle: smooth f and Sigma^(1/2) of polynomial growth, bounded moments of z,
-and low skewness, |E z^3| <= K / sigma. `conditions` answers for each, because the checks print it.
+Section 2 of the paper (arXiv 2205.10287) asks of an oracle: smooth f and Sigma^(1/2) of polynomial growth, bounded
+moments of z, and low skewness, |E z^3| <= K / sigma. `conditions` answers for each, because the checks print it.
 """
 
 from __future__ import annotations
@@ -22,16 +22,9 @@ from typing import Any, Protocol, runtime_checkable
 import numpy as np
 from numpy.typing import ArrayLike
 
-from scaling_exps.theory.keyed import KINDS, MAX_DIM, draws, picks
+from scaling_exps.theory.keyed import LAWS, MAX_DIM, draws, picks
 
 Array = np.ndarray
-DESCRIPTION = {
-    "gaussian": "Gaussian",
-    "rademacher": "Rademacher (+1 or -1)",
-    "exponential": "centred exponential, skewness 2 at every sigma",
-    "gamma": "centred gamma, skewness K/sigma",
-    "student_t": "Student-t",
-}
 
 
 @dataclass(frozen=True)
@@ -48,37 +41,37 @@ class Noise:
     """The law of xi: independent coordinates with mean 0 and variance 1.
 
     Args:
-        kind: one of `keyed.KINDS`.
+        law: one of `keyed.LAWS`.
         skew: gamma only: K > 0, the skewness is K / sigma.
         dof: student_t only: degrees of freedom, > 2 (the variance must exist).
     """
 
-    kind: str = "gaussian"
+    law: str = "gaussian"
     skew: float = 1.0
     dof: float = 3.0
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"noise {self.kind!r} is unknown; allowed: {', '.join(KINDS)}; choose one of them")
-        if self.kind == "gamma" and not (math.isfinite(self.skew) and self.skew > 0):
+        if self.law not in LAWS:
+            raise ValueError(f"noise {self.law!r} is unknown; allowed: {', '.join(LAWS)}; choose one of them")
+        if self.law == "gamma" and not (math.isfinite(self.skew) and self.skew > 0):
             raise ValueError(f"skew={self.skew} was given; allowed: K > 0 (skewness is K/sigma); pass skew=1.0")
-        if self.kind == "student_t" and not self.dof > 2:
+        if self.law == "student_t" and not self.dof > 2:
             raise ValueError(f"dof={self.dof} was given; allowed: dof > 2, else the variance is infinite; pass dof=3")
 
     def shape(self, sigma: float) -> float:
         """The shape parameter that `keyed.draws` needs at noise scale `sigma`."""
         positive("sigma", sigma)
-        return {"gamma": (2 * sigma / self.skew) ** 2, "student_t": self.dof}.get(self.kind, 0.0)
+        return {"gamma": (2 * sigma / self.skew) ** 2, "student_t": self.dof}.get(self.law, 0.0)
 
     def skewness(self, sigma: float) -> float:
         """E xi^3; nan where it does not exist."""
-        if self.kind == "student_t" and self.dof <= 3:
+        if self.law == "student_t" and self.dof <= 3:
             return math.nan
-        return {"exponential": 2.0, "gamma": self.skew / sigma}.get(self.kind, 0.0)
+        return {"exponential": 2.0, "gamma": self.skew / sigma}.get(self.law, 0.0)
 
     def conditions(self) -> tuple[Condition, Condition]:
-        heavy = self.kind == "student_t"
-        skewed = self.kind == "exponential"
+        heavy = self.law == "student_t"
+        skewed = self.law == "exponential"
         undefined = heavy and self.dof <= 3
         return (
             Condition(
@@ -92,7 +85,7 @@ class Noise:
                 else "E|z|^3 infinite"
                 if undefined
                 else f"E z^3 = {self.skew:g}/sigma"
-                if self.kind == "gamma"
+                if self.law == "gamma"
                 else "symmetric: E z^3 = 0",
             ),
         )
@@ -162,7 +155,7 @@ class Base:
 
     def draw(self, x: Array, sigma: float, seed: int, first: int, index: int) -> Array:
         """g of paths first .. first+N-1 at draw number `index`, at the points x (N, d): (N, d)."""
-        xi = draws(self.noise.kind, self.noise.shape(sigma), seed, first, len(x), self.dim, index)
+        xi = draws(self.noise.law, self.noise.shape(sigma), seed, first, len(x), self.dim, index)
         return self.grad(x) + sigma * xi @ self._root.T
 
     def conditions(self) -> tuple[Condition, ...]:
@@ -307,6 +300,11 @@ class Logistic:
                 "low skewness", True, "mean of B examples: E z^3 = O(1/sqrt(B)), small in practice for sigma < 1"
             ),
         )
+
+
+def apply(R: Array, w: Array) -> Array:
+    """R w for every path: R (d, r) or (N, d, r), w (N, r) -> (N, d)."""
+    return w @ R.T if R.ndim == 2 else np.einsum("ndr,nr->nd", R, w)
 
 
 def describe(oracle: Any) -> list[str]:

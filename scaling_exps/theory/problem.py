@@ -1,6 +1,6 @@
 """What is held fixed while the step shrinks: an oracle, an optimizer, the SDE's constants, a start, a horizon.
 
-symbol      name        meaning, paper section 4
+symbol      name        meaning (paper, arXiv 2205.10287, section 4)
 sigma0      sigma0      sigma eta (adaptive), sigma sqrt(eta) (SGD)
 eps0        eps0        eps eta
 c_i         c1, c2      (1 - beta_i) / eta^2
@@ -12,16 +12,59 @@ t0          t0          Adam's start; the horizon is counted from it
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
 
+from scaling_exps import rules
 from scaling_exps.rules import Family, Hyper
-from scaling_exps.theory.oracles import Quadratic, positive
+from scaling_exps.theory.oracles import Noise, Quadratic, positive
 
 Array = np.ndarray
 ALGORITHMS = ("rmsprop", "adam", "sgd")
+
+
+@dataclass(frozen=True)
+class Chain:
+    """The discrete side: hyperparameters and noise of every step of one optimizer, and how many steps it takes.
+
+    Args:
+        hyper: of the optimizer.
+        sigma: noise scale of one draw, > 0.
+        u_scale: the noise scale s of u = v / s^2: sigma, or sigma ell under SVAG.
+        steps: that cover the horizon.
+        family: whose rules apply.
+        k0: Adam's step counter at the start.
+        weights: of the independent draws of one step.
+    """
+
+    hyper: Hyper
+    sigma: float
+    u_scale: float
+    steps: int
+    family: Family = "adaptive"
+    k0: int = 0
+    weights: tuple[float, ...] = (1.0,)
+
+    def scaled(self, rule: rules.Rule, kappa: float) -> Chain:
+        """At kappa times the batch by a rule (sqrt: paper, Def. 5.2): sigma / sqrt(kappa), steps / kappa (equal data).
+
+        Raises:
+            ValueError: kappa does not divide the steps.
+        """
+        if self.steps % kappa or self.k0 % kappa:
+            raise ValueError(f"kappa={kappa} was given for {self.steps} steps from {self.k0}; allowed: common divisors")
+        hyper, sigma = rule.scale(self.hyper, rules.Move(1, kappa)), self.sigma / math.sqrt(kappa)
+        return Chain(hyper, sigma, sigma, round(self.steps / kappa), self.family, round(self.k0 / kappa))
+
+    def svag(self, ell: int) -> Chain:
+        """SVAG at `ell` (section 6): two draws of the same sigma, their sum as noisy as sigma sqrt(stretch)."""
+        hyper, stretch = rules.svag(self.hyper, ell, self.family)
+        return replace(
+            self, hyper=hyper, u_scale=self.sigma * math.sqrt(stretch), steps=self.steps * stretch,
+            k0=self.k0 * stretch, weights=rules.svag_weights(ell, self.family),
+        )  # fmt: skip
 
 
 @dataclass(frozen=True, eq=False)
@@ -85,19 +128,21 @@ class Problem:
         """Whether exact moments and fused kernels apply."""
         return isinstance(self.oracle, Quadratic)
 
-    def discretise(self, step: float) -> tuple[Hyper, float]:
-        """(hyperparameters, sigma) of the optimizer whose step covers `step` of time (section 4).
+    def discretise(self, step: float) -> Chain:
+        """The optimizer whose step covers `step` of time: eta^2 (eta for SGD), sigma = sigma0 / eta,
+        eps = eps0 / eta, beta_i = 1 - c_i eta^2 (section 4, "constants held fixed").
 
         >>> from scaling_exps.theory.oracles import Quadratic
-        >>> Problem("rmsprop", Quadratic([1.0])).discretise(1 / 16)
-        (Hyper(lr=0.25, betas=(0.96875,), eps=0.4, weight_decay=0.0), 4.0)
+        >>> Problem("rmsprop", Quadratic([1.0])).discretise(1 / 16).hyper
+        Hyper(lr=0.25, betas=(0.96875,), eps=0.4, weight_decay=0.0)
 
         Raises:
             ValueError: `step` at or above 1/(2 c2), or above 1/c1 (a beta would leave [0, 1)).
         """
         positive("step (eta^2)", step)
         if self.algorithm == "sgd":
-            return Hyper(step, (0.0,), 0.0, 0.0), self.sigma0 / math.sqrt(step)
+            sigma = self.sigma0 / math.sqrt(step)
+            return Chain(Hyper(step, (0.0,), 0.0, 0.0), sigma, sigma, self.steps(step), self.family)
         limit = min(0.5 / self.c2, 1 / self.c1 if self.algorithm == "adam" else math.inf)
         if step >= limit:
             raise ValueError(
@@ -108,7 +153,8 @@ class Problem:
         betas: tuple[float, ...] = (1 - self.c2 * step,)
         if self.algorithm == "adam":
             betas = (1 - self.c1 * step, *betas)
-        return Hyper(eta, betas, self.eps0 / eta, 0.0), self.sigma0 / eta
+        hyper, sigma = Hyper(eta, betas, self.eps0 / eta, 0.0), self.sigma0 / eta
+        return Chain(hyper, sigma, sigma, self.steps(step), self.family, self.steps(step, self.t0) if self.t0 else 0)
 
     def steps(self, step: float, time: float | None = None) -> int:
         """How many steps of `step` make `time` (the horizon): a whole number, or ValueError."""
@@ -120,3 +166,12 @@ class Problem:
                 f"nearest: {time / max(1, round(n)):g}"
             )
         return round(n)
+
+
+def reference(algorithm: str, noise: Noise | None = None) -> Problem:
+    """The laboratory's quadratic: two coupled coordinates, correlated noise, u and eps off equilibrium."""
+    oracle = Quadratic([[1.0, 0.3], [0.3, 0.6]], [[1.0, 0.4], [0.4, 0.8]], [0.1, -0.2], noise)
+    if algorithm == "adam":
+        x0, u0 = np.array([1.0, 0.8]), np.array([0.5, 2.0])
+        return Problem("adam", oracle, x0=x0, m0=0.3, u0=u0, eps0=0.3, c1=0.5, t0=0.5, horizon=2.0)
+    return Problem(algorithm, oracle, x0=np.array([1.0, -0.7]), u0=np.array([0.5, 1.5]), eps0=0.3, horizon=2.0)

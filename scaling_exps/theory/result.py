@@ -1,15 +1,84 @@
-"""What a check hands back, and how it is shown: rows, fits, a table, a figure, one JSON object."""
+"""What is measured, what is fitted to it, and what a check hands back: rows, verdicts, a table, a figure, JSON."""
 
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
-from scaling_exps.theory.weak import Measurement
-from scaling_exps.theory.weak import fit as fit_order
+import numpy as np
+from numpy.typing import ArrayLike
+from scipy import stats
+
+
+@dataclass(frozen=True, eq=False)
+class Measurement:
+    """Signed errors at the observation times."""
+
+    names: tuple[str, ...]  # of the nf test functions
+    times: np.ndarray  # (T,)
+    delta: np.ndarray  # (T, nf)
+    se: np.ndarray  # (T, nf)
+    paths: int
+
+    def minus(self, other: Measurement) -> Measurement:
+        """The difference of two measurements against the same reference: the gap between two runs."""
+        return replace(self, delta=self.delta - other.delta, se=np.hypot(self.se, other.se))
+
+    def worst(self) -> list[tuple[str, float, float]]:
+        """(function, max over times of |error|, standard error there)."""
+        k = np.abs(self.delta).argmax(0)
+        columns = range(len(self.names))
+        return [(self.names[j], float(abs(self.delta[k[j], j])), float(self.se[k[j], j])) for j in columns]
+
+
+@dataclass(frozen=True)
+class Fit:
+    """log error = slope log x + constant, by weighted least squares; interval at 95%."""
+
+    slope: float
+    interval: tuple[float, float]
+    points: int
+    resolved: bool  # at least three points rose above the noise
+
+
+def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0, floor: float = 0.02) -> Fit:
+    """The order of an error: its slope on log-log axes over the points that rise above the noise.
+
+    Args:
+        threshold: points with error < threshold * se are left out ("the noise wins").
+        floor: added to the relative errors, for the curvature that higher orders leave.
+    """
+    x, error, se = (np.asarray(a, float) for a in (x, error, se))
+    keep = error > np.maximum(threshold * se, 1e-13)
+    n = int(keep.sum())
+    if n < 3:
+        return Fit(math.nan, (math.nan, math.nan), n, False)
+    a, b = np.log(x[keep]), np.log(error[keep])
+    relative = np.hypot(se[keep] / error[keep], floor)
+    line, cov = np.polyfit(a, b, 1, w=1 / relative, cov="unscaled")
+    chi2 = float((((b - np.polyval(line, a)) / relative) ** 2).sum()) / (n - 2)
+    half = 1.96 * math.sqrt(max(chi2, 1.0) * cov[0, 0])
+    if chi2 < 1:  # few points: their scatter, by Student's t, where that is wider
+        half = max(half, float(stats.t.ppf(0.975, n - 2)) * math.sqrt(chi2 * cov[0, 0]))
+    slope = float(line[0])
+    return Fit(slope, (slope - half, slope + half), n, True)
+
+
+def ratio(a: float, se_a: float, b: float, se_b: float, z: float = 1.96) -> tuple[float, float]:
+    """Fieller's interval for a/b >= 0: (a - r b)^2 <= z^2 (se_a^2 + r^2 se_b^2); open above where b may be 0.
+
+    >>> ratio(1.0, 0.0, 0.5, 0.0)
+    (2.0, 2.0)
+    >>> ratio(1.0, 0.0, 0.1, 0.1)[1]
+    inf
+    """
+    A, B, C = b * b - (z * se_b) ** 2, a * b, a * a - (z * se_a) ** 2
+    root = math.sqrt(max(0.0, B * B - A * C))
+    return max(0.0, C / (B + root)), (B + root) / A if A > 0 else math.inf
 
 
 @dataclass(frozen=True)
@@ -35,8 +104,8 @@ class Row:
 class Verdict:
     """A measured quantity against the paper's prediction.
 
-    `passed` is None where the noise won (fewer than three points above it). For a control, which must fail
-    the prediction, `passed` says that it did fail.
+    `passed` is None where the noise won (fewer than three points above it). A control must fail the prediction, and
+    `passed` says that it did: its whole interval lies outside the tolerance (of a ratio: above the bound).
     """
 
     check: str
@@ -51,6 +120,7 @@ class Verdict:
     tolerance: float
     passed: bool | None
     control: bool = False
+    x: float | None = None  # where a quantity that is no slope stands on the axis of the figure
 
     def json(self) -> dict[str, Any]:
         out = {k: _number(v) for k, v in vars(self).items() if k != "passed"}
@@ -113,14 +183,15 @@ class Result:
         """Fit the order of every function (or `only` some) against the axis and record the verdicts."""
         for function in only or self.functions(optimizer, noise, arm):
             x, error, se = (a[skip_first:] for a in self.series(optimizer, noise, arm, function))
-            f = fit_order([a + shift for a in x], error, se)
-            inside = abs(f.slope - expected) <= tolerance
-            passed = None if not f.resolved else bool(inside) is not control
+            f = fit([a + shift for a in x], error, se)
+            passed = abs(f.slope - expected) <= tolerance
+            if control:
+                passed = f.interval[1] < expected - tolerance or f.interval[0] > expected + tolerance
             name = {"eta2": "eta^2", "ell": "ell", "kappa": "kappa - 1" if shift else "kappa"}[self.axis]
             self.fits.append(
                 Verdict(
                     self.check, optimizer, noise, arm, function, f"slope in {name}", f.slope, f.interval, expected,
-                    tolerance, passed, control,
+                    tolerance, passed if f.resolved else None, control,
                 )
             )  # fmt: skip
 
@@ -161,7 +232,9 @@ def show(results: Sequence[Result], console: Any) -> None:
             pm = f" ± {f.tolerance:.2g}" if f.tolerance else ""
             verdict = "noise wins" if f.passed is None else "pass" if f.passed else "FAIL"
             if f.control:
-                verdict = "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: it holds"
+                verdict = (
+                    "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: not shown to fail"
+                )
             table.add_row(
                 f.optimizer, f.noise, f.arm, f.function, f.quantity, f"{f.slope:.3f}",
                 f"[{f.interval[0]:.3f}, {f.interval[1]:.3f}]".replace("[", r"\["),
@@ -174,26 +247,65 @@ def show(results: Sequence[Result], console: Any) -> None:
 
 
 def draw(result: Result, path: Path) -> None:
-    """The figure of a check: error against the axis on log-log scales, one panel an optimizer and noise."""
-    import matplotlib
+    """The figure of a check as a PNG, 1000 pixels wide: what its verdicts judge, against its axis, log-log.
 
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
+    Of every arm the functions that were judged: of a rule all, of a control one. Verdicts that have an `x` are drawn
+    as points beside their prediction (a line).
+    """
+    from matplotlib.figure import Figure
 
-    panels = list(dict.fromkeys((r.optimizer, r.noise) for r in result.rows))
-    arms = list(dict.fromkeys(r.arm for r in result.rows))
-    single = len(arms) == 1
-    fig, axes = plt.subplots(1, len(panels), figsize=(4.2 * len(panels), 3.6), squeeze=False, layout="constrained")
-    for ax, (optimizer, noise) in zip(axes[0], panels, strict=True):
-        for i, arm in enumerate(arms):
-            for j, function in enumerate(result.functions(optimizer, noise, arm)):
-                x, e, s = result.series(optimizer, noise, arm, function)
-                color = f"C{(j if single else i) % 10}"
-                label = function if single else arm if j == 0 else None
-                ax.errorbar(x, e, s, color=color, label=label, lw=0.9, ms=3, marker="o" if i < 10 else "s", alpha=0.8)
-        ax.set(xscale="log", yscale="log", xlabel=result.axis, title=f"{optimizer}, {noise}")
-        ax.legend(fontsize=6, ncols=2)
-    axes[0][0].set_ylabel("error")
-    fig.suptitle(f"{result.check}: {result.claim}", fontsize=8)
-    fig.savefig(path, dpi=90)
-    plt.close(fig)
+    points = [v for v in result.fits if v.x is not None]
+    if points:
+        panels = list(dict.fromkeys((v.optimizer, v.function.split(",")[0]) for v in points))
+    else:
+        panels = list(dict.fromkeys((v.optimizer, v.noise) for v in result.fits))
+    columns = min(2, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(1.6 + 2.8 * columns, 3.1 * rows + 1.2), dpi=140, layout="constrained")
+    axes = figure.subplots(rows, columns, squeeze=False).ravel()
+    entries: dict[str, Any] = {}
+    for ax, panel in zip(axes, panels, strict=False):
+        xs = _draw_points(ax, points, panel, entries) if points else _draw_errors(ax, result, *panel, entries)
+        xs = [x for x in xs if math.log2(x).is_integer()]  # others stand too close for words
+        ax.set(xscale="log", yscale="log", xlabel=_AXES[result.axis])
+        ax.set_xticks(xs, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in xs])
+        ax.set_title(", ".join(panel), fontsize=11)
+        ax.set_xticks([], minor=True)
+        ax.grid(alpha=0.25)
+    for ax in axes[len(panels) :]:
+        ax.remove()
+    for ax in axes[: len(panels) : columns]:
+        ax.set_ylabel("ratio to kappa = 1" if points else "error")
+    figure.suptitle("\n".join(textwrap.wrap(f"{result.check}: {result.claim}", 15 + 30 * columns)), fontsize=11)
+    title = "points: measured, lines: closed form" if points else "one line a test function"
+    figure.legend(
+        entries.values(), entries.keys(), title=title, loc="outside lower center", ncols=2, fontsize=10,
+        title_fontsize=10, frameon=False,
+    )  # fmt: skip
+    figure.savefig(path)
+
+
+_AXES = {"eta2": "time of one step", "ell": "ell", "kappa": "kappa"}
+
+
+def _draw_errors(ax: Any, result: Result, optimizer: str, noise: str, entries: dict[str, Any]) -> list[float]:
+    arms = list(dict.fromkeys(v.arm for v in result.fits))
+    lines = dict.fromkeys((v.arm, v.function) for v in result.fits if (v.optimizer, v.noise) == (optimizer, noise))
+    seen: list[float] = []
+    for arm, function in lines:
+        x, error, se = result.series(optimizer, noise, arm, function)
+        i, width = arms.index(arm), 0.8 if len(lines) > 2 * len(arms) else 1.6
+        entries[arm] = ax.errorbar(x, error, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=width)
+        seen += x
+    return sorted(set(seen))
+
+
+def _draw_points(ax: Any, verdicts: list[Verdict], panel: tuple[str, str], entries: dict[str, Any]) -> list[float]:
+    chosen = [v for v in verdicts if (v.optimizer, v.function.split(",")[0]) == panel]
+    for i, name in enumerate(dict.fromkeys(v.function.split(", ")[1] for v in chosen)):
+        line = [v for v in chosen if v.function.endswith(", " + name)]
+        x = [v.x for v in line]
+        ax.plot(x, [v.expected for v in line], color=f"C{i}", lw=1)
+        half = [(v.interval[1] - v.interval[0]) / 2 for v in line]
+        entries[name] = ax.errorbar(x, [v.slope for v in line], half, color=f"C{i}", marker="o", ms=5, ls="")
+    return sorted({v.x for v in chosen if v.x is not None})

@@ -1,4 +1,4 @@
-"""SDE simulators (paper, section 4), and Euler-Maruyama for any SDE.
+"""SDE simulators (paper, arXiv 2205.10287: Def. 4.1 and its Adam twin in section 4), and Euler-Maruyama for any SDE.
 
     RMSprop  dtheta = -P^-1 (grad f dt + sigma0 R dW),  du = c2 (diag Sigma - u) dt,  P = sigma0 sqrt(u) + eps0
     Adam     dtheta = -(sqrt(g2)/g1) P^-1 m dt,  dm = c1 (grad f - m) dt + sigma0 c1 R dW,  du as above,
@@ -18,8 +18,8 @@ from collections.abc import Callable
 import numpy as np
 
 from scaling_exps.theory import kernels
-from scaling_exps.theory.discrete import apply, dyadic_level
-from scaling_exps.theory.keyed import LANES, brownian
+from scaling_exps.theory.keyed import LANES, brownian, dyadic_level
+from scaling_exps.theory.oracles import apply
 from scaling_exps.theory.problem import ALGORITHMS, Problem
 
 Array = np.ndarray
@@ -68,29 +68,12 @@ def simulate(
     S = np.ascontiguousarray(o.root(np.zeros((1, d))))
     x0, m0, u0 = problem.start
     out = np.empty((len(observe), 3 * d, -(-paths // LANES) * LANES))
-    kernels.sde(
-        ALGORITHMS.index(problem.algorithm),
-        np.ascontiguousarray(o.H),
-        o.b,
-        S,
-        np.diag(S @ S.T).copy(),
-        x0,
-        m0,
-        u0,
-        problem.sigma0,
-        problem.eps0,
-        problem.c1,
-        problem.c2,
-        problem.t0,
-        level,
-        int(observe[-1]),
-        observe,
-        seed,
-        first // LANES,
-        increments == "two_point",
-        scheme == "heun",
-        out,
-    )
+    parameters = kernels.Flow(
+        algo=ALGORITHMS.index(problem.algorithm), H=np.ascontiguousarray(o.H), b=o.b, S=S,
+        var=np.diag(S @ S.T).copy(), x0=x0, m0=m0, u0=u0, s0=problem.sigma0, e0=problem.eps0,
+        c1=problem.c1, c2=problem.c2, t0=problem.t0,
+    )  # fmt: skip
+    kernels.sde(parameters, level, observe, seed, first // LANES, increments == "two_point", scheme == "heun", out)
     return out[:, :, :paths]
 
 

@@ -1,6 +1,6 @@
 # mypy: disable-error-code="no-any-return"
 
-"""Weak error: |E g(x_k) - E g(X_t)| for a set of test functions g, with standard errors, and its order.
+"""Weak error |E g(x_k) - E g(X_t)| (paper, section 3) for a set of test functions g, with standard errors.
 
 The SDE's side is exact on quadratics (`exact.sde_moments`). The discrete side is Monte Carlo, with the frozen
 twin as control variate: it sees the same draws, its moments are known exactly, and it differs from the run
@@ -13,19 +13,16 @@ only by the fluctuation of v, so what is left to average has a standard deviatio
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike
-from scipy import stats
 from threadpoolctl import threadpool_limits
 
-from scaling_exps import rules
-from scaling_exps.rules import Hyper
 from scaling_exps.theory import discrete, exact, sde
 from scaling_exps.theory.keyed import LANES
-from scaling_exps.theory.problem import Problem
+from scaling_exps.theory.problem import Chain, Problem
+from scaling_exps.theory.result import Measurement
 
 Array = np.ndarray
 CHUNK = 1 << 15  # paths held at once
@@ -65,7 +62,7 @@ def functions(problem: Problem) -> Functions:
     """The test functions for this optimizer (SGD has theta alone, RMSprop no m)."""
     d = problem.oracle.dim
     letters = {"rmsprop": "xu", "adam": "xmu", "sgd": "x"}[problem.algorithm]
-    rows = {c: [3 * "xmu".index(c) * d // 3 + i for i in range(d)] for c in letters}
+    rows = {c: ["xmu".index(c) * d + i for i in range(d)] for c in letters}
     label = {"x": "theta", "m": "m", "u": "u"}
     first = [r for c in letters for r in rows[c]]
     names = [f"{label[c]}[{i}]" for c in letters for i in range(d)]
@@ -84,108 +81,41 @@ def functions(problem: Problem) -> Functions:
     return Functions((*names, "f", "cos(sum theta)"), tuple(first), tuple(pairs), problem.oracle)
 
 
-@dataclass(frozen=True, eq=False)
-class Run:
-    """One discrete optimizer to be measured: what is executed, and how many steps cover the horizon."""
-
-    hyper: Hyper
-    sigma: float  # noise scale of one draw
-    unit: float  # noise scale that u = v / unit^2 refers to: sigma, or sigma ell under SVAG
-    steps: int
-    k0: int = 0
-    weights: tuple[float, ...] = (1.0,)
-
-
-@dataclass(frozen=True, eq=False)
-class Measurement:
-    """Signed errors at the observation times."""
-
-    names: tuple[str, ...]
-    times: Array
-    delta: Array
-    se: Array
-    paths: int
-
-    def minus(self, other: Measurement) -> Measurement:
-        """The difference of two measurements against the same reference: the gap between two runs."""
-        return replace(self, delta=self.delta - other.delta, se=np.hypot(self.se, other.se))
-
-    def worst(self) -> list[tuple[str, float, float]]:
-        """(function, max over times of |error|, standard error there)."""
-        k = np.abs(self.delta).argmax(0)
-        columns = range(len(self.names))
-        return [(self.names[j], float(abs(self.delta[k[j], j])), float(self.se[k[j], j])) for j in columns]
-
-
-def plain_run(problem: Problem, step: float) -> Run:
-    """The optimizer at `step` of time a step, without rule or SVAG."""
-    hyper, sigma = problem.discretise(step)
-    return Run(hyper, sigma, sigma, problem.steps(step), discrete.start_step(problem, step))
-
-
-def scaled_run(problem: Problem, base: Run, rule: rules.Rule, kappa: float) -> Run:
-    """`base` moved to kappa times its batch by a rule: sigma/sqrt(kappa), steps/kappa (equal data)."""
-    sigma = base.sigma / math.sqrt(kappa)
-    steps = base.steps / kappa
-    if steps != round(steps) or base.k0 / kappa != round(base.k0 / kappa):
-        raise ValueError(f"kappa={kappa} was given for {base.steps} steps from {base.k0}; allowed: common divisors")
-    return Run(rule.scale(base.hyper, rules.Move(1, kappa)), sigma, sigma, round(steps), round(base.k0 / kappa))
-
-
-def svag_run(problem: Problem, base: Run, ell: int) -> Run:
-    """SVAG at `ell` through `rules`: two draws of the same sigma, their sum as noisy as sigma sqrt(stretch)."""
-    hyper, stretch = rules.svag(base.hyper, ell, problem.family)
-    unit = base.sigma * math.sqrt(stretch)
-    weights = rules.svag_weights(ell, problem.family)
-    return Run(hyper, base.sigma, unit, base.steps * stretch, base.k0 * stretch, weights)
-
-
 def measure(
     problem: Problem,
-    run: Run,
+    chain: Chain,
     times: Array,
     *,
     seed: int,
     budget: float = BUDGET,
     target: float = TARGET,
 ) -> Measurement:
-    """Weak error of `run` against the exact SDE of a quadratic `problem`.
+    """Weak error of `chain` against the exact SDE of a quadratic `problem`.
 
     The run sizes itself: paths are added until every error stands `1/target` standard errors above zero, or
     `budget` coordinate-steps are spent; memory does not depend on either.
 
     Args:
-        times: (T,) increasing times after t0, each a whole number of the run's steps.
+        times: (T,) increasing times after t0, each a whole number of the chain's steps.
         target: wanted standard error / error.
     """
     g = functions(problem)
-    fractions = np.asarray(times, float) / problem.horizon * run.steps
+    fractions = np.asarray(times, float) / problem.horizon * chain.steps
     observe = np.round(fractions).astype(np.int64)
     if np.abs(fractions - observe).max() > 1e-6:
-        raise ValueError(f"times {list(times)} were given for {run.steps} steps; allowed: whole numbers of steps")
-    variance = sum(w * w for w in run.weights)
-    twin = exact.frozen_twin(problem, run.hyper, run.sigma, run.unit, variance, run.steps, run.k0, observe)
+        raise ValueError(f"times {list(times)} were given for {chain.steps} steps; allowed: whole numbers of steps")
+    twin = exact.frozen_twin(problem, chain, observe)
     reference = np.stack([g.expectation(m) for m in exact.sde_moments(problem, times)])  # (T, nf)
     controls = _Controls(problem)
     known = [controls.expectation(m) for m in twin.moments]
     sums = [_Sums(len(g.names) + len(k)) for k in known]
     d = problem.oracle.dim
-    per_path = run.steps * d * (len(run.weights) + 1)
+    per_path = chain.steps * d * (len(chain.weights) + 1)
     done = 0
     while True:
         blocks = max(1, min(CHUNK, max(done, CHUNK // 4)) // LANES)
         states = discrete.run_fused(
-            problem,
-            run.hyper,
-            run.sigma,
-            twin.factors,
-            observe,
-            blocks=blocks,
-            first_block=done // LANES,
-            seed=seed,
-            k0=run.k0,
-            weights=run.weights,
-            unit=run.unit,
+            problem, chain, twin.factors, observe, blocks=blocks, first_block=done // LANES, seed=seed
         )
         for t, s in enumerate(sums):
             rows = np.concatenate(
@@ -205,7 +135,7 @@ class _Controls:
     def __init__(self, problem: Problem) -> None:
         d = problem.oracle.dim
         self.d, self.p = d, 2 * d if problem.algorithm == "adam" else d
-        self.cosine = problem.oracle.noise.kind == "gaussian"
+        self.cosine = problem.oracle.noise.law == "gaussian"
         self.with_u = problem.algorithm != "sgd"
         self.pairs = [(i, j) for i in range(self.p) for j in range(i, self.p)]
 
@@ -250,41 +180,6 @@ class _Sums:
         return delta, scale[:nf] * np.sqrt(left.clip(1e-24) / self.n)
 
 
-@dataclass(frozen=True)
-class Fit:
-    """log error = slope log x + constant, by weighted least squares; interval at 95%."""
-
-    slope: float
-    interval: tuple[float, float]
-    points: int
-    resolved: bool  # at least three points rose above the noise
-
-
-def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0, floor: float = 0.02) -> Fit:
-    """The order of an error: its slope on log-log axes over the points that rise above the noise.
-
-    Args:
-        threshold: points with error < threshold * se are left out ("the noise wins").
-        floor: added to the relative errors, for the curvature that higher orders leave.
-    """
-    x, error, se = (np.asarray(a, float) for a in (x, error, se))
-    keep = error > np.maximum(threshold * se, 1e-13)
-    n = int(keep.sum())
-    if n < 3:
-        return Fit(math.nan, (math.nan, math.nan), n, False)
-    a, b = np.log(x[keep]), np.log(error[keep])
-    w = 1 / ((se[keep] / error[keep]) ** 2 + floor**2)
-    centre = np.average(a, weights=w)
-    ss = np.sum(w * (a - centre) ** 2)
-    slope = float(np.sum(w * (a - centre) * b) / ss)
-    residual = b - np.average(b, weights=w) - slope * (a - centre)
-    chi2 = float(np.sum(w * residual**2)) / (n - 2)
-    half = 1.96 * math.sqrt(max(chi2, 1.0) / ss)
-    if chi2 < 1:  # few points: their scatter, by Student's t, where that is wider
-        half = max(half, float(stats.t.ppf(0.975, n - 2)) * math.sqrt(chi2 / ss))
-    return Fit(slope, (slope - half, slope + half), n, True)
-
-
 def paired(
     problem: Problem, step: float, times: Array, *, paths: int, seed: int, refine: int = 4, chunk: int = 1 << 13
 ) -> Measurement:
@@ -297,16 +192,15 @@ def paired(
         step: 1, 1/2, 1/4, ...; times: whole numbers of it.
         paths: how many; seed: of the Brownian path.
     """
-    hyper, sigma = problem.discretise(step)
-    k0, n = discrete.start_step(problem, step), problem.steps(step)
+    chain = problem.discretise(step)
     observe = [problem.steps(step, float(t)) for t in times]
     d = problem.oracle.dim
     g = functions(problem)
     sums = [_Sums(len(g.names)) for _ in times]
     for first in range(0, paths, chunk):
         size = min(chunk, paths - first)
-        draw = discrete.coupled_draw(problem, sigma, step, seed, first, size)
-        rows = discrete.run(problem, hyper, sigma, n, observe, paths=size, seed=seed, first=first, k0=k0, draw=draw)
+        draw = discrete.coupled_draw(problem, chain.sigma, step, seed, first, size)
+        rows = discrete.run(problem, chain, observe, paths=size, seed=seed, first=first, draw=draw)
         fine = [
             sde.simulate(problem, step / 2**r, times, paths=size, seed=seed, first=first) for r in (refine, refine + 1)
         ]

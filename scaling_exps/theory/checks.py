@@ -1,0 +1,379 @@
+"""The checks: what the paper predicts, measured, with controls that must break it. `scalerun theory NAME` runs one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+from scipy import stats
+
+from scaling_exps import optim, rules
+from scaling_exps.rules import RULES, Hyper, Move
+from scaling_exps.theory import discrete, exact, sde, weak
+from scaling_exps.theory.keyed import LANES, MAX_DIM, draws
+from scaling_exps.theory.oracles import Linear, Noise, Quadratic, TwoWell, describe
+from scaling_exps.theory.problem import Chain, Problem, reference
+from scaling_exps.theory.result import Result, Row, Verdict, ratio
+
+STEPS = tuple(2.0**-k for k in range(3, 8))  # eta^2 = 1/8 ... 1/128
+TIMES = np.array([0.5, 1.0, 1.5, 2.0])  # the error is the largest over these
+BASE_STEP = 1 / 256
+KAPPAS = (4, 8, 16, 32)
+# the paper's rule and its controls; further rules answer other questions, or are these without weight decay
+CONTROLLED = ("sqrt", "linear", "lr_only", "none", "sqrt_without_betas", "sqrt_without_eps", "linear_scaled")
+
+
+def weak_order(seed: int = 0, budget: float = 1.5e8) -> Result:
+    """max_t |E g(x_k) - E g(X_t)| falls like eta^2 (RMSprop, Adam) or eta (SGD)."""
+    r = Result("weak_order", "error of E g is O(eta^2) (RMSprop, Adam), O(eta) (SGD)", "eta2")
+    r.conditions = describe(reference("rmsprop").oracle)
+    r.notes.append("for SGD the column eta2 holds eta, the time of one of its steps")
+    for algorithm in ("rmsprop", "adam", "sgd"):
+        p = reference(algorithm)
+        paths = []
+        for step in STEPS:
+            m = weak.measure(p, p.discretise(step), TIMES, seed=seed, budget=budget)
+            r.add(m, algorithm, "gaussian", "paper", step)
+            paths.append(m.paths)
+        r.judge(algorithm, "gaussian", "paper", 1.0, 0.15)
+        r.notes.append(f"{algorithm}: sized itself to {', '.join(map(str, paths))} paths for the five steps")
+    p = Problem("rmsprop", TwoWell(), x0=1.5, u0=0.5, eps0=0.3, sigma0=0.5)
+    for step in STEPS[1:]:
+        m = weak.paired(p, step, np.array([0.5, 1.0]), paths=1 << 12, seed=seed, refine=2)
+        r.add(m, "rmsprop", "gaussian, two wells", "paper", step)
+    r.judge("rmsprop", "gaussian, two wells", "paper", 1.0, 0.15)
+    r.conditions += [f"two wells: {line}" for line in describe(p.oracle)]
+    r.notes.append("two wells: optimizer and SDE on the same Brownian path, 4096 paths, dt extrapolated to 0")
+    return r
+
+
+def svag(seed: int = 0, budget: float = 3e8) -> Result:
+    """SVAG's error falls like 1/ell^2 (1/ell for SGD); leaving beta or eps unscaled does not converge."""
+    r = Result("svag", "SVAG converges like 1/ell^2 (SGD: 1/ell); with a wrong beta, eps or weight it does not", "ell")
+    r.conditions = describe(reference("rmsprop").oracle)
+    for algorithm in ("rmsprop", "adam", "sgd"):
+        p = reference(algorithm)
+        base = p.discretise(1 / 8)
+        for ell in (1, 2, 4, 8):
+            run = base.svag(ell)
+            m = weak.measure(p, run, TIMES, seed=seed, budget=budget)
+            r.add(m, algorithm, "gaussian", "svag", 1 / 8, ell)
+            if ell > 4 or algorithm == "sgd":
+                continue
+            wrong = {
+                "beta unscaled": replace(run, hyper=replace(run.hyper, betas=base.hyper.betas)),
+                "eps unscaled": replace(run, hyper=replace(run.hyper, eps=base.hyper.eps)),
+                "sqrt(2 ell - 1)": replace(run, weights=rules.svag_weights(ell, "sgd")),
+            }
+            for arm, bad in wrong.items():
+                m = weak.measure(p, bad, TIMES, seed=seed, budget=budget / 20)
+                r.add(m, algorithm, "gaussian", arm, 1 / 8, ell)
+        r.judge(algorithm, "gaussian", "svag", -1.0 if algorithm == "sgd" else -2.0, 0.2)
+        for arm in ("beta unscaled", "eps unscaled", "sqrt(2 ell - 1)") if algorithm != "sgd" else ():
+            last = {n: r.series(algorithm, "gaussian", arm, n)[1][-1] for n in r.functions(algorithm, "gaussian", arm)}
+            r.judge(algorithm, "gaussian", arm, -2.0, 0.2, only=[max(last, key=lambda n: last[n])], control=True)
+    return r
+
+
+def _skewed(noise: Noise) -> Problem:
+    oracle = Quadratic([1.0, 0.6], noise=noise)
+    return Problem("rmsprop", oracle, x0=np.array([0.5, 0.4]), u0=np.array([1.0, 0.8]), horizon=2.0)
+
+
+def skewness(seed: int = 0, budget: float = 3e7) -> Result:
+    """Fixed skewness costs half an order; skewness K/sigma, or SVAG, gives it back."""
+    r = Result("skewness", "fixed skewness breaks order 1; K/sigma keeps it, SVAG restores it", "eta2")
+    means = ("theta[0]", "theta[1]")
+    vanishing = Noise("gamma", skew=2 * np.sqrt(8.0))  # skewness 2 at eta^2 = 1/8, sigma = sqrt(8)
+    for noise, expected in ((Noise("exponential"), 0.5), (vanishing, 1.0)):
+        p = _skewed(noise)
+        r.conditions += [f"{noise.law}: {line}" for line in describe(p.oracle)]
+        for step in STEPS if noise.law == "exponential" else STEPS[:4]:
+            m = weak.measure(p, p.discretise(step), TIMES, seed=seed, budget=budget)
+            r.add(m, "rmsprop", noise.law, "paper", step)
+        if noise.law == "exponential":
+            r.judge("rmsprop", noise.law, "paper", 1.0, 0.15, only=means, control=True)
+        r.judge("rmsprop", noise.law, "paper", expected, 0.15, only=means)
+    p = _skewed(Noise("exponential"))
+    base = p.discretise(1 / 8)
+    by_ell = Result("skewness", r.claim, "ell")
+    for ell in (1, 2, 3, 4, 6):
+        m = weak.measure(p, base.svag(ell), TIMES, seed=seed, budget=budget)
+        by_ell.add(m, "rmsprop", "exponential", "svag", 1 / 8 / ell**2, ell)
+    by_ell.judge("rmsprop", "exponential", "svag", -2.0, 0.2, only=means, skip_first=1)
+    r.rows += by_ell.rows
+    r.fits += by_ell.fits
+    r.notes.append("SVAG multiplies skewness by (3 ell^2 - 1)/(2 ell^3): its order shows from ell = 2 on")
+    r.notes.append("in the figure SVAG stands at eta^2 / ell^2, the time of one of its steps")
+    return r
+
+
+def integrator(seed: int = 0, paths: int = 1 << 16) -> Result:
+    """The SDE integrator alone, on problems with known solutions."""
+    r = Result("integrator", "Euler-Maruyama: strong 1/2 (1 if additive), weak 1; Heun, additive noise: weak 2", "eta2")
+    r.notes.append("the column eta2 holds dt")
+    few = paths // 4
+    for level in range(4, 9):  # dX = -X/2 dt + X dW, X = exp(-t + W): multiplicative noise, E X = e^(-t/2)
+        x, w = sde.euler_maruyama(lambda t, x: -0.5 * x, lambda t, x: x, 1.0, 1.0, level, paths=few, seed=seed)
+        gap = x - np.exp(w - 1.0)  # the exact solution on the same path: a perfect control variate
+        _record(r, "euler", "geometric", "strong", level, np.abs(gap))
+        # dX = -X dt + X/2 dW, X = exp(-9t/8 + W/2): less noise, so that the weak error rises above it
+        x, w = sde.euler_maruyama(lambda t, x: -x, lambda t, x: 0.5 * x, 1.0, 1.0, level, paths=few, seed=seed)
+        _record(r, "euler", "geometric", "weak", level, x - np.exp(-1.125 + 0.5 * w))
+        # dX = (2X/(1+t) + (1+t)^2/2) dt + (1+t)^2/2 dW, X = (1+t)^2 (X_0 + (W+t)/2): additive noise
+        x, w = sde.euler_maruyama(
+            lambda t, x: 2 * x / (1 + t) + (1 + t) ** 2 / 2,
+            lambda t, x: np.full_like(x, (1 + t) ** 2 / 2),
+            1.0,
+            1.0,
+            level,
+            paths=few,
+            seed=seed,
+        )
+        _record(r, "euler", "additive", "strong", level, np.abs(x - 4 * (1 + (w + 1) / 2)))
+    r.judge("euler", "geometric", "strong", 0.5, 0.1)
+    r.judge("euler", "geometric", "weak", 1.0, 0.15)
+    r.judge("euler", "additive", "strong", 1.0, 0.1)
+    for algorithm in ("rmsprop", "adam"):
+        p = reference(algorithm)
+        g = weak.functions(p)
+        truth = g.expectation(exact.sde_moments(p, np.array([1.0]))[0])
+        fine = g(sde.simulate(p, 2.0**-10, np.array([1.0]), paths=paths, seed=seed, scheme="heun")[0])
+        for scheme, expected in (("euler", 1.0), ("heun", 2.0)):
+            for level in range(2, 7):
+                x = g(sde.simulate(p, 2.0**-level, np.array([1.0]), paths=paths, seed=seed, scheme=scheme)[0])
+                for name in ("theta[0]", "theta[0]^2", "f"):
+                    j = g.names.index(name)
+                    slope = np.cov(x[j], fine[j])[0, 1] / np.var(fine[j])
+                    _record(r, scheme, algorithm, name, level, x[j] - slope * (fine[j] - truth[j]) - truth[j])
+            for name in ("theta[0]", "theta[0]^2", "f"):
+                r.judge(scheme, algorithm, name, expected, 0.25)
+    return r
+
+
+def _record(r: Result, optimizer: str, noise: str, arm: str, level: int, samples: np.ndarray) -> None:
+    error, se = abs(float(samples.mean())), float(samples.std() / np.sqrt(len(samples)))
+    r.rows.append(Row(r.check, optimizer, noise, arm, 2.0**-level, 1, 1, arm, error, se))
+
+
+def scaling_rule(seed: int = 0, budget: float = 1e8) -> Result:
+    """The law of the trajectory at equal data, kappa against the base run, under each rule of `rules`."""
+    r = Result("scaling_rule", "sqrt keeps the law (gap about (kappa-1) eta^2); the other rules do not", "kappa")
+    r.conditions = describe(reference("rmsprop").oracle)
+    for algorithm in ("rmsprop", "adam"):
+        p = reference(algorithm)
+        base = p.discretise(BASE_STEP)
+        at_base = weak.measure(p, base, TIMES, seed=seed, budget=2 * budget)
+        for name in CONTROLLED:
+            for kappa in KAPPAS:
+                run = base.scaled(RULES[name], kappa)
+                share = 1.0 if name == "sqrt" else 0.05
+                m = weak.measure(p, run, TIMES, seed=seed + 1, budget=budget * share)
+                r.add(m.minus(at_base), algorithm, "gaussian", name, BASE_STEP, kappa=kappa)
+        r.judge(algorithm, "gaussian", "sqrt", 1.0, 0.2, shift=-1.0)
+        for name in CONTROLLED:
+            if name != "sqrt":
+                r.fits.append(_ratio(r, algorithm, "gaussian", name, "sqrt", max(KAPPAS), 3.0))
+    r.notes.append(
+        f"base eta^2 = {BASE_STEP:g}; the gap of each rule to the base run itself, largest over {len(TIMES)} times"
+    )
+    r.notes.append(
+        "a control is judged on the function whose ratio to sqrt has the highest lower bound (at 95% for all together)"
+    )
+    r.notes.append("'linear' is lr x kappa with betas and eps left alone")
+    return r
+
+
+def _ratio(r: Result, optimizer: str, noise: str, arm: str, against: str, kappa: float, least: float) -> Verdict:
+    """error(arm) / error(against) at `kappa`, a control: the lower end of Fieller's interval must reach `least`.
+
+    The function with the highest lower end (and a denominator above the noise) speaks for all, so the intervals hold
+    at 95% for all of them at once (Bonferroni).
+    """
+    rows = [x for x in r.rows if (x.optimizer, x.noise, x.kappa) == (optimizer, noise, kappa)]
+    pairs = {
+        a.function: (a, b) for a in rows for b in rows if a.function == b.function and (a.arm, b.arm) == (arm, against)
+    }
+    z = float(stats.norm.ppf(1 - 0.025 / len(pairs)))
+    intervals = {f: ratio(a.error, a.standard_error, b.error, b.standard_error, z) for f, (a, b) in pairs.items()}
+    best = max(intervals, key=lambda f: (math.isfinite(intervals[f][1]), intervals[f][0]))
+    value = pairs[best][0].error / pairs[best][1].error
+    quantity = f"ratio to {against} at kappa={kappa:g}"
+    return Verdict(
+        r.check, optimizer, noise, arm, best, quantity, value, intervals[best], least, 0.0, intervals[best][0] >= least,
+        control=True,
+    )  # fmt: skip
+
+
+def noise_dominance(seed: int = 0, paths: int = 1 << 16) -> Result:
+    """On a linear loss the rule's deviation is known: displacement x sqrt((1+r)/(1+kr)), variance x its square."""
+    r = Result("noise_dominance", "linear loss: displacement times sqrt((1+r)/(1+kappa r)) after equal data", "kappa")
+    ratios = np.array([0.001, 0.01, 0.1, 1.0, 10.0])  # r_i = (mean gradient)^2 / variance, at the base batch
+    base = Hyper(1e-2, (1 - 1e-5,), 0.0, 0.0)
+    steps, d, kappas = 1024, len(ratios), (1, 4, 16, 64)
+    oracle = Linear(np.sqrt(ratios))
+    r.conditions = describe(oracle)
+    mean, mean_se, var, var_se = {}, {}, {}, {}
+    for kappa in kappas:
+        p = Problem("rmsprop", oracle, x0=0.0, u0=1 + kappa * ratios, eps0=0.0)
+        chain = Chain(base, 1.0, 1.0, steps).scaled(RULES["sqrt"], kappa)
+        end = np.array([chain.steps])
+        twin = exact.frozen_twin(p, chain, end)
+        states = discrete.run_fused(
+            p, chain, twin.factors, end, blocks=paths // LANES, first_block=0, seed=seed + kappa
+        )[0]
+        x, y = states[:d], states[3 * d : 4 * d] - twin.moments[0].mean[:, None]
+        slope = ((x - x.mean(1, keepdims=True)) * y).mean(1) / (y * y).mean(1)
+        rest, known = x - slope[:, None] * y, np.diag(twin.moments[0].cov)  # the twin's known moments taken out
+        mean[kappa], mean_se[kappa] = rest.mean(1), rest.std(1) / math.sqrt(paths)
+        var[kappa] = rest.var(1) + slope**2 * known
+        slope_se = rest.std(1) / y.std(1) / math.sqrt(paths)
+        var_se[kappa] = np.hypot(2 * slope * known * slope_se, rest.var(1) * math.sqrt(2 / paths))
+    for kappa in kappas[1:]:
+        closed = (1 + ratios) / (1 + kappa * ratios)  # paper, section 5: the exact deviation on a linear loss
+        for i, size in enumerate(ratios):
+            moved, moved_se = _quotient(mean, mean_se, kappa, i)
+            _against(r, kappa, f"displacement, r={size:g}", moved, moved_se, math.sqrt(closed[i]), 0.005)
+            spread, spread_se = _quotient(var, var_se, kappa, i)
+            _against(r, kappa, f"variance, r={size:g}", spread, spread_se, closed[i], 0.015)
+    r.notes.append("the rule is exact as long as kappa r << 1; beyond, large batches move less than the rule says")
+    r.notes.append(f"{paths} paths, {steps} base steps, beta = {base.betas[0]:g}, eps = 0, v started at its mean")
+    return r
+
+
+def _quotient(value: dict[int, np.ndarray], se: dict[int, np.ndarray], kappa: int, i: int) -> tuple[float, float]:
+    """(value at kappa over value at 1, its standard error) of coordinate i; both far above their errors."""
+    quotient = value[kappa][i] / value[1][i]
+    return quotient, quotient * math.hypot(se[kappa][i] / value[kappa][i], se[1][i] / value[1][i])
+
+
+def _against(r: Result, kappa: float, name: str, measured: float, se: float, closed: float, share: float) -> None:
+    """The whole interval must lie within `share` of the closed form."""
+    error = abs(measured / closed - 1)
+    r.rows.append(Row(r.check, "rmsprop", "gaussian", "sqrt", 0.0, 1, kappa, name, error, se / closed))
+    r.fits.append(
+        Verdict(
+            r.check, "rmsprop", "gaussian", "sqrt", name, f"ratio kappa={kappa:g} : 1", float(measured),
+            (measured - 1.96 * se, measured + 1.96 * se), closed, share * closed,
+            bool(abs(measured - closed) + 1.96 * se <= share * closed), x=kappa,
+        )
+    )  # fmt: skip
+
+
+MARKS = np.arange(1, 9) / 8  # the eight times of equal data at which Adam's runs on a quadratic are compared
+
+
+def decoupled_decay(seed: int = 0, paths: int = 1 << 12) -> Result:
+    """AdamW (the class that trains networks) under sqrt, with lambda fixed, x sqrt(kappa), x kappa."""
+    r = Result("decoupled_decay", "AdamW under sqrt keeps its law with lambda x sqrt(kappa)", "kappa")
+    base, noise = Hyper(5e-3, (0.99, 0.999), 1e-8, 0.1), 10.0 * _micro_noise(seed, 2048, paths)
+    r.conditions = describe(Linear(np.zeros(1)))
+    truth = _adam("adamw", base, noise)
+    exponents = {"lambda fixed": 0.0, "lambda x sqrt(kappa)": 0.5, "lambda x kappa": 1.0}
+    for kappa, limit in ((4, 0.01), (16, 0.03)):
+        scaled = RULES["sqrt"].scale(base, Move(1, kappa))
+        for arm, exponent in exponents.items():
+            hyper = replace(scaled, weight_decay=base.weight_decay * kappa**exponent)
+            _gaps(r, "adamw", "gaussian", arm, kappa, _adam("adamw", hyper, noise, kappa), truth)
+        r.fits.append(_kept(r, "adamw", "gaussian", "lambda x sqrt(kappa)", kappa, limit))
+        for arm in ("lambda fixed", "lambda x kappa"):
+            r.fits.append(_ratio(r, "adamw", "gaussian", arm, "lambda x sqrt(kappa)", kappa, 3.0))
+    r.notes.append("f(theta) = theta^2/2, theta_0 = 1, noise 10 at the base batch, base lr 0.005, betas 0.99 and 0.999")
+    r.notes.append(f"{paths} paths, {len(noise)} base steps; the mean's gap is the largest over 8 times of equal data")
+    r.notes.append("a large batch is made of the base run's own micro-batches, so both runs see the same noise")
+    return r
+
+
+def invariant_adam(seed: int = 0, paths: int = 1 << 12) -> Result:
+    """Adam whose v averages squares of micro-batch gradients keeps its law even where the gradient beats the noise."""
+    r = Result(
+        "invariant_adam", "v from squares of micro-batch gradients, lr x kappa: kept at any noise; sqrt is not", "kappa"
+    )
+    base, unit_noise = Hyper(2e-3, (0.99, 0.999), 1e-8, 0.0), _micro_noise(seed, 2048, paths)
+    for sigma, name in ((10.0, "noise dominates"), (0.3, "gradient dominates")):
+        noise = sigma * unit_noise
+        truth = _adam("adam", base, noise)
+        for kappa, limit in ((4, 0.01), (16, 0.03)):
+            sqrt = RULES["sqrt"].scale(base, Move(1, kappa))
+            invariant = replace(sqrt, lr=kappa * base.lr, eps=base.eps)  # v does not shrink with the batch's noise
+            _gaps(r, "adam", name, "sqrt", kappa, _adam("adam", sqrt, noise, kappa), truth)
+            _gaps(r, "adam", name, "micro-batch squares", kappa, _adam("invariant", invariant, noise, kappa), truth)
+            r.fits.append(_kept(r, "adam", name, "micro-batch squares", kappa, limit))
+            if sigma > 1:
+                r.fits.append(_kept(r, "adam", name, "sqrt", kappa, limit))
+            else:
+                r.fits.append(_ratio(r, "adam", name, "sqrt", "micro-batch squares", kappa, 3.0))
+    r.notes.append("Wang and Aitchison (arXiv 2402.18824): v <- beta2 v + (1 - beta2) mean of (micro-batch gradient)^2")
+    r.notes.append("f(theta) = theta^2/2, theta_0 = 1, noise 10 or 0.3 at the base batch, which is one micro-batch")
+    r.notes.append(f"{paths} paths, {len(unit_noise)} base steps; both runs see the same noise, as in decoupled_decay")
+    return r
+
+
+def _micro_noise(seed: int, steps: int, paths: int) -> np.ndarray:
+    """Standard normals of every base step: (steps, paths)."""
+    blocks = range(0, steps, MAX_DIM)
+    return np.concatenate([draws("gaussian", 0.0, seed, 0, paths, min(MAX_DIM, steps - k), k).T for k in blocks])
+
+
+def _adam(name: str, hyper: Hyper, noise: np.ndarray, kappa: int = 1) -> np.ndarray:
+    """theta at MARKS, (8, paths), on f = theta^2/2 from theta_0 = 1, with batches of `kappa` micro-batches.
+
+    Args:
+        name: "adam" or "adamw", the classes that train networks; or "invariant", whose v averages the squares of the
+            micro-batch gradients.
+        noise: (base steps, paths), of each micro-batch's gradient.
+    """
+    micro = torch.from_numpy(noise).reshape(len(noise) // kappa, kappa, -1)
+    observe, seen = set(np.round(MARKS * len(micro)).astype(int).tolist()), []
+    x = torch.ones(micro.shape[2], dtype=torch.float64, requires_grad=True)
+    optimizer = None if name == "invariant" else optim.build(name, [x], hyper)
+    m, v, (beta1, beta2) = torch.zeros_like(x), torch.zeros_like(x), hyper.betas
+    with discrete.one_torch_thread(), torch.no_grad():
+        for k, z in enumerate(micro, start=1):
+            g = x + z  # (kappa, paths)
+            if optimizer:
+                x.grad = g.mean(0)
+                optimizer.step()
+            else:
+                m.lerp_(g.mean(0), 1 - beta1)
+                v.lerp_((g * g).mean(0), 1 - beta2)
+                x -= hyper.lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + hyper.eps)
+            if k in observe:
+                seen.append(x.numpy(force=True).copy())
+    return np.stack(seen)
+
+
+def _gaps(r: Result, optimizer: str, noise: str, arm: str, kappa: int, x: np.ndarray, truth: np.ndarray) -> None:
+    """Rows of the gap between two runs on the same noise: of the mean (largest over MARKS), of the final variance."""
+    paths = x.shape[1]
+    gap = (x - truth).mean(1)
+    k = int(np.abs(gap).argmax())
+    se = float((x - truth)[k].std() / math.sqrt(paths))
+    r.rows.append(Row(r.check, optimizer, noise, arm, 0.0, 1, kappa, "mean of theta", float(abs(gap[k])), se))
+    spread = float(x[-1].var() / truth[-1].var())
+    correlation = float(np.corrcoef(x[-1], truth[-1])[0, 1])
+    se = spread * 2 * math.sqrt(max(0.0, 1 - correlation**2) / paths)  # of a ratio of variances of correlated normals
+    r.rows.append(Row(r.check, optimizer, noise, arm, 0.0, 1, kappa, "variance, relative", abs(spread - 1), se))
+
+
+def _kept(r: Result, optimizer: str, noise: str, arm: str, kappa: int, limit: float) -> Verdict:
+    """The mean's gap at `kappa`: the whole interval must lie below `limit`."""
+    key = (optimizer, noise, arm, kappa, "mean of theta")
+    row = next(x for x in r.rows if (x.optimizer, x.noise, x.arm, x.kappa, x.function) == key)
+    half = 1.96 * row.standard_error
+    interval = (max(0.0, row.error - half), row.error + half)
+    return Verdict(
+        r.check, optimizer, noise, arm, row.function, f"gap at kappa={kappa}", row.error, interval, 0.0, limit,
+        interval[1] <= limit,
+    )  # fmt: skip
+
+
+CHECKS: dict[str, Callable[[int], Result]] = {
+    f.__name__: f
+    for f in (
+        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, integrator,
+    )
+}  # fmt: skip
