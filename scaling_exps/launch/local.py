@@ -57,10 +57,14 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
                     break
     if deadline is not None and time.monotonic() > deadline:
         print(f"launch.minutes={settings.minutes:g} are over: the runs are saved")
-    unfinished = [d for d in prepared if d.state() != "finished"]
-    for run_dir in unfinished:
+    unfinished = {d: d.state() for d, spec in prepared.items() if d.state() != "finished" or d.lacks_noise(spec)}
+    for run_dir, state in unfinished.items():
         why = run_dir.reason()
-        print(f"{run_dir.state()}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
+        print(
+            f"{'finished, its noise is not measured' if state == 'finished' else state}: {run_dir}"
+            + (f": {why}" if why else ""),
+            file=sys.stderr,
+        )
     if unfinished:
         print("the same command again goes on with what is missing", file=sys.stderr)
     return not unfinished
@@ -85,18 +89,23 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     """Start up to `parallel` workers of `world` processes, each on its GPUs; at the deadline they save and end.
 
     Workers of one process share the list out by its locks. A group of processes ends with a run that fails, so it is
-    given one.
+    given one. Each worker is a session of its own, so that a terminal's signals come to it once, through this process;
+    it holds the far end of its stdin, and a worker whose stdin ends saves and stops: kill -9 leaves nobody behind.
     """
     from rich.progress import Progress
 
     count = min(parallel, len(run_dirs))
     queue = [run_dirs] * count if world == 1 else [[d] for d in run_dirs]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
-    command = [sys.executable, *start, "-m", "scaling_exps.train", f"--since={time.time()}"]
+    command = [sys.executable, *start, "-m", "scaling_exps.train", f"--since={time.time()}", "--launched"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    environment["WORLD_SIZE"] = (
+        "1"  # else the tasks of an srun around this process would make a group; torchrun's differs
+    )
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
-    before = signal.signal(signal.SIGTERM, _end)  # the workers save and end when this process is told to
+    ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    before = {n: signal.signal(n, _end) for n in ends}  # the workers save and end when this process is told to
     try:
         with Progress(disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"{count} side by side", total=len(run_dirs))
@@ -111,7 +120,9 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
                             workers[share] = subprocess.Popen(
                                 [*command, *map(str, members)],
                                 env={**environment, **_share(cards, share, world)},
+                                stdin=subprocess.PIPE,
                                 stderr=log,
+                                start_new_session=True,
                             )
                 time.sleep(0.2)
                 bar.update(task, completed=sum(d.result() is not None for d in run_dirs))
@@ -120,7 +131,8 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
             w.terminate()
         for w in workers.values():
             w.wait()
-        signal.signal(signal.SIGTERM, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
 
 
 def _cards() -> list[str]:

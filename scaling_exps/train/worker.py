@@ -1,6 +1,6 @@
 """A worker: run folders in, one after another; signals, ranks, exit codes.
 
-python -m scaling_exps.train [--since TIME] RUN_DIR ...
+python -m scaling_exps.train [--since TIME] [--launched] RUN_DIR ...
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ import atexit
 import contextlib
 import os
 import platform
+import select
 import signal
 import sys
 import threading
@@ -30,6 +31,7 @@ AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeue
 # 128 + a signal. So a run that failed differs from one whose process was killed, which is worth another start.
 FAILED = 200
 _signals: list[int] = []  # received; the handler does nothing else
+_launched = False  # by a launcher on this machine, which holds the other end of our stdin as long as it lives
 
 
 def run(run_dir: RunDir) -> str:
@@ -55,14 +57,15 @@ def run(run_dir: RunDir) -> str:
                 busy = e
         if ranks.maximum(busy is not None):  # all ranks know it, or the others wait for rank 0
             raise busy or BusyError(f"{run_dir} is being run by another process")
+        finished = (run_dir.result() or {}).get("status") == "finished"
         try:
-            if (run_dir.result() or {}).get("status") == "finished":
+            if finished:
                 if run_dir.lacks_noise(spec):
                     loop.measure_kept(spec, run_dir)
                 return "finished"
             if rank == 0:
                 _record_start(run_dir)
-            result = loop.fit(spec, run_dir, lambda: bool(_signals))
+            result = loop.fit(spec, run_dir, _stop_asked)
             if rank == 0:
                 run_dir.write_result({"status": "finished", **result, **provenance.environment()})
             return "finished"
@@ -74,10 +77,16 @@ def run(run_dir: RunDir) -> str:
             if world > 1 and ranks.lost(e):
                 print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
                 raise
-            _fail(spec, run_dir, e)
+            _fail(spec, run_dir, e, finished)
             if world > 1:
                 raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
             return "failed"
+
+
+def _stop_asked() -> bool:
+    if _launched and select.select([0], [], [], 0)[0]:  # stdin ended: kill -9 leaves a launcher no time for a signal
+        _signals.append(signal.SIGTERM)
+    return bool(_signals)
 
 
 def _record_start(run_dir: RunDir) -> None:
@@ -85,14 +94,19 @@ def _record_start(run_dir: RunDir) -> None:
     run_dir.append_event({**event, **provenance.code(run_dir)})
 
 
-def _fail(spec: RunSpec, run_dir: RunDir, e: Exception) -> None:
-    """Say why the run failed, in its result.json and on the terminal; with the traceback where nobody refused."""
+def _fail(spec: RunSpec, run_dir: RunDir, e: Exception, finished: bool) -> None:
+    """Say why the run failed, in its result.json and on the terminal; with the traceback where nobody refused.
+
+    A run that is finished, and whose noise could not be measured, keeps its result.
+    """
     refusal = isinstance(e, TrainError) or (isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps"))
     reason = str(e) if refusal else f"{type(e).__name__}: {e}"
     trace = "".join(traceback.format_exception(e))
     if not refusal and not isinstance(e, OSError):
         print(trace, file=sys.stderr)
     print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
+    if finished:
+        return
     with contextlib.suppress(OSError):
         diverged = isinstance(e, DivergedError)
         result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
@@ -154,20 +168,30 @@ def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
 
 @contextlib.contextmanager
 def _handlers() -> Iterator[None]:
-    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C leave a note, which the ranks read at a step's boundary.
+    """SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C leave a note, which the ranks read at a step's boundary.
 
-    A second Ctrl-C stops a single process at once. (torchrun passes on the one that its ranks have already had.)
+    The third Ctrl-C stops a process at once, without saving. SIGHUP stays ignored where nohup ignores it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in _signals and ranks.world()[0] == 1:
-            signal.default_int_handler(number, frame)
-        _signals.append(number)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    def note(number: int, frame: FrameType | None) -> None:
+        _signals.append(number)
+        if number == signal.SIGINT:
+            if _signals.count(number) > 2:
+                signal.default_int_handler(number, frame)
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving at the next step; the third Ctrl-C stops without saving\n")
+        if number == signal.SIGHUP:  # the terminal is gone: what is printed from now on would be an error
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield
@@ -198,32 +222,37 @@ def _output_to(path: Path) -> Iterator[None]:
         yield
 
 
-def work(run_dirs: list[Path], since: float = float("inf"), earlier: list[int] | None = None) -> int:
+def work(
+    run_dirs: list[Path], since: float = float("inf"), earlier: list[int] | None = None, launched: bool = False
+) -> int:
     """A worker process: join the group, run the directories, and say by the exit status how it went.
 
     Args:
         since: as in `run_all`.
         earlier: signals that came before this module was loaded.
+        launched: a launcher on this machine started this process, and stdin ends when it ends; then save and stop.
 
     Returns:
         0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
     """
+    global _launched
+    _launched = launched
     _signals.extend(earlier or [])
+    in_job = provenance.job() is not None and not launched  # a task of the run's own job
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     status: list[int] = []
     atexit.register(_leave, status)
     try:
         with _handlers(), ranks.process_group():
-            patience = 60 if provenance.job() else 0
-            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=patience)
+            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=60 if in_job else 0)
             stopped = ranks.maximum(len(_signals)) > 0 and not good
             rank = ranks.world()[1]
     except BaseException as e:
         status.append(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
         raise
     code = AGAIN if stopped else 0 if good else 1
-    if stopped and provenance.job():  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
+    if stopped and in_job:  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
         if rank:
             code = 0
         else:
