@@ -1,7 +1,7 @@
 """Sweeps on a real SLURM cluster of two nodes, which the fixture starts and stops on this machine.
 
-No verdict hangs on the machine's speed: a run that is to be hit in the middle waits there (NET), and what is awaited
-has bounds that only a hang exceeds.
+No verdict hangs on the machine's speed: a run that is to be hit in the middle waits there (gate.py), and what is
+awaited has bounds that only a hang exceeds.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gate
 import pytest
 import torch
 from support import ENVIRONMENT, ROOT, rows, scalerun
@@ -32,36 +33,6 @@ pytestmark = [
 ]
 PLACE = ["launch=slurm", "launch.node_local=[]", "launch.gpus=false", "launch.cpus_per_task=1"]
 TWO_NODES = ["launch.devices=2", "launch.devices_per_node=1"]
-# Where the launcher was called in a folder with a file `hold`, each start of a run waits in its 60th step, until the
-# file is gone or a signal comes. It leaves a file `held-JOB-RESTART` there.
-NET = """
-import os, pathlib, time, torch
-from scaling_exps.train import worker
-
-class Net(torch.nn.Module):
-    def __init__(self, classes):
-        super().__init__()
-        self.layers = torch.nn.Sequential(
-            torch.nn.Conv2d(1, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
-            torch.nn.Linear(4 * 36, classes),
-        )
-        self.steps = 0
-
-    def forward(self, x):
-        self.steps += self.training and torch.is_grad_enabled()
-        if self.steps == 60:
-            while pathlib.Path("hold").exists() and not worker._signals:
-                pathlib.Path(f"held-{os.environ['SLURM_JOB_ID']}-{os.environ.get('SLURM_RESTART_COUNT', 0)}").touch()
-                time.sleep(0.05)
-        return self.layers(x)
-
-def net(shape, classes):
-    return Net(classes)
-"""
-SCIENCE = [
-    "model=custom", "model.factory=gate:net", "model.norm=batch", "batch=64", "recipe.batch=64",
-    "recipe.micro_batch=32", "recipe.epochs=null", "recipe.samples=12800", "recipe.statistics_samples=64", "logger=none",
-]  # fmt: skip
 OFTEN = "checkpoint.minutes=1e-9"  # a save whenever the ranks poll: in the steps 1, 3, 7, 15, 31
 
 
@@ -69,18 +40,17 @@ OFTEN = "checkpoint.minutes=1e-9"  # a save whenever the ranks poll: in the step
 def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     folder = tmp_path_factory.mktemp("cluster")
     subprocess.run([ROOT / "tests/slurm/up.sh", folder / "slurm"], check=True, stdout=subprocess.DEVNULL)
-    (folder / "gate.py").write_text(NET)
     with pytest.MonkeyPatch.context() as m:
         for environment in (os.environ, ENVIRONMENT):
             m.setitem(environment, "SLURM_CONF", str(folder / "slurm/slurm.conf"))
-            m.setitem(environment, "PYTHONPATH", f"{ROOT}:{folder}")
+            m.setitem(environment, "PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
         yield
         subprocess.run([ROOT / "tests/slurm/down.sh", folder / "slurm"], check=True)
 
 
 def submit(where: Path, *words: str) -> str:
     where.mkdir(exist_ok=True)
-    done = scalerun(*SCIENCE, *PLACE, *words, cwd=where)
+    done = scalerun(*gate.SCIENCE, *PLACE, *words, cwd=where)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 
@@ -113,7 +83,7 @@ def starts(run_dir: RunDir) -> int:
 
 
 def held(where: Path, starts: int = 1) -> bool:
-    """So many starts have come to their 60th step, the last of them waits there."""
+    """So many starts have come to the middle; the last of them waits there."""
     return len(list(where.glob("held-*"))) == starts
 
 
@@ -256,9 +226,9 @@ def test_a_limit_on_submitted_jobs_leaves_the_rest_to_the_same_command(closed: N
 
     try:
         limit(3)
-        tries = [scalerun(*SCIENCE, *PLACE, "seed=[0,1,2,3,4]", cwd=tmp_path) for _ in range(2)]
+        tries = [scalerun(*gate.SCIENCE, *PLACE, "seed=[0,1,2,3,4]", cwd=tmp_path) for _ in range(2)]
         limit(5)
-        tries.append(scalerun(*SCIENCE, *PLACE, "seed=[0,1,2,3,4]", cwd=tmp_path))
+        tries.append(scalerun(*gate.SCIENCE, *PLACE, "seed=[0,1,2,3,4]", cwd=tmp_path))
     finally:
         limit(-1)
     assert [t.returncode for t in tries] == [1, 1, 0], tries
@@ -306,7 +276,7 @@ def test_a_dry_run_and_further_options(closed: None, tmp_path: Path) -> None:
 def test_a_sweep_submitted_from_inside_a_job(undisturbed: Path, tmp_path: Path) -> None:
     """Fails if what the job around it sets reaches the new one: its time limit, its CPUs, its number of tasks."""
     words = [
-        *SCIENCE,
+        *gate.SCIENCE,
         *PLACE,
         *TWO_NODES,
         "seed=0",
@@ -327,7 +297,7 @@ def test_a_sweep_submitted_from_inside_a_job(undisturbed: Path, tmp_path: Path) 
 @pytest.mark.parametrize("parallel", [1, 2])
 def test_two_tasks_of_srun_are_two_launchers(parallel: int, tmp_path: Path) -> None:
     """Fails by a hang, or a world of two, if the workers of a local launch take the ranks of the step around it."""
-    words = [*SCIENCE, "seed=[0,1]", "launch=local", f"launch.parallel={parallel}"]
+    words = [*gate.SCIENCE, "seed=[0,1]", "launch=local", f"launch.parallel={parallel}"]
     done = subprocess.run(
         ["srun", "--ntasks=2", "--nodes=2", sys.executable, "-m", "scaling_exps.cli", *words],
         cwd=tmp_path, env=ENVIRONMENT, capture_output=True, text=True,
@@ -373,7 +343,7 @@ def test_two_hundred_runs_are_submitted_and_cancelled_without_torch(closed: None
 )
 def test_what_cannot_work_is_refused_before_anything_is_submitted(word: str, said: str, tmp_path: Path) -> None:
     before = command("squeue", "--all", "--noheader", "--format=%i")
-    words = [*SCIENCE, "recipe.micro_batch=16", "batch=48", *PLACE, "launch.devices=3", word]
+    words = [*gate.SCIENCE, "recipe.micro_batch=16", "batch=48", *PLACE, "launch.devices=3", word]
     last = {w.split("=", 1)[0]: w for w in words}
     done = scalerun(*last.values(), cwd=tmp_path)
     assert done.returncode == 2
