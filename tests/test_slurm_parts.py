@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import doctest
+import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
+import msgspec
 import pytest
 from support import ROOT, prepare, scalerun, specs
 
-from scaling_exps import config, plan, records, train
+from scaling_exps import config, plan, train
 from scaling_exps.launch import overview, queue, slurm
 
 
@@ -35,16 +38,56 @@ def test_devices_follow_from_the_batch() -> None:
 
 
 def test_rank_and_address_come_from_slurm() -> None:
-    assert doctest.testmod(train.ranks).attempted > 0
-    assert doctest.testmod(train.ranks).failed == 0
-    step = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "1", "SLURM_JOB_ID": "1"}
+    for module in (train.ranks, queue):
+        assert doctest.testmod(module).attempted > 0
+        assert doctest.testmod(module).failed == 0
     assert train.slurm_rank({}) is None
-    assert train.slurm_rank(step) is None
-    many = {**step, "SLURM_STEP_NUM_TASKS": "2", "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}
-    for nodes, first in (("n1", "n1"), ("a-b[3,5]-x", "a-b3-x"), ("x7,y[1-2]", "x7"), ("n[001-128]", "n001")):
-        found = train.slurm_rank({**many, "SLURM_STEP_NODELIST": nodes})
-        assert found is not None
-        assert found["MASTER_ADDR"] == first
+    assert train.slurm_rank({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None
+
+
+STEP = {
+    "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_JOB_ID": "1", "SLURM_PROCID": "0", "SLURM_LOCALID": "0",
+    "SLURM_STEP_NODELIST": "n1",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("nodes", "first"),
+    [
+        ("n1", "n1"),
+        ("a-b[3,5]-x", "a-b3-x"),
+        ("x7,y[1-2]", "x7"),
+        ("n[001-128]", "n001"),
+        ("rack[1-2]node[3-4]", "rack1node3"),
+        ("r[10,12]c[08-09]s[1]", "r10c08s1"),
+        ("login,n[1-2]", "login"),
+    ],
+)
+def test_the_address_is_the_first_host(nodes: str, first: str) -> None:
+    """Fails where only the first bracket of a list is opened: `rack1node[3-4]` is no host."""
+    rank = train.slurm_rank({**STEP, "SLURM_STEP_NODELIST": nodes})
+    assert rank is not None
+    assert rank["MASTER_ADDR"] == first
+
+
+def test_the_port_differs_by_job_step_and_restart() -> None:
+    """Fails if one that is about to end can be met by the next on the same node."""
+    others = [{}, {"SLURM_JOB_ID": "2"}, {"SLURM_STEP_ID": "1"}, {"SLURM_RESTART_COUNT": "2"}]
+    ports = {(train.slurm_rank({**STEP, **other}) or {})["MASTER_PORT"] for other in others}
+    assert len(ports) == len(others)
+
+
+def test_a_node_without_submitit_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "submitit.slurm.slurm", None)  # an import of it fails
+    with pytest.raises(SystemExit, match=r"pip install 'scalerun\[slurm\]'"):
+        train.slurm_rank(STEP)
+    assert train.slurm_rank({**STEP, "SLURM_STEP_NUM_TASKS": "1"}) is None  # which needs none
+
+
+def test_the_rule_of_requeueing_is_one() -> None:
+    """Fails when slurm/run.sbatch and the jobs of launch=slurm would not be requeued alike."""
+    rule = slurm._AFTERWARDS.replace("REQUEUES", str(settings().requeues))
+    assert (ROOT / "slurm/run.sbatch").read_text().endswith(f"\n{rule}\n")
 
 
 def refused(tmp_path: Path, *words: str, path: str | None = None) -> str:
@@ -68,12 +111,14 @@ def test_unknown_settings_are_refused_with_the_valid_list(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("launch.minutes=0", "launch.minutes=0 must be >= 1"),
+        ("launch.minutes=0", "launch.minutes=0 must be an integer >= 1"),
         ("launch.signal_seconds=99999", "time limit"),
-        ("launch.memory_gb=-1", "must be > 0"),
+        ("launch.memory_gb=-1", "must be a number > 0"),
         ("launch.requeues=-1", ">= 0"),
         ("launch.max_devices=0", ">= 1"),
-        ("launch.gpus=3", "must be bool"),
+        ("launch.gpus=3", "must be true or false"),
+        ("launch.sbatch=gres", "must be"),
+        ("launch.sbatch={gres:[a]}", "must be"),
     ],
 )
 def test_wrong_values(word: str, said: str, tmp_path: Path) -> None:
@@ -82,15 +127,53 @@ def test_wrong_values(word: str, said: str, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("partition", ["a b", "a\nb", "$(touch x)", "'", "`x`", "a;b", ""])
 def test_nothing_odd_reaches_a_job_script(partition: str) -> None:
-    wanted = settings("launch.node_local=[]")
-    wanted.partition = partition
+    wanted = msgspec.structs.replace(settings("launch.node_local=[]"), partition=partition)
     with pytest.raises(slurm.LaunchError, match="must be one word"):
         slurm._check(Path("/shared/runs"), wanted)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "said"),
+    [
+        ("time", "1", "--time is set by scalerun"),
+        ("ti", "1", "--time is set by scalerun"),  # sbatch takes abbreviations
+        ("cpus_per_task", "1", "--cpus-per-task is set by scalerun"),
+        ("array", "0-9", "--array is set by scalerun"),
+        ("-p", "x", "is no name of an option"),
+        ("comment=x --wrap", "x", "is no name of an option"),
+        ("gres\n", "x", "is no name of an option"),
+        ("comment", "x\nrm -rf /", "must be one line"),
+        ("export", "ALL,WANDB_API_KEY=abc", "hold no secret"),
+    ],
+)
+def test_further_options_that_are_refused(option: str, value: str, said: str) -> None:
+    """Fails if an option undoes what the launcher counts on, or a second line or a secret gets into the job script."""
+    wanted = msgspec.structs.replace(settings("launch.node_local=[]"), sbatch={option: value})
+    with pytest.raises(slurm.LaunchError, match=said) as e:
+        slurm._check(Path("/shared/runs"), wanted)
+    assert "abc" not in str(e.value)
+
+
+def test_further_options_compose() -> None:
+    wanted = settings("launch.sbatch={gres:'gpu:a100:1',nice:100}", "launch.sbatch.exclusive=true")
+    assert wanted.sbatch == {"gres": "gpu:a100:1", "nice": 100, "exclusive": True}
+    assert {"gres": "gpu:a100:1", "nodes": 1}.items() <= slurm._parameters((1, 1), wanted).items()
+
+
+def test_what_a_job_around_the_launcher_sets_is_hidden(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if SBATCH_TIMELIMIT overrules launch.minutes, or a world of the outer job reaches the inner one."""
+    inherited = ("SLURM_CPU_BIND", "SBATCH_TIMELIMIT", "SLURM_JOB_ID", "SQUEUE_STATES", "WORLD_SIZE", "MASTER_PORT")
+    for name in (*inherited, "SLURM_CONF", "SCALERUN_RUNS", "RANKS"):
+        monkeypatch.setenv(name, "1")
+    with queue.own_environment():
+        assert not set(inherited) & set(os.environ)
+        assert {"SLURM_CONF", "SCALERUN_RUNS", "RANKS", "PATH"} <= set(os.environ)
+    assert set(inherited) <= set(os.environ)
+
+
 def test_secrets_and_second_lines_are_kept_out_of_setup() -> None:
-    wanted = settings("launch.node_local=[]")
-    wanted.setup = ["export WANDB_API_KEY=abc", "module load x\nrm -rf /"]
+    lines = ["export WANDB_API_KEY=abc", "module load x\nrm -rf /"]
+    wanted = msgspec.structs.replace(settings("launch.node_local=[]"), setup=lines)
     with pytest.raises(slurm.LaunchError, match="secret") as e:
         slurm._check(Path("/shared/runs"), wanted)
     assert "abc" not in str(e.value)
@@ -134,7 +217,7 @@ def test_following_outlives_a_queue_that_does_not_answer(
     """Answers number 1, 2 and 4 are errors; the run is finished when the fifth comes."""
     root, calls = tmp_path / "runs", tmp_path / "calls"
     run_dir = prepare(root, specs()[0])
-    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    run_dir.append_event({"event": "submitted", "job": "7"})
     says(
         "squeue",
         f"""echo >> {calls}
@@ -145,7 +228,7 @@ def test_following_outlives_a_queue_that_does_not_answer(
         esac""",
     )
     monkeypatch.setattr(slurm.time, "sleep", lambda _: None)
-    assert slurm._follow([run_dir], root)
+    assert slurm._follow({run_dir.path.name}, root)
     assert capsys.readouterr().out.splitlines() == ["1 running", "1 finished"]
 
 
@@ -153,9 +236,9 @@ def test_following_ends_where_the_queue_never_answers(
     says: Says, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     run_dir = prepare(tmp_path / "runs", specs()[0])
-    records.append_event(run_dir, {"event": "submitted", "job": "7"})
+    run_dir.append_event({"event": "submitted", "job": "7"})
     monkeypatch.setattr(slurm, "PATIENCE", 0.0)
-    assert not slurm._follow([run_dir], tmp_path / "runs")
+    assert not slurm._follow({run_dir.path.name}, tmp_path / "runs")
     assert "squeue does not answer" in (said := capsys.readouterr().err)
     assert "stops following" in said
 
@@ -164,12 +247,12 @@ def test_the_job_around_a_run_is_not_the_runs_job(says: Says, tmp_path: Path) ->
     """Somebody ran it in a shell that is job 99, and the shell lives on."""
     root = tmp_path / "runs"
     run_dir = prepare(root, specs()[0])
-    records.append_event(run_dir, {"event": "submitted", "job": "7"})  # it is over
-    records.append_event(run_dir, {"event": "start", "job": "99"})
-    (run_dir / "records.jsonl").touch()
+    run_dir.append_event({"event": "submitted", "job": "7"})  # it is over
+    run_dir.append_event({"event": "start", "job": "99"})
+    (run_dir.path / "records.jsonl").touch()
     says("squeue", "echo '99|RUNNING|None'")
     assert [(r["state"], r["job"]) for r in overview.status(root)] == [("interrupted", "7")]
-    records.write_json(run_dir / "result.json", {"status": "failed", "reason": "why"})
+    run_dir.write_result({"status": "failed", "reason": "why"})
     assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("failed", "why")]
     assert not slurm._in_hand(run_dir, queue.entries())
     assert slurm.cancel(root) == []  # scancel would have said no
@@ -178,26 +261,36 @@ def test_the_job_around_a_run_is_not_the_runs_job(says: Says, tmp_path: Path) ->
     says("scancel", f'echo "$@" > {tmp_path}/cancelled')
     assert [(r["state"], r["detail"]) for r in overview.status(root)] == [("queued", "Priority")]
     assert slurm._in_hand(run_dir, queue.entries())
-    with records.lock(run_dir):
-        (run_dir / "result.json").unlink()
+    with run_dir.lock():
+        run_dir.clear_result()
         assert [r["state"] for r in overview.status(root)] == ["running"]
     assert slurm.cancel(root) == ["7"]
     assert (tmp_path / "cancelled").read_text() == "-- 7\n"
 
 
+def test_a_finished_run_whose_noise_is_being_measured_is_followed(says: Says, tmp_path: Path) -> None:
+    """Fails if launch.wait returns at once, for the run has its result already."""
+    run_dir = prepare(tmp_path / "runs", specs("measure.noise=full")[0])
+    run_dir.append_event({"event": "submitted", "job": "7"})
+    run_dir.write_result({"status": "finished", "metrics": {}})
+    says("squeue", "echo '7|RUNNING|None'")
+    assert [r["state"] for r in overview.status(tmp_path / "runs")] == ["running"]
+    record = {"kind": "noise", "method": "full", "step": 1, "samples": 1}
+    (run_dir.path / "records.jsonl").write_text(json.dumps(record) + "\n")
+    assert [r["state"] for r in overview.status(tmp_path / "runs")] == ["finished"]
+
+
 @pytest.mark.parametrize(
-    ("script", "job", "environment"),
+    ("job", "environment"),
     [
-        ("run.sbatch", "7", {"SLURM_JOB_ID": "7"}),
-        ("array.sbatch", "7_0", {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}),
+        ("7", {"SLURM_JOB_ID": "7"}),
+        ("7_0", {"SLURM_JOB_ID": "8", "SLURM_ARRAY_JOB_ID": "7", "SLURM_ARRAY_TASK_ID": "0"}),
     ],
 )
-def test_the_scripts_say_whose_job_they_are(
-    script: str, job: str, environment: dict[str, str], says: Says, tmp_path: Path
-) -> None:
+def test_the_script_says_whose_job_it_is(job: str, environment: dict[str, str], says: Says, tmp_path: Path) -> None:
     run_dir = prepare(tmp_path / "runs of 'mine'", specs()[0])
     says("srun", "exit 200")
-    done = subprocess.run(["bash", ROOT / "slurm" / script, run_dir], env={**os.environ, **environment})
+    done = subprocess.run(["bash", ROOT / "slurm/run.sbatch", run_dir.path], env={**os.environ, **environment})
     assert done.returncode == 200
     assert queue.last_job(run_dir) == queue.Job(job, 0)
-    assert (run_dir / "jobs.jsonl").stat().st_mode & 0o077 == 0
+    assert (run_dir.path / "jobs.jsonl").stat().st_mode & 0o077 == 0

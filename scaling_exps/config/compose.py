@@ -34,8 +34,8 @@ def compose(argv: list[str]) -> list[Config]:
     for word in argv:
         if re.match(r"\+{1,2}(?!hydra)|~(?!hydra)", word):
             raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
-    # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
-    argv = [f"++{w}" if re.match(r"model\.options[.=]", w) else w for w in argv]
+    # these hold what timm, the user's factory or sbatch take, so their keys are the only ones that may be new
+    argv = [f"++{w}" if re.match(r"(model\.options|launch\.sbatch)[.=]", w) else w for w in argv]
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -68,7 +68,9 @@ def compose(argv: list[str]) -> list[Config]:
         sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(lambda cfg: collect(cfg, HydraConfig.get()))()
+            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
+                lambda cfg: collect(cfg, HydraConfig.get())
+            )()
         except (HydraException, OmegaConfBaseException, ValueError) as e:
             raise ConfigError(_explain(e)) from e
         finally:

@@ -291,11 +291,15 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     qos: Annotated[str | None, _is("sbatch --qos")]
     constraint: Annotated[str | None, _is("sbatch --constraint")]
     exclude: Annotated[str | None, _is("sbatch --exclude")]
+    sbatch: Annotated[
+        dict[str, str | int | bool], _is("further options of sbatch: {gres: 'gpu:a100:1', exclusive: true}")
+    ]
     setup: Annotated[list[str], _is("lines of the job script before srun: module load cuda")]
     container: Annotated[list[str], _is("words put before python: [apptainer, exec, --nv, image.sif]")]
     python: Annotated[str | None, _is("on the nodes; null: the one that submits")]
     node_local: Annotated[list[str], _is("folders that each node has for itself: code and runs there are refused")]
     wait: Annotated[bool, _is("follow until every run has ended")]
+    dry_run: Annotated[bool, _is("print the job scripts, and submit nothing")]
 
     def faults(self) -> list[str]:
         if self.signal_seconds >= 60 * self.minutes:

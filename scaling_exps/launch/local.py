@@ -68,7 +68,8 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
 def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str], deadline: float) -> None:
     """Start up to `parallel` workers of `world` processes, each on its GPUs; at the deadline they save and end.
 
-    They do so, too, when this process dies, however it dies: that ends their standard input.
+    They do so, too, when this process dies, however it dies: that ends their standard input. Each is a session of its
+    own, so that a terminal's signals come to it once, through this process.
     Workers of one process share the list out by its locks. A group of processes ends with a run that fails, so it is
     given one.
     """
@@ -80,8 +81,10 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     command = [sys.executable, *start, "-m", "scaling_exps.train", "--attached", f"--since={time.time()}"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
-    before = signal.signal(signal.SIGTERM, _end)  # the workers save and end when this process is told to
+    ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
+    before = {n: signal.signal(n, _end) for n in ends}  # the workers save and end when this process is told to
     try:
         with Progress(disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"{count} side by side", total=len(run_dirs))
@@ -101,6 +104,7 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
                                 env={**environment, **_share(cards, share, world)},
                                 stdin=subprocess.PIPE,
                                 stderr=log,
+                                start_new_session=True,
                             )
                 time.sleep(0.2)
                 bar.update(task, completed=sum(d.result() is not None for d in run_dirs))
@@ -109,7 +113,8 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
             w.terminate()
         for w in workers.values():
             w.wait()
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _cards() -> list[str]:

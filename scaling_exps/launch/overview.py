@@ -56,7 +56,8 @@ def _row(run_dir: RunDir, job: queue.Job | None, entry: queue.Entry | None, end:
     science, newest = spec.science, run_dir.newest_record() or {"samples": 0}
     state: str = run_dir.state()
     details = []
-    if entry is not None and state not in ("finished", "running"):  # a failed run is queued when it is tried again
+    done = state == "running" or (state == "finished" and not run_dir.lacks_noise(spec))
+    if entry is not None and not done:  # a failed run is queued when it is tried again
         state = "queued" if entry.state in ("PENDING", "REQUEUED", "REQUEUE_HOLD", "CONFIGURING") else "running"
     if job is not None:
         times = job.starts if state == "queued" else job.starts - 1

@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.records import RunDir
+
+# What a job that this process runs in, or the shell, tells SLURM's commands and the processes of a run. SLURM_CONF says
+# which cluster it is. SBATCH_TIMELIMIT and its like would overrule the job script.
+_INHERITED = re.compile(
+    r"(SLURMD?|SRUN|SBATCH|SQUEUE|SACCT|SINFO|SCANCEL|SUBMITIT|TORCHELASTIC)_(?!CONF$)"
+    r"|(MASTER_ADDR|MASTER_PORT|RANK|WORLD_SIZE|LOCAL_RANK|LOCAL_WORLD_SIZE)$"
+)
 
 
 @dataclass(frozen=True)
@@ -43,10 +53,11 @@ def ask(*argv: str) -> str:
     """Output of a SLURM command.
 
     Raises:
-        LaunchError: the command is not there, or says no (its last line is quoted).
+        LaunchError: the command is not there, or says no (it is quoted).
     """
     try:
-        done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
+        with own_environment():
+            done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
         raise LaunchError(
             f"launch=slurm needs SLURM's commands, and {argv[0]!r} is not on this machine's PATH: "
@@ -55,12 +66,28 @@ def ask(*argv: str) -> str:
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{argv[0]} gave no answer in 60 s: is the SLURM controller up?") from None
     if done.returncode:
-        raise LaunchError(f"{argv[0]}: {last_line(done.stderr) or last_line(done.stdout)}")
+        raise LaunchError(f"{argv[0]}: {quote(done.stderr) or quote(done.stdout)}")
     return done.stdout
 
 
-def last_line(text: str) -> str:
-    return (text.strip().splitlines() or [""])[-1]
+@contextmanager
+def own_environment() -> Iterator[None]:
+    """Hide what this process inherits from a job around it, and what the shell sets for SLURM's commands."""
+    hidden = {name: os.environ.pop(name) for name in list(os.environ) if _INHERITED.match(name)}
+    try:
+        yield
+    finally:
+        os.environ.update(hidden)
+
+
+def quote(text: str) -> str:
+    """What a command of SLURM's says, in one line, without the hint that follows an unknown option.
+
+    >>> quote("sbatch: unrecognized option '--foo=1'\\nTry \\"sbatch --help\\" for more information")
+    "unrecognized option '--foo=1'"
+    """
+    lines = [re.sub(r"^(\w+: )?(error: )?", "", line.strip()) for line in text.splitlines()]
+    return "; ".join(line for line in lines if line and not line.startswith("Try "))[-500:]
 
 
 def entries() -> dict[str, Entry]:

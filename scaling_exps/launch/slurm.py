@@ -6,13 +6,14 @@ job starts, so that a requeued job, or one that was submitted twice, goes on wit
 
 from __future__ import annotations
 
+import bisect
 import re
 import shlex
 import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from scaling_exps.config import SlurmLaunch
 from scaling_exps.launch import folders, queue
@@ -20,9 +21,19 @@ from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import BusyError, RunDir
 
+if TYPE_CHECKING:
+    from submitit import SlurmExecutor
+
 PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
 _WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
+# Options of sbatch that other settings give, or that are the launcher's own business.
+_TAKEN = (
+    "account", "array", "chdir", "clusters", "constraint", "cpus-per-task", "error", "exclude", "gpus-per-node", "help",
+    "input", "job-name", "mem", "no-requeue", "nodes", "ntasks", "ntasks-per-node", "open-mode", "output", "parsable",
+    "partition", "qos", "quiet", "requeue", "signal", "test-only", "time", "usage", "version", "wait", "wrap",
+)  # fmt: skip
+_FULL = re.compile(r"\w*Submit\w*Limit")  # what SLURM calls its limits on a user's jobs: AssocMaxSubmitJobLimit, ...
 _SECRET = re.compile(r"\w*(API_?KEY|TOKEN|SECRET|PASSWORD)\w*\s*=", re.IGNORECASE)
 
 
@@ -53,28 +64,38 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     finished = len(specs) - len(todo)
     missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
-        _try(_parameters(shape, settings))
+        _room(_parameters(shape, settings), 1)
+    if settings.dry_run:
+        _print_scripts(missing, root, settings, python)
+        return True
     prepared = folders.prepare(specs, root)
     jobs: list[str] = []
+    left = 0
     if missing:
         try:
             with RunDir(_folder(root)).lock():
                 queued = queue.entries()  # another launcher may have been faster
                 ids = {s.run_id for s in missing}
                 waiting = {d: s for d, s in prepared.items() if s.run_id in ids and not _in_hand(d, queued)}
-                jobs = _submit(waiting, root, settings, python)
+                jobs, left = _submit(waiting, root, settings, python)
         except BusyError as e:
             raise LaunchError(f"{e}: it submits runs of this folder now; try again when it is done") from e
     print(
-        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(jobs)} queued or running, "
+        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(jobs) - left} queued or running, "
         f"{len(jobs)} submitted, under {root}/"
     )
+    if left:
+        print(
+            f"{left} run(s) are left: SLURM takes no more jobs of this user now (sacctmgr show assoc, show qos: "
+            "MaxSubmit). The same command again submits them when others have ended",
+            file=sys.stderr,
+        )
     if jobs:
         print(f"jobs: {', '.join(_ranges(jobs))}\nlogs: log.txt in each run's folder; {root / JOBS}/JOB_TASK_log.*")
     if settings.wait:
         return _follow({s.run_id for s in specs}, root)
     print("scalerun status shows how they stand; the same command again submits what is missing", flush=True)
-    return True
+    return not left
 
 
 def cancel(root: Path) -> list[str]:
@@ -114,6 +135,15 @@ def _check(root: Path, settings: SlurmLaunch) -> str:
         value = getattr(settings, key)
         if value is not None and not _WORD.fullmatch(value):
             faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-")
+    for option, value in settings.sbatch.items():
+        if not re.fullmatch(r"[a-z]+([-_][a-z]+)*", option):
+            faults.append(
+                f"launch.sbatch: {option!r} is no name of an option; write it as in sbatch --help, without --"
+            )
+        elif taken := [t for t in _TAKEN if t.startswith(option.replace("_", "-"))]:  # sbatch takes abbreviations
+            faults.append(f"launch.sbatch.{option}: sbatch's --{taken[0]} is set by scalerun, or by another launch.*")
+        if not str(value).isprintable() or _SECRET.search(str(value)):
+            faults.append(f"launch.sbatch.{option} must be one line, and hold no secret")
     for line in settings.setup:
         if not line.isprintable():
             faults.append(f"launch.setup: {line!r} must be one line")
@@ -154,18 +184,31 @@ def _parameters(shape: tuple[int, int], settings: SlurmLaunch) -> dict[str, Any]
         "mem": None if settings.memory_gb is None else f"{max(1, round(settings.memory_gb * 1024))}M",
         "time": settings.minutes,
         **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
+        **settings.sbatch,
     }
-    return {key: value for key, value in asked.items() if value is not None}
+    return {key: value for key, value in asked.items() if value is not None and value is not False}
 
 
-def _try(parameters: dict[str, Any]) -> None:
-    """Ask SLURM whether it would take such a job, without submitting it."""
-    words = [f"--{key.replace('_', '-')}={value}" for key, value in parameters.items()]
-    try:
-        queue.ask("sbatch", "--test-only", *words, "--wrap=true")
-    except LaunchError as e:
-        asked = ", ".join(f"{k}={v}" for k, v in parameters.items() if k != "job_name")
-        raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {_offers()}") from e
+def _room(parameters: dict[str, Any], count: int) -> int:
+    """How many of `count` such jobs SLURM would take now, without submitting one: all, but for a limit on their number.
+
+    Raises:
+        LaunchError: SLURM refuses them for another reason.
+    """
+    words = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in parameters.items()]
+
+    def full(number: int) -> bool:
+        array = [f"--array=0-{number - 1}"] if number > 1 else []
+        try:
+            queue.ask("sbatch", "--test-only", *words, *array, "--wrap=true")
+        except LaunchError as e:
+            if _FULL.search(str(e)):
+                return True
+            asked = ", ".join(f"{k}={v}" for k, v in parameters.items() if k != "job_name")
+            raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {_offers()}") from e
+        return False
+
+    return bisect.bisect_left(range(1, count), True, key=full) if full(count) else count
 
 
 def _offers() -> str:
@@ -181,9 +224,10 @@ def _folder(root: Path) -> Path:
 
 # ---- submission ----
 
-# Runs in the job script, after srun. 75: the run was told to stop, and saved. Above 128: a process was killed. 200:
-# the run failed, and would fail again (train.AGAIN, train.FAILED; srun reports the highest status of all tasks).
-# Only a job that still counts as running may be requeued: a cancelled one is on its way out.
+# Runs in the job script, after srun; slurm/run.sbatch holds the same lines (a test compares). 75: the run was told to
+# stop, and saved. Above 128: a process was killed. 200: the run failed, and would fail again (train.AGAIN,
+# train.FAILED; srun reports the highest status of all tasks). Only a job that still counts as running may be requeued:
+# a cancelled one is on its way out. sleep: until SLURM ends this script.
 _AFTERWARDS = """\
 code=$?
 if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -lt 200 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt REQUEUES ]; }; then
@@ -194,45 +238,71 @@ fi
 exit $code"""
 
 
-def _submit(runs: dict[RunDir, RunSpec], root: Path, settings: SlurmLaunch, python: str) -> list[str]:
-    """One job array for each shape (SLURM bounds an array's size); either all are submitted, or none."""
+def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python: str) -> SlurmExecutor:
+    """submitit's executor for runs of one shape."""
     import submitit
-    from submitit.core import utils
 
-    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", queue.ask("scontrol", "show", "config"))
-    size = max(1, int(limit[1]) - 1) if limit else 1000
-    groups: dict[tuple[int, int], list[RunDir]] = {}
-    for run_dir, spec in runs.items():
-        groups.setdefault(_shape(spec.placement.world_size, settings), []).append(run_dir)
     command = shlex.join([*settings.container, python])
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
     guard = f'{reachable} || {{ echo "this node cannot reach the code: {_plain(command)}" >&2; exit 2; }}'
-    done: list[tuple[RunDir, str]] = []
-    for shape, members in groups.items():
-        executor = submitit.SlurmExecutor(folder=_folder(root) / "%j", max_num_timeout=1000, python=command)
-        executor.update_parameters(
-            **_parameters(shape, settings),
-            array_parallelism=settings.array_parallelism,
-            signal_delay_s=settings.signal_seconds,
-            setup=[*settings.setup, guard],
-            teardown=_AFTERWARDS.replace("REQUEUES", str(settings.requeues)).splitlines(),
-            srun_args=["--kill-on-bad-exit=1"],
-            additional_parameters={"requeue": True},
-        )
-        for i in range(0, len(members), size):
-            part = members[i : i + size]
+    executor = submitit.SlurmExecutor(folder=root / JOBS / "%j", max_num_timeout=1000, python=command)
+    asked = _parameters(shape, settings)
+    further = {option: asked.pop(option) for option in settings.sbatch if option in asked}
+    executor.update_parameters(
+        **asked,
+        array_parallelism=settings.array_parallelism,
+        signal_delay_s=settings.signal_seconds,
+        setup=[*settings.setup, guard],
+        teardown=_AFTERWARDS.replace("REQUEUES", str(settings.requeues)).splitlines(),
+        srun_args=["--kill-on-bad-exit=1"],
+        additional_parameters={"requeue": True, **further},
+    )
+    return executor
+
+
+def _parts(runs: dict[RunDir, RunSpec], settings: SlurmLaunch) -> list[tuple[tuple[int, int], list[RunDir]]]:
+    """(shape, runs) of each job array: runs of one shape, as many as SLURM's bound on an array's size allows."""
+    limit = re.search(r"MaxArraySize\s*=\s*(\d+)", queue.ask("scontrol", "show", "config"))
+    size = max(1, int(limit[1])) if limit else 1000
+    groups: dict[tuple[int, int], list[RunDir]] = {}
+    for run_dir, spec in runs.items():
+        groups.setdefault(_shape(spec.placement.world_size, settings), []).append(run_dir)
+    return [(shape, dirs[i : i + size]) for shape, dirs in groups.items() for i in range(0, len(dirs), size)]
+
+
+def _submit(runs: dict[RunDir, RunSpec], root: Path, settings: SlurmLaunch, python: str) -> tuple[list[str], int]:
+    """Submit the runs; returns the job ids, and how many runs are left because SLURM takes no more jobs now."""
+    from submitit.core import utils
+
+    submitted: list[tuple[RunDir, str]] = []
+    for shape, part in _parts(runs, settings):
+        room = _room(_parameters(shape, settings), len(part))
+        if room:
             try:
-                jobs = executor.map_array(work, [str(d) for d in part])
+                with queue.own_environment():
+                    jobs = _executor(shape, root, settings, python).map_array(work, [str(d) for d in part[:room]])
             except (utils.FailedJobError, utils.FailedSubmissionError) as e:
-                if done:
-                    queue.ask("scancel", "--", *(job for _, job in done))
-                raise LaunchError(
-                    f"SLURM refused the submission, nothing is submitted: {queue.last_line(str(e))}"
-                ) from e
-            for run_dir, job in zip(part, jobs, strict=True):
+                if submitted:
+                    queue.ask("scancel", "--", *(job for _, job in submitted))
+                raise LaunchError(f"SLURM refused the submission, nothing is submitted: {queue.quote(str(e))}") from e
+            for run_dir, job in zip(part, jobs, strict=False):
                 run_dir.append_event({"event": "submitted", "job": job.job_id})
-                done.append((run_dir, job.job_id))
-    return [job for _, job in done]
+                submitted.append((run_dir, job.job_id))
+        if room < len(part):
+            break
+    return [job for _, job in submitted], len(runs) - len(submitted)
+
+
+def _print_scripts(specs: list[RunSpec], root: Path, settings: SlurmLaunch, python: str) -> None:
+    """Print the job scripts that `_submit` would hand to sbatch."""
+    runs = {RunDir(root / s.run_id): s for s in specs}
+    for shape, part in _parts(runs, settings):
+        executor = _executor(shape, root, settings, python)
+        if len(part) > 1:
+            executor.parameters["map_count"] = len(part)
+        print(f"# {len(part)} run(s): {', '.join(d.path.name for d in part)}")
+        print(executor._make_submission_file_text(executor._submitit_command_str, ""), end="\n\n")
+    print("launch.dry_run=true: nothing is submitted", file=sys.stderr)
 
 
 def _plain(text: str) -> str:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import sys
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
 
@@ -80,23 +81,29 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
     """What torch.distributed wants to know, out of a SLURM step's environment; None for a step of one task, or none.
 
     The address is the first host of the step; the port follows from job, step and restart, so that jobs which share
-    a node do not meet.
+    a node do not meet. (submitit's TorchDistributedEnvironment knows the hosts of the job only, and one port for all
+    its steps and restarts.)
+
+    Raises:
+        SystemExit: this node has no submitit, which reads lists of hosts.
 
     >>> e = {"SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "4", "SLURM_PROCID": "3", "SLURM_LOCALID": "1",
-    ...      "SLURM_STEP_NODELIST": "gpu[07-08,11],cpu1", "SLURM_JOB_ID": "41"}
+    ...      "SLURM_STEP_NODELIST": "rack[1-2]node[3-4],cpu1", "SLURM_JOB_ID": "41"}
     >>> slurm_rank(e)["MASTER_ADDR"], slurm_rank(e)["RANK"], slurm_rank(e)["MASTER_PORT"]
-    ('gpu07', '3', '20287')
+    ('rack1node3', '3', '20287')
     """
     if "SLURM_STEP_ID" not in environment or int(environment.get("SLURM_STEP_NUM_TASKS", 1)) == 1:
         return None
-    host = re.match(r"([^\[,]+)(?:\[(\d+)[^\]]*\]([^,]*))?", environment["SLURM_STEP_NODELIST"])
-    assert host is not None
+    try:
+        from submitit.slurm.slurm import _parse_node_list
+    except ImportError:
+        sys.exit("a SLURM step of several tasks needs submitit on its nodes: pip install 'scalerun[slurm]'")
     salt = 7 * int(environment["SLURM_JOB_ID"]) + int(environment.get("SLURM_RESTART_COUNT", 0))
     return {
         "WORLD_SIZE": environment["SLURM_STEP_NUM_TASKS"],
         "RANK": environment["SLURM_PROCID"],
         "LOCAL_RANK": environment["SLURM_LOCALID"],
-        "MASTER_ADDR": "".join(part or "" for part in host.groups()),
+        "MASTER_ADDR": _parse_node_list(environment["SLURM_STEP_NODELIST"])[0],
         "MASTER_PORT": str(20000 + (salt + int(environment["SLURM_STEP_ID"])) % 12000),
     }
 

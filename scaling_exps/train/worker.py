@@ -174,20 +174,30 @@ def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
 
 @contextlib.contextmanager
 def _handlers() -> Iterator[None]:
-    """SIGTERM, SIGUSR1, SIGUSR2 and Ctrl-C leave a note, which the ranks read at a step's boundary.
+    """SIGTERM, SIGUSR1, SIGUSR2, SIGHUP and Ctrl-C leave a note, which the ranks read at a step's boundary.
 
-    A second Ctrl-C stops a single process at once. (torchrun passes on the one that its ranks have already had.)
+    The third Ctrl-C stops a process at once, without saving. SIGHUP stays ignored where nohup ignores it.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
         return
 
-    def note(number: int, frame: FrameType | None) -> None:
-        if number == signal.SIGINT and number in _signals and ranks.world()[0] == 1:
-            signal.default_int_handler(number, frame)
-        _signals.append(number)
+    terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
-    numbers = (signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT)
+    def note(number: int, frame: FrameType | None) -> None:
+        _signals.append(number)
+        if number == signal.SIGINT:
+            if _signals.count(number) > 2:
+                signal.default_int_handler(number, frame)
+            with contextlib.suppress(OSError):
+                os.write(2, b"\nsaving at the next step; the third Ctrl-C stops without saving\n")
+        if number == signal.SIGHUP:  # the terminal is gone: what is printed from now on would be an error
+            for fd in terminals:
+                os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
+
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
+    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
+        numbers.remove(signal.SIGHUP)
     before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield
@@ -242,6 +252,7 @@ def work(
         0: done. 1: a run failed. AGAIN: stopped by a signal; start it again.
     """
     _signals.extend(earlier or [])
+    in_job = provenance.job() is not None and not attached  # a task of the run's own job
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if attached:
@@ -250,7 +261,7 @@ def work(
     atexit.register(_leave, status)
     try:
         with _handlers(), ranks.process_group():
-            patience = 60 if provenance.job() else 0
+            patience = 60 if in_job else 0
             good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=patience)
             stopped = ranks.maximum(len(_signals)) > 0 and not good
             rank = ranks.world()[1]
@@ -258,7 +269,7 @@ def work(
         status.append(e.code if isinstance(e, SystemExit) and isinstance(e.code, int) else 1)
         raise
     code = AGAIN if stopped else 0 if good else 1
-    if stopped and provenance.job():  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
+    if stopped and in_job:  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
         if rank:
             code = 0
         else:

@@ -75,6 +75,7 @@ AccountingStorageType=accounting_storage/slurmdbd
 AccountingStorageHost=127.0.0.1
 AccountingStoragePort=$((port + 1))
 AccountingStoragePass=$dir/run/munge.sock
+AccountingStorageEnforce=limits
 PartitionName=main Nodes=ALL Default=YES MaxTime=INFINITE PriorityTier=1 GraceTime=$grace
 PartitionName=high Nodes=ALL MaxTime=INFINITE PriorityTier=10 PreemptMode=OFF
 END
@@ -97,7 +98,11 @@ PidFile=$dir/run/slurmdbd.pid
 END
 )
 export SLURM_CONF=$dir/slurm.conf
-echo "CREATE DATABASE IF NOT EXISTS slurm_acct_db;" > "$dir/init.sql"
+{ # mysql.proc: without it slurmdbd's procedures do not run, and a user has no account (limits are enforced)
+  printf '%s\n' "CREATE DATABASE mysql;" "USE mysql;"
+  grep "^CREATE TABLE IF NOT EXISTS proc " /usr/share/mysql/mysql_system_tables.sql
+  echo "CREATE DATABASE slurm_acct_db;"
+} > "$dir/init.sql"
 start mariadbd mariadbd --no-defaults --user="$user" --datadir="$dir/db" --socket="$dir/run/mysqld.sock" \
   --pid-file="$dir/run/mysqld.pid" --skip-networking --skip-grant-tables --init-file="$dir/init.sql" \
   --innodb-buffer-pool-size=64M --innodb-log-file-size=16M --innodb-flush-log-at-trx-commit=0 \

@@ -1,0 +1,47 @@
+"""A network that waits in the middle of its run until a test lets it go on: model=custom model.factory=gate:net."""
+
+from __future__ import annotations
+
+import os
+import time
+from pathlib import Path
+
+import torch
+
+from scaling_exps.train import worker
+
+STEP = 60  # in which it waits; the ranks poll in the steps 1, 3, 7, 15, 31, 63, and later as the pace allows
+SCIENCE = [
+    "model=custom", "model.factory=gate:net", "model.norm=batch", "batch=64", "recipe.batch=64", "logger=none",
+    "recipe.micro_batch=32", "recipe.epochs=null", "recipe.samples=12800", "recipe.statistics_samples=64",
+]  # fmt: skip
+
+
+class Net(torch.nn.Module):
+    """Waits in the working folder while a file `hold` lies there and no signal came.
+
+    It leaves a file `held-JOB-RESTART` there, or `held-PROCESS` outside of SLURM.
+    """
+
+    def __init__(self, channels: int, classes: int) -> None:
+        super().__init__()
+        self.layers = torch.nn.Sequential(
+            torch.nn.Conv2d(channels, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
+            torch.nn.Linear(4 * 36, classes),
+        )  # fmt: skip
+        self.steps = 0
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, 8, 8)
+        self.steps += int(self.training and torch.is_grad_enabled())
+        if self.steps == STEP:
+            job = os.environ.get("SLURM_JOB_ID")
+            name = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}" if job else str(os.getpid())
+            while Path("hold").exists() and not worker._signals:
+                Path(f"held-{name}").touch()
+                time.sleep(0.05)
+        logits: torch.Tensor = self.layers(x)
+        return logits
+
+
+def net(shape: tuple[int, int, int], classes: int) -> Net:
+    return Net(shape[2], classes)
