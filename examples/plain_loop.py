@@ -1,4 +1,4 @@
-"""A plain PyTorch loop whose batch grows in mid-run: `scale` moves the live optimizer with its state and its scheduler."""
+"""A plain loop whose batch grows in mid-run: `scale` moves the live optimizer, its state and its scheduler."""
 
 import torch
 

@@ -349,7 +349,8 @@ FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         {"training.gradient_accumulation_steps": 16},
         "8 per device × 1 data-parallel × 4 accumulation = 32",
     ),
-    "13 not understood": (TITAN.replace("steps = 1000", "steps = 1000\nbatch_multiplier = 4"), {}, {}, "batch_multiplier=4"),
+    "13 not understood": (TITAN.replace("steps = 1000", "steps = 1000\nbatch_multiplier = 4"), {}, {},
+     "batch_multiplier=4"),
     "14 a ramp": (
         "[optimizer]\nlr = 6e-4\n[training]\nlocal_batch_size = 4\nglobal_batch_size = 256\nsteps = 50000\n"
         "[batch_size_scheduler]\nstart_batch_size = 32\nrampup_samples = 1_000_000\n",
@@ -385,7 +386,7 @@ def test_fifteen(kind: str) -> None:
 
 def test_known_pair() -> None:
     """A public recipe at 240 sequences, which its author took to 2,160: 5,650 steps and 1,130 of warm-up."""
-    text = "micro_batch_size: 1\nglobal_batch_size: 240\ntrain_iters: 50862\nlr_warmup_iters: 10172\nlr: 1e-4\nadam_beta1: 0.9\n"
+    text = "global_batch_size: 240\ntrain_iters: 50862\nlr_warmup_iters: 10172\nlr: 1e-4\nadam_beta1: 0.9\n"
     done = convert(text, "megatron", batch=2160)
     new = yaml.safe_load(done.text)
     assert abs(new["train_iters"] - 5650) <= 2 and abs(new["lr_warmup_iters"] - 1130) <= 1
@@ -412,7 +413,7 @@ def numbers(text: str) -> set[float]:
 )
 def test_every_number_is_named(case: str, lr: float, kappa: int, clip: str, beta_map: str, warmup: int) -> None:
     text, _, batch, devices = CASES[case]
-    text = re.sub(r"((?:learning_rate|\blr)(?:\"?\s*[:=]\s*| ))(1e-4|1e-5|0.001|5e-4|3e-4|8e-4|6.0e-5|6e-4|3e-4|0.00005|1.0e-3)",
+    text = re.sub(r"((?:learning_rate|\blr)(?:\"?\s*[:=]\s*| ))([\d.]+(?:e-\d+)?)",
                   rf"\g<1>{lr}", text)  # fmt: skip
     text = re.sub(r"((?:warmup_steps|warmup-iters|warmup_num_steps)(?:\"?\s*[:=]\s*| ))(\d+)", rf"\g<1>{warmup}", text)
     done = convert(text, batch=batch * kappa, devices=devices, clip=clip, beta_map=beta_map)
@@ -429,17 +430,29 @@ def test_every_number_is_named(case: str, lr: float, kappa: int, clip: str, beta
     ("text", "options", "expected"),
     [
         (MEGATRON, {"batch": 2048}, {"rampup_batch_size": [64, 64, 5859375], "train_iters": 125000, "min_lr": 1.2e-5}),
-        (NEMO, {"batch": 768}, {"model.optim.betas": [0.6, 0.8], "model.optim.sched.warmup_steps": 125, "model.optim.eps": 5e-9}),
+        (NEMO, {"batch": 768}, {"model.optim.betas": [0.6, 0.8], "model.optim.sched.warmup_steps": 125,
+         "model.optim.eps": 5e-9}),
         (NANOGPT, {"batch": 1920}, {"gradient_accumulation_steps": 160, "warmup_iters": 500, "min_lr": 1.2e-4}),
-        (TITAN_PYTHON, {"batch": 1024}, {"optimizer.beta1": 0.6, "training.steps": 2500, "training.global_batch_size": 1024}),
-        (ACCELERATE, {"batch": 128}, {"gradient_accumulation_steps": 4, "lr_warmup_steps": 125, "adam_weight_decay": 0.02}),
+        (TITAN_PYTHON, {"batch": 1024}, {"optimizer.beta1": 0.6, "training.steps": 2500,
+         "training.global_batch_size": 1024}),
+        (ACCELERATE, {"batch": 128}, {"gradient_accumulation_steps": 4, "lr_warmup_steps": 125,
+         "adam_weight_decay": 0.02}),
         (LIGHTNING, {"batch": 256, "new_devices": 4}, {"trainer.devices": 4, "trainer.accumulate_grad_batches": 2}),
-        (TIMM, {"batch": 4096, "clip": "rule"}, {"grad_accum_steps": 4, "model_ema_decay": 0.9998**4, "warmup_lr": 2e-6}),
-        (HF, {"batch": 256, "devices": 1, "clip": "rule"}, {"max_grad_norm": 0.5, "eval_steps": 0.1, "save_steps": 250}),
+        (TIMM, {"batch": 4096, "clip": "rule"}, {"grad_accum_steps": 4, "model_ema_decay": 0.9998**4,
+         "warmup_lr": 2e-6}),
+        (HF, {"batch": 256, "devices": 1, "clip": "rule"}, {"max_grad_norm": 0.5, "eval_steps": 0.1,
+         "save_steps": 250}),
         (HF, {"batch": 1024, "devices": 1, "beta_map": "power"}, {"adam_beta1": 0.95**16}),
-        (HF + "num_generations: 8\nsteps_per_generation: 4\n", {"batch": 256, "devices": 1}, {"steps_per_generation": 16}),
-        (HF + "lr_scheduler_kwargs:\n  min_lr: 1.0e-6\n", {"batch": 256, "devices": 1}, {"lr_scheduler_kwargs.min_lr": 2e-6}),
+        (HF + "num_generations: 8\nsteps_per_generation: 4\n", {"batch": 256, "devices": 1},
+         {"steps_per_generation": 16}),
+        (HF + "lr_scheduler_kwargs:\n  min_lr: 1.0e-6\n", {"batch": 256, "devices": 1},
+         {"lr_scheduler_kwargs.min_lr": 2e-6}),
         (AXOLOTL + "lr_groups:\n  - {name: a, lr: 1.0e-5}\n", {"batch": 256, "devices": 4}, {"lr_groups.0.lr": 2e-5}),
+        (HF + "data_parallel_size: 4\n", {"batch": 1024}, {"gradient_accumulation_steps": 16}),
+        (HF, {"batch": 1024, "partners": [("distributed_type: MULTI_GPU\nnum_processes: 4\n", "a.yaml")]},
+         {"max_steps": 2500}),
+        (HF.replace("adamw_torch", "sgd\noptim_args: momentum=0.9"), {"batch": 256, "devices": 1},
+         {"learning_rate": 4e-4}),
         ("optimizer: nadam\nbatch: 8\nlr: 1e-3\nbetas: [0.9, 0.999]\n", {"batch": 32}, {"betas": [0.6, 0.996]}),
     ],
 )  # fmt: skip
@@ -461,7 +474,8 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*beta_map=power .here: --beta-map power"),
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
-        (HF, {"partners": [(DEEPSPEED, "ds.json")]}, "ds.json decides itself what has to change .*warmup_num_steps=100"),
+        (HF, {"partners": [(DEEPSPEED, "ds.json")]},
+         "ds.json decides itself what has to change .*warmup_num_steps=100"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
@@ -470,6 +484,14 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (MEGATRON.replace("512", "$GBS"), {"devices": None, "batch": 2048}, "GBS, which is not set in this file"),
         (MEGATRON.replace("--nproc_per_node 8", "--nproc_per_node 9"), {"devices": None}, "9 devices cannot be shared"),
         (NANOGPT + "other = max_iters // 10\n", {"devices": None, "batch": 1920}, "other would become .* computes it"),
+        (HF.replace("adamw_torch", "rmsprop\noptim_args: momentum=0.9"), {}, "RMSprop with momentum"),
+        ("accelerate launch --config_file zero3.yaml t.py --per_device_train_batch_size 2 --learning_rate 1e-5 \n",
+         {}, "config_file=.*the values in that file count too"),
+        ("trainer: {devices: 1}\ndata: {batch_size: 32}\nmodel: {optimizer: [Adam, {lr: 1}], optimizer2: [SGD, {lr: 1}]}\n",
+         {"devices": None}, "builds 2 optimizers"),
+        (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr multiplies"),
+        ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
+         "one place in the file"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
         (HF, {"source": "keras"}, "unknown form"),
         (HF, {"batch": 0}, "batch=0"),
@@ -486,7 +508,7 @@ def test_keys_that_nobody_looked_at_are_named() -> None:
     assert {"mystery", "world"} <= set(done.coverage.rest)
     assert "optim" in done.coverage.kept
     text = HF + "rollout_batch_size: 5\n"
-    with pytest.raises(RuleError, match="rollout_batch_size=5.*--keep"):
+    with pytest.raises(RuleError, match=r"rollout_batch_size=5.*--keep"):
         convert(text, batch=256, devices=1)
     assert "rollout_batch_size" in convert(text, batch=256, devices=1, keep=["rollout_batch_size"]).coverage.rest
 
@@ -498,8 +520,10 @@ def test_losses_that_couple_examples_are_warned_of() -> None:
 
 def test_names_of_optimizers() -> None:
     for name, row in [("torch.optim.AdamW", "adamw"), ("paged_adamw_8bit", "adamw"), ("adamw_torch_fused", "adamw"),
-                      ("bitsandbytes.optim.PagedAdamW32bit", "adamw"), ("FusedAdam", "adamw"), ("torch.optim.Adam", "adam"),
-                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit", "lion")]:  # fmt: skip
+                      ("bitsandbytes.optim.PagedAdamW32bit", "adamw"), ("FusedAdam", "adamw"), ("torch.optim.Adam",
+                       "adam"),
+                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit",
+                       "lion")]:  # fmt: skip
         assert optimizers.find(name, "optim")[0] == row, name
     for name in ("adamax", "Adafactor", "LAMB", "schedule_free_adamw", "galore_adamw_8bit", "apollo_adamw", "ademamix",
                  "stable_adamw", "rmsproptf", "adam_mini", "lomo", "prodigy", "nmuon", "decoupled_adamw"):  # fmt: skip

@@ -2,10 +2,11 @@
 
     scalerun convert in.yaml --batch 8192 --devices 8
 
-The file is edited in place of its values: what the rule does not move stays as it was, to the byte. A recipe is converted
-only where every key that could decide the optimizer, the batch, a rate, a clock or an average is understood or named
-in the report: what could change the batch or the optimizer and is not understood is refused. The recipe goes to standard
-output (or -o FILE), the report to standard error; its first line says how the base batch came about.
+The file is edited in place of its values: what the rule does not move stays as it was, to the byte. A recipe is
+converted only where every key that could decide the optimizer, the batch, a rate, a clock or an average is understood
+or named in the report: what could change the batch or the optimizer and is not understood is refused. The
+recipe goes to standard output (or -o FILE), the report to standard error; its first line says how the base batch came
+about.
 """
 
 from __future__ import annotations
@@ -254,7 +255,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`scalerun convert`: 0, or 2 with one message, and nothing written, where the recipe or the request is at fault."""
+    """`scalerun convert`: 0; or 2, one message and nothing written, where the recipe or the request is at fault."""
     try:
         a = _parser().parse_args(argv)
     except SystemExit as e:

@@ -200,8 +200,23 @@ def spread(layout: Layout, extra: Iterable[tuple[Path, Path | None]] = (), ignor
     layout.model_parallel = math.prod(parts.values())
     layout.parallel_words = "".join(f" / {kind} {n}" for kind, n in parts.items())
     total, layout.devices, layout.nodes = launcher(layout.doc, extra)
-    if total is not None and not layout.unknown_degree:
+    said = data_parallel(layout.doc)
+    if said is not None and total is not None and share(total, layout) != said:
+        raise RuleError(f"{layout.doc.where}: {said} data-parallel, but {total} devices{layout.parallel_words}")
+    if said is not None:
+        layout.parallel, layout.parallel_words, layout.unknown_degree = said, "", ""
+    elif total is not None and not layout.unknown_degree:
         layout.parallel = share(total, layout)
+
+
+def data_parallel(doc: Document) -> int | None:
+    """The data-parallel degree, where a key says it outright."""
+    for path, value in list(doc.values.items()):
+        if re.match(r"(data_parallel|dp)(_size|_degree|_world_size)$", str(path[-1])) and isinstance(
+            doc.get(path), int
+        ):
+            return int(value) if value > 0 else None
+    return None
 
 
 def share(total: int, layout: Layout) -> int:
@@ -308,6 +323,7 @@ _FILES = ("config", "config_file", "config_path", "config_name", "cfg", "deepspe
 
 def _names_a_file(path: Path, last: str, value: Any, doc: Document) -> bool:
     """A file whose values count beside, or before, those of this one."""
+    value = value[0] if isinstance(value, list) else value  # `--config_file zero3.yaml train.py`
     if last not in _FILES or not isinstance(value, str) or (doc.syntax != "flags" and last != "deepspeed_config"):
         return False
     return path[0] != "model" and not any(name.endswith(value.rsplit("/", 1)[-1]) for name in doc.partners)

@@ -65,6 +65,10 @@ def _trainer(
             "flags are read as TrainingArguments': a script with a parser of its own may have other defaults, or "
             "lack them"
         )
+    if row == "torch_rmsprop" and "bnb" in str(name):
+        raise RuleError(
+            f"{doc.where}: {optim}={name}: the Trainer hands optim_args to it as text, so alpha cannot be set"
+        )
     packed: Path = ()
     args = (
         {k: v for k, v in unpack(doc, ("optim_args",)).items()}

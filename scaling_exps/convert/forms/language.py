@@ -8,7 +8,7 @@ from typing import Any
 
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, Path, dotted, words
-from scaling_exps.convert.layout import Layout, Slot, at, degrees, launcher, one_of, spread
+from scaling_exps.convert.layout import Layout, Slot, at, data_parallel, degrees, launcher, one_of, spread
 from scaling_exps.rules import RuleError
 
 # --- torchtitan ---
@@ -95,6 +95,7 @@ def torchtitan(doc: Document) -> Layout:
         for w, p in (("shard", par if doc.has(par) else t), ("replicate", par if doc.has(par) else t))
     )
     total, layout.devices, layout.nodes = launcher(doc)
+    shard = data_parallel(doc) if shard is None else shard  # its name at the beginning of 2024
     if isinstance(shard, int) and shard > 0:
         layout.parallel = shard * (replicate if isinstance(replicate, int) and replicate > 0 else 1)
         layout.parallel_words = ""

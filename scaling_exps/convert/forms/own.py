@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, Path, dotted, words
@@ -18,8 +17,8 @@ _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 def deepspeed(doc: Document) -> Layout:
     if autos := [dotted(p) for p, v in doc.values.items() if v == "auto" and p[0] not in _SECTIONS]:
         raise RuleError(
-            f'{doc.where}: {", ".join(autos)} are "auto": the trainer\'s own file decides them. Give that one, and this '
-            f"beside it: scalerun convert ARGS --with {doc.where}"
+            f'{doc.where}: {", ".join(autos)} are "auto": the trainer\'s own file decides them. Give that one, and '
+            f"this beside it: scalerun convert ARGS --with {doc.where}"
         )
     params: Path = ("optimizer", "params")
     name = doc.get(("optimizer", "type"))
