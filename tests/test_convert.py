@@ -487,7 +487,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF.replace("adamw_torch", "rmsprop\noptim_args: momentum=0.9"), {}, "RMSprop with momentum"),
         ("accelerate launch --config_file zero3.yaml t.py --per_device_train_batch_size 2 --learning_rate 1e-5 \n",
          {}, "config_file=.*the values in that file count too"),
-        ("trainer: {devices: 1}\ndata: {batch_size: 32}\nmodel: {optimizer: [Adam, {lr: 1}], optimizer2: [SGD, {lr: 1}]}\n",
+        ("trainer: {devices: 1}\ndata: {batch_size: 32}\nmodel: {opt: [Adam, {lr: 1}], opt2: [SGD, {lr: 1}]}\n",
          {"devices": None}, "builds 2 optimizers"),
         (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr multiplies"),
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},

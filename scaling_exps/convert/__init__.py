@@ -17,10 +17,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 
+from scaling_exps.convert.anew import anew, new_document
 from scaling_exps.convert.documents import Document, open_document, read_file
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
-from scaling_exps.convert.job import Clip, Edit, Recipe, new_document, read, sentence
+from scaling_exps.convert.job import Clip, Edit, Recipe, read, sentence
 from scaling_exps.convert.layout import Coverage, Layout, coupled, coverage
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find
 
@@ -106,7 +107,7 @@ def convert(
             scaled = edit.in_place(new_devices)
             out = layout.doc.render()
     else:
-        out, scaled = edit.anew(target, new_devices)
+        out, scaled = anew(edit, target, new_devices)
     if out != text:
         written = doc.after if target == source and doc.after else new_document(out, FORMS[target].syntax)
         _check(written, target, scaled, partners, devices if new_devices is None else new_devices)
