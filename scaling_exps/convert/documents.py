@@ -1,235 +1,400 @@
 """Recipe files as text with addressable values: what is not set stays as it was, to the byte.
 
-A path is a tuple of keys: ("optimizer", "init_args", "lr"). Values are numbers, strings, booleans, None, or lists of
-them; a number that YAML 1.1 takes for a string (1e-3) is a number here.
+A path is a tuple of keys and list indices: ("optimizer", "init_args", "lr"). `values` holds every leaf: numbers,
+strings, booleans, None, and lists of them. The libraries say where each value stands (ruamel.yaml's nodes, json's
+decoder, tomlkit's items, shlex's words, ast's nodes); only those places are replaced. What was written is read again
+and compared, leaf by leaf, before anybody sees it.
 """
 
 from __future__ import annotations
 
-import json
+import functools
+import importlib
+import math
+import os
 import re
+import stat
+import sys
 import tomllib
+from pathlib import Path as File
 from typing import Any
 
 from scaling_exps.rules import RuleError
 
-Path = tuple[str, ...]
+Path = tuple[str | int, ...]
+LIMIT = 64 * 1024  # bytes of a recipe
+LINES = 1_500
+LEAVES = 2_000  # values in one recipe, aliases written out
+DEPTH = 40
+
+
+@functools.cache
+def words(table: str, name: str) -> frozenset[str]:
+    """The words of a row of keys.toml."""
+    return frozenset(tomllib.loads(File(__file__).with_name("keys.toml").read_text())[table][name].split())
+
+
+class Odd(str):
+    """A value that is no number, string, boolean or null; the text says what it is."""
+
+
+def dotted(path: Path) -> str:
+    return ".".join(map(str, path))
+
+
+def as_path(key: Path | str) -> Path:
+    return (key,) if isinstance(key, str) else key
+
+
+def library(name: str) -> Any:
+    """Import `name` of the extra `convert`, or say how to install it."""
+    try:
+        return importlib.import_module(name)
+    except ImportError:
+        raise RuleError(
+            f"{name} is not installed, and `convert` reads this kind of file with it: pip install 'scalerun[convert]'"
+        ) from None
+
+
+def read_file(name: str) -> str:
+    """The text of a recipe file; `-` is standard input. Line ends stay as they are.
+
+    Raises:
+        RuleError: not a regular file, longer than LIMIT, or not UTF-8.
+    """
+    try:
+        if name == "-":
+            data = sys.stdin.buffer.read(LIMIT + 1) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
+        else:
+            if not stat.S_ISREG(os.stat(name).st_mode):  # a fifo would wait for ever, /dev/zero never ends
+                raise RuleError(f"{name} is not a regular file; give a recipe file, or - for standard input")
+            with open(name, "rb") as f:
+                data = f.read(LIMIT + 1)
+        if len(data) > LIMIT:
+            raise RuleError(
+                f"{name} is longer than {LIMIT // 1024} kB, and a recipe is a few pages: is it the right file?"
+            )
+        return data.decode()
+    except OSError as e:
+        raise RuleError(f"{name}: {e.strerror}") from None
+    except UnicodeDecodeError as e:
+        raise RuleError(f"{name} is not a text file (UTF-8): {e.reason} at byte {e.start}") from None
+
+
 _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
+def number(value: Any) -> Any:
+    """A string that spells a number becomes it; all else stays. A number too long to be one is an Odd."""
+    if isinstance(value, Odd) or not isinstance(value, str) or not _FLOAT.match(value.strip()):
+        return value
+    if re.match(r"[-+]?0\d", value.strip()):
+        return Odd(f"{value} (octal for some readers, decimal for others)")
+    return finite(float(value) if re.search(r"[.eE]", value) or len(value) > 300 else int(value))
+
+
+def finite(value: float) -> Any:
+    return value if abs(value) < 1e300 and not math.isnan(value) else Odd("a number beyond all ranges")
+
+
+def spell(value: Any) -> str:
+    """A value as YAML 1.1, JSON, TOML and Python all read it back: 5e-09 needs the point."""
+    if isinstance(value, list):
+        return "[" + ", ".join(map(spell, value)) + "]"
+    if isinstance(value, bool) or value is None:
+        return {True: "true", False: "false", None: "null"}[value]
+    text = repr(value)
+    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text
+
+
 class Document:
-    """Text, the values in it and where each stands. Subclasses fill `values`, `spans` and `ends`, and write values."""
+    """Text, the values in it and where each stands. Subclasses fill `values` and `spans`, and know how to insert."""
+
+    syntax = ""
 
     def __init__(self, text: str, where: str) -> None:
         self.text, self.where = text, where
+        self.newline = "\r\n" if "\r\n" in text else "\n"
         self.values: dict[Path, Any] = {}
-        self.spans: dict[Path, tuple[int, int]] = {}  # of a value; of each element under path + (str(i),)
+        self.spans: dict[Path, tuple[int, int]] = {}  # of a leaf; of each element of a list under path + (i,)
+        self.twice: set[Path] = set()  # keys that stand twice, where the syntax allows it
+        self.wanted: dict[Path, Any] = {}  # what was set
+        self.read: set[Path] = set()  # what was asked for
         self.edits: dict[tuple[int, int], str] = {}
-        self.added: dict[Path, Any] = {}
+        self.near: Path = ()  # a flag beside which new flags are put
+        self.after: Document | None = None  # what was written, read again
+        self.partners: tuple[str, ...] = ()  # names of files that belong to it
+        self.guessed = False  # whether its form was guessed
+        self.notes: list[str] = []  # what reading it assumed
+        if re.search(rf"[\[{{(](\s*[\[{{(]){{{DEPTH}}}|(- ){{{DEPTH}}}", text):
+            raise RuleError(f"{where} is nested more than {DEPTH} deep; no recipe is")
+        try:
+            self.parse()
+        except RecursionError:
+            raise RuleError(f"{where} is nested too deep; no recipe is") from None
+        if not self.values:
+            raise RuleError(f"{where}: the top level must be keys and values, as in `lr: 0.001`; there are none")
 
-    def get(self, path: Path) -> Any:
-        return self.added.get(path, self.values.get(path))
+    def parse(self) -> None:
+        raise NotImplementedError
+
+    def leaf(self, path: Path, value: Any, span: tuple[int, int]) -> None:
+        self.values[path], self.spans[path] = value, span
+        if len(self.values) > LEAVES or len(path) > DEPTH:
+            raise RuleError(f"{self.where} has more than {LEAVES} values, or is nested more than {DEPTH} deep")
+
+    def has(self, path: Path | str) -> bool:
+        """Whether there is such a leaf, or a mapping or list of that name."""
+        path = as_path(path)
+        return any(p[: len(path)] == path for p in self.values)
+
+    def get(self, path: Path | str) -> Any:
+        path = as_path(path)
+        self.read.add(path)
+        if path in self.twice:
+            raise RuleError(f"{self.where}: {dotted(path)} stands there twice; which one counts?")
+        return self.wanted.get(path, self.values.get(path))
 
     def set(self, path: Path, value: Any) -> None:
-        """Put `value` at `path`: in place where the key is there, on a line of its own where it is not."""
+        """Put `value` at `path`: in place where the key is there, beside its siblings where it is not."""
+        self.wanted[path] = value
         if path not in self.spans:
-            self.added[path] = value
             return
         old = self.values[path]
-        if isinstance(value, list) and isinstance(old, list) and len(old) == len(value):
-            for i, v in enumerate(value):
-                self._replace(self.spans[(*path, str(i))], self.literal(v))
-        else:
-            self._replace(self.spans[path], self.literal(value))
-        self.values[path] = value
-
-    def _replace(self, span: tuple[int, int], new: str) -> None:
-        if self.edits.setdefault(span, new) != new:
-            raise RuleError(
-                f"{self.where}: one place in the file (an alias?) would need two values; write it out twice"
-            )
+        spots: list[tuple[Path, Any]] = [(path, value)]
+        if isinstance(value, list) and isinstance(old, list) and len(old) == len(value) and (*path, 0) in self.spans:
+            spots = [((*path, i), v) for i, v in enumerate(value)]
+        for spot, v in spots:
+            span, new = self.spans[spot], self.literal(v)
+            if span[0] == span[1] and self.text[span[0] - 1] == ":":  # an empty value of YAML
+                new = f" {new}"
+            if self.edits.setdefault(span, new) != new:
+                raise RuleError(
+                    f"{self.where}: one place in the file is read as several values, and {dotted(path)} needs one of "
+                    "its own: write it out where it is used"
+                )
+        for other, span in self.spans.items():  # an alias, a merge key, a variable
+            if other != path and other in self.values and span == self.spans[path]:
+                if other[-1] != path[-1]:
+                    raise RuleError(
+                        f"{self.where}: {dotted(path)} and {dotted(other)} are one place in the file, and only the "
+                        "first must change: write both out"
+                    )
+                self.wanted.setdefault(other, value)
 
     def render(self) -> str:
+        """The text with every `set` in it.
+
+        Raises:
+            RuleError: a value that was not set would change with one that was (it is computed from it).
+        """
+        if not self.wanted:
+            return self.text
         edits = dict(self.edits)
-        for path, value in self.added.items():
-            at, new = self.insertion(path, value)
-            edits[at, at] = edits.get((at, at), "") + new
+        for path, value in sorted(
+            self.wanted.items(), key=lambda item: -len(item[0])
+        ):  # at one place the deepest first
+            if path not in self.spans:
+                at, new = self.insertion(path, value)
+                edits[at, at] = edits.get((at, at), "") + new
         text = self.text
         for (start, end), new in sorted(edits.items(), reverse=True):
             text = text[:start] + new + text[end:]
+        self.check(text)
         return text
 
+    def check(self, text: str) -> None:
+        self.after = type(self)(text, self.where)
+        seen = self.after.values
+        for path in {*seen, *self.values, *self.wanted}:
+            want = self.wanted.get(path, self.values.get(path))
+            if seen.get(path) != want and not isinstance(want, Odd):
+                raise RuleError(
+                    f"{self.where}: {dotted(path)} would become {seen.get(path)!r} instead of {want!r}, because the "
+                    "file computes it from a value that changes, or says it in a way that is not known: write it out"
+                )
+
     def literal(self, value: Any) -> str:
-        raise NotImplementedError
+        return spell(value)
 
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:
         """(where, what) to insert for a key that is not there."""
         raise NotImplementedError
 
-    def children(self, parent: Path) -> list[Path]:
-        return [p for p in self.spans if p[:-1] == parent and p in self.values]
+    def missing(self, path: Path) -> RuleError:
+        return RuleError(
+            f"{self.where} has no {dotted(path)}, and no place for it: add `{path[-1]}` there so that it can be set"
+        )
 
 
-def number(value: Any) -> Any:
-    """A string that spells a number becomes it; all else stays."""
-    if isinstance(value, str) and _FLOAT.match(value.strip()):
-        return float(value) if re.search(r"[.eE]", value) else int(value)
-    return value
+class Json(Document):
+    syntax = "json"
 
+    def parse(self) -> None:
+        import json
 
-def spell(value: Any) -> str:
-    """A number as YAML 1.1, JSON, TOML and Python all read it back: 5e-09 needs the point."""
-    text = repr(value)
-    return re.sub(r"^(-?\d+)e", r"\1.0e", text) if isinstance(value, float) else text
+        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+            keys = [k for k, _ in pairs]
+            if twice := {k for k in keys if keys.count(k) > 1}:
+                raise RuleError(
+                    f"{self.where}: {', '.join(sorted(twice))} stands twice in one object; which one counts?"
+                )
+            return dict(pairs)
 
-
-class Yaml(Document):
-    """YAML, and JSON as the part of it with braces."""
-
-    def __init__(self, text: str, where: str) -> None:
-        import yaml
-
-        super().__init__(text, where)
-        self.flow = text.lstrip()[:1] == "{"
+        self._ends: dict[Path, tuple[int, int]] = {}  # an object: where its last member starts and ends
         try:
-            # In JSON a tab is a space; the lengths agree, so the places stay right.
-            root = yaml.compose(text.replace("\t", " ") if self.flow else text, yaml.SafeLoader)
-        except yaml.YAMLError as e:
-            raise RuleError(f"{where} cannot be read as {'JSON' if self.flow else 'YAML'}: {_one_line(e)}") from e
-        if not isinstance(root, yaml.MappingNode):
-            raise RuleError(f"{where}: the top level must be keys and values, as in `lr: 0.001`")
-        construct = yaml.SafeLoader("").construct_object
-        self._columns: dict[Path, int] = {}
+            tree = json.JSONDecoder(object_pairs_hook=unique).decode(self.text.removeprefix("\ufeff"))
+        except json.JSONDecodeError as e:
+            raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
+        except ValueError as e:  # more digits than Python will read
+            raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
+        if not isinstance(tree, dict):
+            raise RuleError(f'{self.where}: the top level must be keys and values, as in {{"lr": 0.001}}')
+        self._walk(tree, (), self.text.index("{"))
 
-        def walk(node: Any, path: Path) -> None:
-            for key, value in node.value:
-                here = (*path, str(key.value))
-                self._columns.setdefault(path, key.start_mark.column)
-                if isinstance(value, yaml.MappingNode):
-                    walk(value, here)
-                    continue
-                self.spans[here] = (value.start_mark.index, value.end_mark.index)
-                if isinstance(value, yaml.SequenceNode):
-                    self.values[here] = [number(construct(v, deep=True)) for v in value.value]
-                    for i, v in enumerate(value.value):
-                        self.spans[(*here, str(i))] = (v.start_mark.index, v.end_mark.index)
-                else:
-                    self.values[here] = number(construct(value))
+    def _walk(self, value: Any, path: Path, at: int) -> int:
+        """Note `value`, which starts at `at`; return where it ends."""
+        from json import JSONDecoder
+        from json.decoder import scanstring  # type: ignore[attr-defined]
 
-        walk(root, ())
+        text = self.text
+
+        def skip(i: int, marks: str = "") -> int:
+            while text[i].isspace() or text[i] in marks:
+                i += 1
+            return i
+
+        if isinstance(value, dict):
+            start = end = at + 1
+            for key, member in value.items():
+                start = skip(end, ",")
+                after = scanstring(text, start + 1)[1]
+                end = self._walk(member, (*path, key), skip(after, ":"))
+            self._ends[path] = (start, end)
+            return skip(end) + 1
+        if isinstance(value, list):
+            end = at + 1
+            nested = any(isinstance(v, dict | list) for v in value)
+            for i, member in enumerate(value):
+                start = skip(end, ",")
+                end = self._walk(member, (*path, i), start) if nested else JSONDecoder().raw_decode(text, start)[1]
+                self.spans[(*path, i)] = (start, end)
+            if not nested:
+                self.leaf(path, [_plain(v) for v in value], (at, skip(end) + 1))
+            return skip(end) + 1
+        end = JSONDecoder().raw_decode(text, at)[1]
+        self.leaf(path, _plain(value), (at, end))
+        return end
 
     def literal(self, value: Any) -> str:
-        if isinstance(value, list):
-            return "[" + ", ".join(map(self.literal, value)) + "]"
-        return json.dumps(value) if not isinstance(value, float) else spell(value)
+        import json
+
+        return json.dumps(value) if isinstance(value, str) else spell(value)
 
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:
-        siblings = self.children(path[:-1])
-        if not siblings:
-            raise RuleError(
-                f"{self.where} has no {'.'.join(path)}, and nothing stands in {'.'.join(path[:-1]) or 'it'}: "
-                f"add `{path[-1]}` there so that it can be set"
-            )
-        end = max(self.spans[s][1] for s in siblings)
-        if not self.flow:
-            at = self.text.find("\n", end - 1)  # a block sequence ends behind its newline, a scalar before it
-            at = len(self.text) if at < 0 else at
-            return at, f"\n{' ' * self._columns[path[:-1]]}{path[-1]}: {self.literal(value)}"
-        line = self.text[: min(self.spans[s][0] for s in siblings)].rsplit("\n", 1)
-        indent = re.match(r"\s*", line[-1])
-        assert indent is not None
-        gap = "\n" + indent[0] if len(line) > 1 and line[-1].strip().startswith('"') else " "
-        return end, f',{gap}"{path[-1]}": {self.literal(value)}'
+        if path[:-1] not in self._ends:
+            raise self.missing(path)
+        start, end = self._ends[path[:-1]]
+        before = self.text[:start].rpartition("\n")
+        gap = self.newline + before[2] if before[1] and before[2].strip() == "" else " "
+        key = f'"{path[-1]}": {self.literal(value)}'
+        return end, key if start == end else f",{gap}{key}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, bool) or not isinstance(value, int | float | str):
+        return value
+    return number(value) if isinstance(value, str) else finite(value)
 
 
 class Toml(Document):
-    """TOML of sections and one-line values, which is what training recipes are."""
+    """tomlkit keeps everything of a file but the values that are set."""
 
-    _LINE = re.compile(r"""^[ \t]*([\w-]+)[ \t]*=[ \t]*("[^"\n]*"|'[^'\n]*'|\[[^\]\n]*\]|[^#\n]*?)[ \t]*(?:#.*)?$""")
+    syntax = "toml"
 
-    def __init__(self, text: str, where: str) -> None:
-        super().__init__(text, where)
+    def parse(self) -> None:
+        tomlkit = library("tomlkit")
         try:
-            tree = tomllib.loads(text)
-        except tomllib.TOMLDecodeError as e:
-            raise RuleError(f"{where} cannot be read as TOML: {e}") from e
-        self._ends: dict[Path, int] = {}  # end of the last line of a section
-        section: Path = ()
-        at = 0
-        for line in text.splitlines(keepends=True):
-            bare = line.rstrip("\n")
-            if header := re.match(r"\s*\[([\w.\-]+)\]", bare):
-                section = tuple(header[1].split("."))
-                self._ends[section] = at + len(bare)
-            elif found := self._LINE.match(bare):
-                path = (*section, found[1])
-                value: Any = tree
-                for key in path:
-                    value = value[key] if isinstance(value, dict) and key in value else None
-                self.values[path] = value
-                self.spans[path] = (at + found.start(2), at + found.end(2))
-                self._ends[section] = at + len(bare)
-            at += len(line)
+            tree = tomllib.loads(self.text)  # fast, strict, and refuses keys that stand twice
+            self._doc = tomlkit.parse(self.text)
+        except (tomllib.TOMLDecodeError, tomlkit.exceptions.TOMLKitError, ValueError) as e:
+            raise RuleError(f"{self.where} cannot be read as TOML: {one_line(e)}") from None
 
-    def literal(self, value: Any) -> str:
-        if isinstance(value, list):
-            return "[" + ", ".join(map(self.literal, value)) + "]"
-        return spell(value) if isinstance(value, float) else json.dumps(value)
+        def walk(value: Any, path: Path) -> None:
+            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
+                for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+                    walk(member, (*path, key))
+            elif isinstance(value, list):
+                self.leaf(path, [_plain(v) for v in value], (0, 0))
+            else:
+                known = isinstance(value, bool | int | float | str)
+                self.leaf(path, _plain(value) if known else Odd("a date"), (0, 0))
+
+        walk(tree, ())
+        self.spans = {}
 
     def set(self, path: Path, value: Any) -> None:
-        if isinstance(value, list) and path in self.spans:
-            self._replace(self.spans[path], self.literal(value))
-            self.values[path] = value
-        else:
-            super().set(path, value)
+        self.wanted[path] = value
+        at: Any = self._doc
+        for key in path[:-1]:
+            if isinstance(at, dict) and key not in at:
+                at[key] = library("tomlkit").table()
+            if isinstance(at, list) is not isinstance(key, int):
+                raise self.missing(path)
+            at = at[key]
+        if isinstance(at, list) is not isinstance(path[-1], int):
+            raise self.missing(path)
+        at[path[-1]] = value
 
-    def insertion(self, path: Path, value: Any) -> tuple[int, str]:
-        line = f"\n{path[-1]} = {self.literal(value)}"
-        if path[:-1] in self._ends:
-            return self._ends[path[:-1]], line
-        return len(self.text.rstrip("\n")), f"\n\n[{'.'.join(path[:-1])}]{line}"
-
-
-class Flags(Document):
-    """A command line: `python train.py data --lr 1e-3 --opt-betas 0.9 0.999`, over as many lines as one likes."""
-
-    _TOKEN = re.compile(r"""#[^\n]*|(?:"[^"\n]*"|'[^'\n]*'|[^\s"'])+""")
-    _SHORT = {"-b": "batch_size", "-c": "config"}  # noqa: RUF012
-
-    def __init__(self, text: str, where: str) -> None:
-        super().__init__(text, where)
-        path: Path | None = None
-        self._end = 0
-        for token in self._TOKEN.finditer(text):
-            word = token[0]
-            if word.startswith("#") or word == "\\":
-                continue
-            self._end = token.end()
-            name, equals, _ = word.partition("=")
-            if re.match(r"--[A-Za-z]", word) or name in self._SHORT:
-                path = (self._SHORT.get(name, name.lstrip("-").replace("-", "_")),)
-                start = token.start() + len(name) + len(equals) if equals else token.end()
-                self.spans[path] = (start, token.end())
-                self.values[path] = number(text[start : token.end()]) if equals else True
-            elif path is not None:
-                one = number(word.strip("\"'"))
-                span, old = (token.start(), token.end()), self.values[path]
-                first = old is True
-                self.values[path] = one if first else [*(old if isinstance(old, list) else [old]), one]
-                if isinstance(self.values[path], list) and not isinstance(old, list):
-                    self.spans[(*path, "0")] = self.spans[path]
-                if isinstance(self.values[path], list):
-                    self.spans[(*path, str(len(self.values[path]) - 1))] = span
-                self.spans[path] = span if first else (self.spans[path][0], span[1])
-        if not self.values:
-            raise RuleError(f"{where} holds no flags: expected something like `--opt adamw --lr 1e-3 --batch-size 128`")
-
-    def literal(self, value: Any) -> str:
-        return " ".join(map(self.literal, value)) if isinstance(value, list) else spell(value).strip("'")
-
-    def insertion(self, path: Path, value: Any) -> tuple[int, str]:
-        return self._end, f" --{path[-1].replace('_', '-')} {self.literal(value)}"
+    def render(self) -> str:
+        if not self.wanted:
+            return self.text
+        text: str = self._doc.as_string()
+        if self.newline == "\r\n":
+            text = re.sub(r"(?<!\r)\n", "\r\n", text)
+        self.check(text)
+        return text
 
 
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split())
+def one_line(error: Exception) -> str:
+    return " ".join(str(error).split())[:300]
+
+
+def open_document(text: str, where: str) -> Document:
+    """The document in the syntax that its name, or its first lines, say."""
+    from scaling_exps.convert.flags import Flags
+    from scaling_exps.convert.python import Python
+    from scaling_exps.convert.yaml import Yaml
+
+    if len(text) > LIMIT or text.count("\n") > LINES:
+        raise RuleError(f"{where} is longer than {LIMIT // 1024} kB or {LINES} lines, and a recipe is a few pages")
+    if not text.strip():
+        raise RuleError(f"{where} is empty")
+    kinds: dict[str, type[Document]] = {
+        ".json": Json,
+        ".toml": Toml,
+        ".py": Python,
+        ".sh": Flags,
+        ".bash": Flags,
+        ".sbatch": Flags,
+    }
+    if (ending := File(where).suffix.lower()) in kinds:
+        return kinds[ending](text, where)
+    code = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
+    flagged = any(re.search(r"(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)", line) for line in code)
+    keyed = any(re.match(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)", line) for line in code)
+    if ending not in (".yaml", ".yml"):
+        if text.lstrip("\ufeff \t\r\n")[0] == "{":
+            return Json(text, where)
+        if any(re.match(r"\s*\[[\w.\s-]+\]\s*(#.*)?$", line) for line in code) and not keyed:
+            return Toml(text, where)
+        if flagged and not keyed:
+            return Flags(text, where)
+        if not keyed and any(re.match(r"(\w+\s*=[^=]|def \w|from \w|import \w)", line) for line in code):
+            return Python(text, where)
+    elif text.lstrip()[:1] == "{" and '"' in text and not keyed:
+        try:
+            return Json(text, where)
+        except RuleError:
+            return Yaml(text, where)
+    return Flags(text, where) if flagged and not keyed else Yaml(text, where)
