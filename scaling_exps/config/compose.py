@@ -44,7 +44,7 @@ def compose(argv: list[str]) -> list[Config]:
 
     composed: list[dict[str, Any]] = []
 
-    def collect(cfg: DictConfig, runtime: DictConfig) -> None:
+    def collect(cfg: DictConfig, runtime: Any) -> None:
         raw: Any = OmegaConf.to_container(cfg, resolve=True)
         raw["experiment"] = runtime.runtime.choices.get("experiment")
         raw["words"] = list(runtime.overrides.task)

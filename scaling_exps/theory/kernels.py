@@ -89,8 +89,8 @@ def _linear(A, b, X, out):
 
 @njit(inline="always", error_model="numpy", fastmath={"contract"})
 def _drift(p, i, t, G, M, U, aX, aM, aU, bX):
-    """Coordinate i of the SDEs (paper, Def. 4.1 and its Adam twin): drifts aX, aM, aU, and bX, the factor of (S dW) in theta
-    (that of m is s0 c1)."""
+    """Coordinate i of the SDEs (paper, Def. 4.1 and its Adam twin): drifts aX, aM, aU, and bX, the factor of (S dW) in
+    theta (that of m is s0 c1)."""
     s0, e0, c1, c2, var = p.s0, p.e0, p.c1, p.c2, p.var[i]
     if p.algo == RMSPROP:
         for k in range(LANES):
@@ -201,8 +201,8 @@ def sde(p, level, observe, seed, first, two_point, heun, out):
 
 @njit(inline="always", error_model="numpy", fastmath={"contract"})
 def _update(p, bias1, bias2, frozen, X, M, V, G):
-    """One step of one coordinate. `frozen` < 0: the optimizer (OLD v, eps outside the root, NEW m);
-    otherwise `frozen` stands for lr / (bias1 (sqrt(v / bias2) + eps)), and the step is linear (paper, Defs. 2.3 and 2.4)."""
+    """One step of one coordinate (paper, Defs. 2.3 and 2.4). `frozen` < 0: the optimizer (OLD v, eps outside the root,
+    NEW m); otherwise `frozen` stands for lr / (bias1 (sqrt(v / bias2) + eps)), and the step is linear."""
     algo, lr, beta1, beta2, eps = p.algo, p.lr, p.beta1, p.beta2, p.eps
     for k in range(LANES):
         if algo == ADAM:
