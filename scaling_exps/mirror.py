@@ -11,6 +11,7 @@ is trained. It follows the run until its standard input ends, so it also ends wh
 
 from __future__ import annotations
 
+import atexit
 import configparser
 import contextlib
 import io
@@ -72,7 +73,7 @@ def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
         with contextlib.suppress(OSError):
             mirror.stdin.close()  # so it learns that the run has ended
         with contextlib.suppress(subprocess.TimeoutExpired):
-            mirror.wait(PATIENCE["live"] + 5)
+            mirror.wait(PATIENCE["live"] + 5 if run_dir.result() else 5)  # a run that was stopped must make way
         mirror.kill()
         relay.join(1)
         if mirror.wait() and not said:
@@ -136,9 +137,10 @@ def sync(roots: list[Path], dry_run: bool = False) -> int:
 def _replay(run_dir: RunDir) -> int:
     with _start("sync", run_dir, stdin=subprocess.DEVNULL) as mirror:
         try:
-            print(mirror.communicate()[0], end="", flush=True)
+            said = mirror.communicate()[0]
         finally:
             mirror.kill()
+    print(said or f"{run_dir}: not uploaded, the mirror ended with status {mirror.returncode}\n", end="", flush=True)
     return int(mirror.returncode != 0)
 
 
@@ -163,29 +165,36 @@ def main(how: str, path: str) -> int:
     for name in ("WANDB_SERVICE", "WANDB_SILENT"):  # a program around this one; what wandb prints is read below
         os.environ.pop(name, None)
     run_dir, over = RunDir(path), threading.Event()
-    with tempfile.TemporaryDirectory(prefix="scalerun-wandb-", ignore_cleanup_errors=True) as folder:
-        threading.Thread(target=_watch, args=(over, PATIENCE[how], folder), daemon=True).start()
-        said = False
-        while True:
-            try:
-                with run_dir.lock("wandb.lock"), contextlib.redirect_stderr(io.StringIO()):
-                    count = _follow(run_dir, how, folder, over)
-                if how == "sync":
-                    print(f"{run_dir}: {count}")
+    try:
+        folder = tempfile.mkdtemp(prefix="scalerun-wandb-")
+    except OSError as e:
+        print(f"{run_dir}: wandb needs a folder for its files ({e}; set TMPDIR); {LATER}")
+        return 1
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # before wandb's own handlers, so after them
+    threading.Thread(target=_watch, args=(over, PATIENCE[how], folder), daemon=True).start()
+    said = False
+    while True:
+        try:
+            with run_dir.lock("wandb.lock"), contextlib.redirect_stderr(io.StringIO()) as printed:
+                count = _follow(run_dir, how, folder, over)
+            if "Fatal error" in printed.getvalue():  # so does wandb's core say that it gave up
+                raise MirrorError("the server refuses records")
+            if how == "sync":
+                print(f"{run_dir}: {count}")
+            return 0
+        except BusyError:
+            if how == "sync":
+                print(f"{run_dir}: another process mirrors it at this moment")
                 return 0
-            except BusyError:
-                if how == "sync":
-                    print(f"{run_dir}: mirrored by another process at this moment")
-                    return 0
-                if over.wait(1):  # it may be the mirror of this run's last process, which was killed
-                    return 1
-            except Exception as e:
-                if not said:
-                    why = " ".join(f"{type(e).__name__}: {e}".split())
-                    print(f"{run_dir}: wandb is not reached ({why[:300]}); {LATER}", flush=True)
-                said = True
-                if over.wait(RETRY):
-                    return 1
+            if over.wait(1):  # it may be the mirror of this run's last process, which was killed
+                return 1
+        except Exception as e:
+            if not said:
+                why = " ".join(f"{type(e).__name__}: {e}".split())
+                print(f"{run_dir}: wandb is not reached ({why[:300]}); {LATER}", flush=True)
+            said = True
+            if over.wait(RETRY):
+                return 1
 
 
 def _watch(over: threading.Event, patience: float, folder: str) -> None:
@@ -225,8 +234,9 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> st
                     sent, known = sent + 1, line + 1
             if ended:
                 break
-    except BaseException:
-        run.finish(exit_code=1)
+    except Exception:
+        with contextlib.suppress(Exception):
+            run.finish(exit_code=1)
         raise
     result = run_dir.result() or {}
     if result.get("status") == "finished":
@@ -238,9 +248,6 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> st
         run.finish(exit_code=1)
     else:
         run.finish(exit_code=0)
-    printed = sys.stderr.getvalue() if isinstance(sys.stderr, io.StringIO) else ""
-    if "Fatal error" in printed:  # only so does wandb's core say that it has given up
-        raise MirrorError("the server refuses records")
     return f"{sent} of {len(records.rows)} records uploaded"
 
 
