@@ -2,129 +2,112 @@
 
 Line i of records.jsonl is the row of wandb's step i, with the training step and the clock as columns. So what wandb has
 is known from its own count of rows, and a replay sends exactly the lines that it lacks, however often it is asked.
+
+The mirror is a process of its own, which reads the run's folder: wandb is neither imported nor waited for where a run
+is trained. It follows the run until its standard input ends, so it also ends when the run's process is killed.
+
+    python -m scaling_exps.mirror live|sync RUN_DIR
 """
 
 from __future__ import annotations
 
+import atexit
+import configparser
 import contextlib
+import io
+import netrc
 import os
+import shutil
+import subprocess
 import sys
+import tempfile
+import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 from scaling_exps.plan import PlanError, RunSpec
-from scaling_exps.records import RunDir
+from scaling_exps.records import BusyError, RunDir
 
 GROUPS = ("train", "eval", "noise", "event")
+DEFAULT_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # of wandb 0.31, and of the versions before
+INTERVAL = 2.0  # seconds between two looks for new records
+RETRY = 20.0  # seconds from a connection that failed to the next attempt
+PATIENCE = {"live": 20.0, "sync": 600.0}  # seconds for what is left, when the run has ended
+LATER = "`scalerun sync` uploads what is missing"
 
 
 class MirrorError(ValueError):
     """Nothing can be uploaded; the message says why and what to do."""
 
 
-class Mirror:
-    """The run in wandb: same id, records as `train/loss`, `eval/accuracy`, ... over `samples`.
-
-    Runs lie there as they are compared: the group is the experiment, the job type the arm; batch, rule, kappa, seed and
-    the hyperparameters are columns, and the summary holds the gap to the base run where that is finished. Whatever goes
-    wrong there is said once and never stops the run.
-
-    Args:
-        line: of records.jsonl, that is logged next.
-    """
-
-    def __init__(self, run_dir: RunDir, spec: RunSpec, line: int) -> None:
-        self.run_dir, self.spec, self.line = run_dir, spec, line
-        self.run: Any = None
-        self.known = 0  # lines that wandb has
-
-    def open(self) -> None:
-        """Connect, and send the lines that wandb lacks; without a connection say so once."""
-        try:
-            self.run = _init(self.run_dir, self.spec)
-            self.known = self.run.starting_step
-            rows = self.run_dir.records().rows[: self.line]
-            for line in range(self.known, len(rows)):
-                self._send(line, rows[line])
-        except Exception as e:
-            self._lose(e)
-
-    def log(self, record: dict[str, Any]) -> None:
-        """Send the next line."""
-        if self.run is not None and self.line >= self.known:
-            try:
-                self._send(self.line, record)
-            except Exception as e:
-                self._lose(e)
-        self.line += 1
-
-    def _send(self, line: int, record: dict[str, Any]) -> None:
-        """One record is one row; two estimates of the noise at one step have groups of their own."""
-        group = "/".join(str(record[k]) for k in ("kind", "method") if k in record)
-        metrics = {f"{group}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t", "method")}
-        clock = {"samples": record["samples"], "t": record.get("t"), "trainer/step": record["step"]}
-        self.run.log(clock | metrics, step=line)
-
-    def summarise(self, metrics: dict[str, float]) -> None:
-        """The final metrics, and their gaps to the base run of the same seed where that is finished beside this run."""
-        if self.run is None:
-            return
-        base_id = self.spec.arms[0].base_run_id
-        base = RunDir(self.run_dir.path.parent / base_id).result() or {} if base_id != self.spec.run_id else {}
-        theirs = base.get("metrics") if base.get("status") == "finished" else None
-        gaps = (
-            {f"gap/{k}": v - theirs[k] for k, v in metrics.items() if k in theirs} if isinstance(theirs, dict) else {}
-        )
-        try:
-            self.run.summary.update({f"final/{k}": v for k, v in metrics.items()} | gaps)
-        except Exception as e:
-            self._lose(e)
-
-    def close(self, exit_code: int) -> None:
-        if self.run is not None:
-            try:
-                self.run.finish(exit_code=exit_code)
-            except Exception as e:
-                self._lose(e)
-
-    def _lose(self, error: Exception) -> None:
-        self.run = None
-        why = f"{type(error).__name__}: {error}"
-        print(
-            f"wandb is off for the rest of this run ({why}); `scalerun sync` uploads its records later", file=sys.stderr
-        )
+# ---- where runs are trained, and where `scalerun sync` is typed: no wandb ----
 
 
 @contextlib.contextmanager
-def live(run_dir: RunDir, spec: RunSpec, line: int) -> Iterator[Mirror]:
-    """The mirror of a run that is trained now; where wandb is not asked for, or offline, it does nothing."""
-    mirror = Mirror(run_dir, spec, line)
-    if spec.logger == "wandb" and online():
-        mirror.open()
-    run_dir.append_event({"event": "mirror", "live": mirror.run is not None})
+def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
+    """Mirror the run while it is trained, where logger=wandb and wandb is online. At most one line tells of a trouble.
+
+    On leaving, the last records have PATIENCE seconds to arrive; result.json, if there is one by then, says how the run
+    ended.
+    """
+    if spec.logger != "wandb" or not online():
+        yield
+        return
     try:
-        yield mirror
-    except BaseException:
-        mirror.close(1)
-        raise
-    mirror.close(0)
+        mirror = _start("live", run_dir, stdin=subprocess.PIPE, start_new_session=True)
+    except OSError as e:
+        print(f"wandb is off for this run ({e}); {LATER}", file=sys.stderr)
+        yield
+        return
+    assert mirror.stdin is not None
+    said: list[str] = []
+    relay = threading.Thread(target=_relay, args=(mirror, said), daemon=True)
+    relay.start()
+    try:
+        yield
+    finally:
+        with contextlib.suppress(OSError):
+            mirror.stdin.close()  # so it learns that the run has ended
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            mirror.wait(PATIENCE["live"] + 5 if run_dir.result() else 5)  # a run that was stopped must make way
+        mirror.kill()
+        relay.join(1)
+        if mirror.wait() and not said:
+            print(f"wandb did not take all records in time; {LATER}", file=sys.stderr)
 
 
 def online() -> bool:
     """Whether runs are to be mirrored as they go: WANDB_MODE says so, or nothing and somebody is logged in."""
-    mode = os.environ.get("WANDB_MODE", "").lower()
-    return logged_in() if mode in ("", "online", "shared") else False
+    return os.environ.get("WANDB_MODE", "").lower() in ("", "online", "shared", "run") and logged_in()
 
 
 def logged_in() -> bool:
-    import wandb
-
-    return bool(os.environ.get("WANDB_API_KEY") or wandb.login(prompt=False))
+    """Whether there are credentials for wandb, as wandb looks for them; whether they are valid, the server knows."""
+    if os.environ.get("WANDB_API_KEY") or os.environ.get("WANDB_IDENTITY_TOKEN_FILE"):
+        return True
+    settings = configparser.ConfigParser(interpolation=None)
+    folder = Path(os.environ.get("WANDB_CONFIG_DIR") or Path.home() / ".config" / "wandb").expanduser()
+    with contextlib.suppress(configparser.Error, OSError, UnicodeDecodeError):
+        settings.read([folder / "settings", Path("wandb", "settings")])
+    if settings.get("default", "api_key", fallback=""):
+        return True
+    server = os.environ.get("WANDB_BASE_URL") or settings.get("default", "base_url", fallback="")
+    try:
+        known = netrc.netrc(Path(os.environ.get("NETRC") or Path.home() / ".netrc").expanduser())
+    except (netrc.NetrcParseError, OSError, UnicodeDecodeError):
+        return False
+    keys = [known.authenticators(host) for host in ([urlsplit(server).netloc] if server else DEFAULT_HOSTS)]
+    return any(key and key[2] for key in keys)
 
 
 def sync(roots: list[Path], dry_run: bool = False) -> int:
     """Replay the records of the runs under `roots` that were made with logger=wandb; returns the exit code.
+
+    A run that is mirrored at this moment, live or by another `sync`, is left to that one.
 
     Raises:
         MirrorError: no such folder, nothing to upload, or nobody is logged in.
@@ -135,42 +118,163 @@ def sync(roots: list[Path], dry_run: bool = False) -> int:
             raise MirrorError(f"no folder {str(root)!r}; give folders of runs (runs_dir, by default ./runs)")
         for run_dir in [RunDir(root)] if RunDir(root).exists else RunDir.under(root):
             try:
-                spec = run_dir.spec()
+                if run_dir.spec().logger == "wandb" and run_dir.records().rows:
+                    todo.append(run_dir)
             except PlanError as e:
                 print(f"scalerun: {e}", file=sys.stderr)
-                continue
-            mirrored = [e for e in run_dir.events() if e.get("event") == "mirror"]
-            mirrored_live = run_dir.state() == "running" and bool(mirrored) and bool(mirrored[-1].get("live"))
-            if spec.logger == "wandb" and not mirrored_live and run_dir.records().rows:
-                todo.append((run_dir, spec))
     if not todo:
         raise MirrorError(f"nothing to upload under {', '.join(map(str, roots))}: no records of runs with logger=wandb")
     if dry_run:
-        for run_dir, _ in todo:
+        for run_dir in todo:
             print(f"{run_dir}: {len(run_dir.records().rows)} records")
         return 0
     if not logged_in():
         raise MirrorError("nobody is logged in to wandb: `wandb login`, or set WANDB_API_KEY")
-    good = True
-    for run_dir, spec in todo:
-        rows, result = run_dir.records().rows, run_dir.result() or {}
-        mirror = Mirror(run_dir, spec, len(rows))
-        mirror.open()
-        if mirror.run is None:
-            good = False
-            continue
-        if result.get("status") == "finished":
-            mirror.summarise(result["metrics"])
-        mirror.close(1 if result.get("status") == "failed" else 0)
-        print(f"{run_dir}: {max(0, len(rows) - mirror.known)} of {len(rows)} records uploaded")
-    return 0 if good else 1
+    with ThreadPoolExecutor(4) as pool:
+        return max(pool.map(_replay, todo))
 
 
-def _init(run_dir: RunDir, spec: RunSpec) -> Any:
-    """wandb's run of this id, made or resumed, with a run of its own whatever else this process mirrors."""
+def _replay(run_dir: RunDir) -> int:
+    with _start("sync", run_dir, stdin=subprocess.DEVNULL) as mirror:
+        try:
+            said = mirror.communicate()[0]
+        finally:
+            mirror.kill()
+    print(said or f"{run_dir}: not uploaded, the mirror ended with status {mirror.returncode}\n", end="", flush=True)
+    return int(mirror.returncode != 0)
+
+
+def _start(how: str, run_dir: RunDir, **streams: Any) -> subprocess.Popen[str]:
+    command = [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir)]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **streams)
+
+
+def _relay(mirror: subprocess.Popen[str], said: list[str]) -> None:
+    """Print what the mirror says, and keep it in `said`."""
+    assert mirror.stdout is not None
+    for line in mirror.stdout:
+        said.append(line)
+        print(line, end="", file=sys.stderr, flush=True)
+
+
+# ---- the mirror's own process ----
+
+
+def main(how: str, path: str) -> int:
+    """Mirror one run: `live` until standard input ends, `sync` what there is."""
+    for name in ("WANDB_SERVICE", "WANDB_SILENT"):  # a program around this one; what wandb prints is read below
+        os.environ.pop(name, None)
+    run_dir, over = RunDir(path), threading.Event()
+    try:
+        folder = tempfile.mkdtemp(prefix="scalerun-wandb-")
+    except OSError as e:
+        print(f"{run_dir}: wandb needs a folder for its files ({e}; set TMPDIR); {LATER}")
+        return 1
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)  # before wandb's own handlers, so after them
+    threading.Thread(target=_watch, args=(over, PATIENCE[how], folder), daemon=True).start()
+    said = False
+    while True:
+        try:
+            with run_dir.lock("wandb.lock"), contextlib.redirect_stderr(io.StringIO()) as printed:
+                count = _follow(run_dir, how, folder, over)
+            if "Fatal error" in printed.getvalue():  # so does wandb's core say that it gave up
+                raise MirrorError("the server refuses records")
+            if how == "sync":
+                print(f"{run_dir}: {count}")
+            return 0
+        except BusyError:
+            if how == "sync":
+                print(f"{run_dir}: another process mirrors it at this moment")
+                return 0
+            if over.wait(1):  # it may be the mirror of this run's last process, which was killed
+                return 1
+        except Exception as e:
+            if not said:
+                why = " ".join(f"{type(e).__name__}: {e}".split())
+                print(f"{run_dir}: wandb is not reached ({why[:300]}); {LATER}", flush=True)
+            said = True
+            if over.wait(RETRY):
+                return 1
+
+
+def _watch(over: threading.Event, patience: float, folder: str) -> None:
+    """Set `over` when standard input ends, and end this process `patience` seconds later, whatever wandb waits for."""
+    while os.read(0, 512):
+        pass
+    over.set()
+    time.sleep(patience)
+    shutil.rmtree(folder, ignore_errors=True)
+    os._exit(1)
+
+
+def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> str:
+    """Send the lines that wandb lacks, until the run is over and all are sent; then say how it ended.
+
+    Returns:
+        How many lines were sent.
+
+    Raises:
+        Exception: whatever wandb, or the network below it, raises.
+    """
+    spec = run_dir.spec()
+    run = _init(spec, folder, PATIENCE[how])
+    sent, known = 0, run.starting_step
+    last = {k: run.summary.get(k) for k in ("_step", "trainer/step", "samples")}
+    try:
+        while True:
+            ended = over.wait(INTERVAL)  # first: what was written before the end is read after it
+            records = run_dir.records()
+            for line, record in zip(records.lines, records.rows, strict=True):
+                if line == last["_step"] and (record["step"], record["samples"]) != (last["trainer/step"], last["samples"]):
+                    raise MirrorError(
+                        f"{run.url} holds other records, of a run that measured at other steps; choose another project"
+                    )
+                if line >= known:
+                    run.log(_columns(record), step=line, commit=True)
+                    sent, known = sent + 1, line + 1
+            if ended:
+                break
+    except Exception:
+        with contextlib.suppress(Exception):
+            run.finish(exit_code=1)
+        raise
+    result = run_dir.result() or {}
+    if result.get("status") == "finished":
+        run.summary.update(_final(run_dir, spec, result["metrics"]))
+        run.finish(exit_code=0)
+    elif result or how == "live" or run_dir.state() != "running":
+        if not result:
+            run.mark_preempting()  # it was stopped, and may go on
+        run.finish(exit_code=1)
+    else:
+        run.finish(exit_code=0)
+    return f"{sent} of {len(records.rows)} records uploaded"
+
+
+def _columns(record: dict[str, Any]) -> dict[str, Any]:
+    """A record as a row: `train/loss`, `noise/full/b_noise`, ... over `samples`; the kinds share no name."""
+    group = "/".join(str(record[k]) for k in ("kind", "method") if k in record)
+    metrics = {f"{group}/{k}": v for k, v in record.items() if k not in ("kind", "step", "samples", "t", "method")}
+    return {"samples": record["samples"], "t": record.get("t"), "trainer/step": record["step"]} | metrics
+
+
+def _final(run_dir: RunDir, spec: RunSpec, metrics: dict[str, float]) -> dict[str, float]:
+    """The final metrics, and their gaps to the base run of the same seed where that is finished beside this run."""
+    base_id = spec.arms[0].base_run_id
+    base = (RunDir(run_dir.path.parent / base_id).result() or {}) if base_id != spec.run_id else {}
+    theirs = base.get("metrics", {}) if base.get("status") == "finished" else {}
+    gaps = {f"gap/{k}": v - theirs[k] for k, v in metrics.items() if k in theirs}
+    return {f"final/{k}": v for k, v in metrics.items()} | gaps
+
+
+def _init(spec: RunSpec, folder: str, patience: float) -> Any:
+    """wandb's run of this id, made or resumed.
+
+    Runs lie there as they are compared: the group is the experiment, the job type the arm; batch, rule, kappa, seed and
+    the hyperparameters are columns.
+    """
     import wandb
 
-    os.environ.setdefault("WANDB_SILENT", "true")
     science, arm = spec.science, spec.arms[0]
     rule = "base" if arm.role == "base" else arm.rule
     job = rule if arm.role == "base" else f"{rule} x{arm.kappa:g}"
@@ -198,12 +302,30 @@ def _init(run_dir: RunDir, spec: RunSpec) -> Any:
         job_type=job,
         tags=list(dict.fromkeys(str(t)[:64] for t in tags if t)),
         config=columns | {k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
-        dir=run_dir.path,
+        dir=folder,  # none of wandb's files lies in the run's folder: records.jsonl is what is kept
         resume="allow",
-        reinit="create_new",  # else wandb hands out the run that a failed neighbour left open
+        reinit="create_new",
         mode="online",
-        settings=wandb.Settings(console="off", x_disable_stats=True, init_timeout=30, disable_git=True),
+        settings=wandb.Settings(
+            program="scalerun",
+            console="off",
+            disable_git=True,
+            disable_code=True,
+            x_disable_meta=True,
+            x_disable_stats=True,
+            x_save_requirements=False,
+            x_skip_transaction_log=True,
+            x_file_stream_retry_max=10_000,
+            x_file_stream_retry_wait_max_seconds=30,
+            init_timeout=min(90.0, patience),
+            finish_timeout=0.75 * patience,
+            finish_timeout_raises=True,
+        ),
     )
     for group in GROUPS:
         run.define_metric(f"{group}/*", step_metric="samples")
     return run
+
+
+if __name__ == "__main__":
+    sys.exit(main(*sys.argv[1:]))

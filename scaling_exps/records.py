@@ -9,6 +9,7 @@
     jobs.jsonl             jobs submitted for it and processes started on it: event, job, commit, time
     code.patch             what the code that ran had over its commit, where the tree was not clean
     lock                   held while a process works on the run; says who
+    wandb.lock             held while a process mirrors it
 
 Reading: what is no regular file, or cannot be parsed, counts as absent or damaged; nothing raises for it but `spec`.
 Writing: whole files are written aside and renamed; symbolic links are not followed.
@@ -77,9 +78,13 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Records:
-    """The readable records of a run, and how many lines are none (a torn last line is not counted)."""
+    """The readable records of a run, the line that each stands in (from 0), and how many lines are none.
+
+    A torn last line is not counted.
+    """
 
     rows: list[dict[str, Any]]
+    lines: list[int]
     damaged: int
 
 
@@ -239,8 +244,8 @@ class RunDir:
         """All records; a line that was cut by a crash is left out."""
         raw = _read(self._records)
         lines = (raw or b"").split(b"\n")
-        rows = [_record(line) for line in lines[:-1]]
-        return Records([r for r in rows if r is not None], sum(r is None for r in rows))
+        rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
+        return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
 
     def records_size(self) -> int:
         """Bytes of records on the disk."""
@@ -316,14 +321,17 @@ class RunDir:
     # ---- the lock ----
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
+    def lock(self, name: str = "lock") -> Iterator[None]:
         """Hold the run. The kernel lets go when the process dies, however it dies.
+
+        Args:
+            name: file that is locked: `lock` to work on the run, `wandb.lock` to mirror it.
 
         Raises:
             BusyError: another process holds it.
             OSError: the folder cannot be written, or its file system has no locks.
         """
-        with os.fdopen(_open(self.path / "lock", os.O_RDWR | os.O_CREAT), "r+") as f:
+        with os.fdopen(_open(self.path / name, os.O_RDWR | os.O_CREAT), "r+") as f:
             for attempts_left in reversed(range(5)):  # retry: `holder` holds a shared lock briefly
                 try:
                     fcntl.flock(f, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -369,7 +377,7 @@ class Writer:
             self.file.close()
             raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
         self.file.truncate(size)
-        self.size, self.checksum, self.lines = size, zlib.crc32(kept), kept.count(b"\n")
+        self.size, self.checksum = size, zlib.crc32(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"
@@ -377,7 +385,6 @@ class Writer:
         self.file.flush()
         self.size += len(line)
         self.checksum = zlib.crc32(line, self.checksum)
-        self.lines += 1
 
     def sync(self) -> None:
         """Put the records up to here on the disk."""

@@ -13,7 +13,7 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
-from scaling_exps import data, mirror, models
+from scaling_exps import data, models
 from scaling_exps.config import TokenDataset
 from scaling_exps.noise import validity
 from scaling_exps.plan import RunSpec
@@ -99,7 +99,7 @@ class _Poll:
 
 
 class _Recorder:
-    """Rank 0's records: to the file, wandb, the terminal. Closed however the run ends; other ranks write nothing."""
+    """Rank 0's records: to the file and the terminal. Closed however the run ends; other ranks write nothing."""
 
     def __init__(self, trainer: Trainer, run_dir: RunDir, size: int) -> None:
         self.trainer, self.run_dir, self.size = trainer, run_dir, size
@@ -111,7 +111,6 @@ class _Recorder:
             self._announce()
             with contextlib.ExitStack() as opened:
                 self.writer = opened.enter_context(self.run_dir.writer(self.size))
-                self.mirror = opened.enter_context(mirror.live(self.run_dir, self.trainer.spec, self.writer.lines))
                 columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
                 self.bar = opened.enter_context(
                     Progress(
@@ -130,7 +129,6 @@ class _Recorder:
         if self.writer is None:
             return
         self.writer.write(row)
-        self.mirror.log(row)
         if row["kind"] == "train":
             self.bar.update(self.task, completed=row["step"], description=f"loss {row['loss']:.4f}", refresh=True)
         elif row["kind"] == "eval" and self.bar.disable:
@@ -166,7 +164,6 @@ class _Recorder:
             "peak_memory_bytes": provenance.peak_memory(t.device),
             "records_checksum": self.writer.checksum,
         }
-        self.mirror.summarise(metrics)
         test = next(r for r in reversed(rows) if r["kind"] == "eval")
         noise_line = validity.summary(rows, s.batch)
         print(

@@ -20,6 +20,7 @@ from types import FrameType
 
 import torch
 
+from scaling_exps import mirror
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import loop, provenance, ranks
@@ -61,9 +62,12 @@ def run(run_dir: RunDir, until: float = float("inf")) -> str:
             raise refusal or BusyError(f"{run_dir} is being run by another process")
         earlier = run_dir.result() or {}
         finished = earlier.get("status") == "finished"
+        measure = finished and run_dir.lacks_noise(spec)
+        if rank == 0 and (measure or not finished):
+            stack.enter_context(mirror.live(run_dir, spec))  # it ends after result.json is written
         try:
             if finished:
-                if run_dir.lacks_noise(spec):
+                if measure:
                     measured = loop.measure_kept(spec, run_dir)
                     if rank == 0:
                         run_dir.write_result({**earlier, **measured})
