@@ -31,11 +31,45 @@ def compose(argv: list[str]) -> list[Config]:
     Raises:
         ConfigError: unknown group, option or key, or a value of the wrong type.
     """
+    faults: list[str] = []
+    words = []
     for word in argv:
-        if re.match(r"\+{1,2}(?!hydra)|~(?!hydra)", word):
-            raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
-    # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
-    argv = [f"++{w}" if re.match(r"model\.options[.=]", w) else w for w in argv]
+        if fault := _illegal(word):
+            faults.append(fault)
+        else:  # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
+            words.append(f"++{word}" if re.match(r"model\.options[.=]", word) else word)
+    composed = _hydra(words, faults)
+    configs = []
+    for raw in composed:
+        try:
+            configs.append(schema.build(Config, raw))
+        except ConfigError as e:
+            faults += str(e).splitlines()
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return configs
+
+
+def _illegal(word: str) -> str:
+    """Why a word never reaches Hydra; empty if it may."""
+    if re.match(r"\+*~*hydra[./=@]", word):
+        return f"{word!r}: what Hydra does with its own folders and jobs is not the user's to set; drop it"
+    if kind := re.match(r"(model)\.kind=|(dataset)\.(?:kind|name)=|(launch)\.name=", word):
+        group = next(filter(None, kind.groups()))
+        return f"{word!r}: the group's file says what it is; choose one with {group}=NAME"
+    if re.match(r"\+|~", word):
+        return f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}"
+    if word.startswith("--e"):  # --experimental-rerun, also abbreviated: it unpickles a file
+        return f"{word!r} is not supported: a run is repeated by its words (`scalerun status` lists runs)"
+    return f"{word!r} stands for nothing; drop it" if word == "--" else ""
+
+
+def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
+    """What Hydra composes of `argv`, one mapping a job. Unknown keys are left out and added to `faults`.
+
+    Raises:
+        ConfigError: with all faults, where one of them leaves nothing to go on with.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -59,15 +93,20 @@ def compose(argv: list[str]) -> list[Config]:
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
             hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(collect)()
+            return composed
         except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
-            raise ConfigError(_explain(e)) from e
+            faults.append(_explain(e, argv))
+            key = re.search(r"Could not override '([^']+)'", str(e))
+            known = [w for w in argv if key is None or w.partition("=")[0] != key[1]]
+            if len(known) == len(argv):
+                raise ConfigError("\n".join(faults)) from e
         finally:
             sys.argv = saved[0]
             if saved[1] is None:
                 del os.environ["HYDRA_FULL_ERROR"]
             else:
                 os.environ["HYDRA_FULL_ERROR"] = saved[1]
-    return [schema.build(Config, raw) for raw in composed]
+    return _hydra(known, faults)
 
 
 def dataset(name: str) -> Dataset:
@@ -97,30 +136,40 @@ def recipes_for(optimizer: str) -> list[str]:
     return [f.stem.removesuffix(f"-{optimizer}") for f in files if listed.search(f.read_text())]
 
 
-def _explain(error: Exception) -> str:
+def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).split("\nSee https://")[0].strip()
-    if key := re.search(r"Could not override '([^']+)'", text):
+    if key := re.search(r"Could not override '([^']*)'", text):
         return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
     if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
-        folder = CONF / group[1]
-        options = sorted(p.stem for p in folder.glob("*.yaml"))
-        if group[1] == "recipe":
-            asked = group[2].split("-")[:2]  # dataset, model
-            near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
-            which = "of this data set or model" if near else ""
-            return (
-                f"no recipe {group[2]!r} (dataset-model-optimizer); there are{which and ' '}{which}: "
-                f"{', '.join(near or options)}. "
-                "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
-            )
-        close = difflib.get_close_matches(group[2], options, 1)
-        return f"unknown {group[1]} {group[2]!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+        return _unknown_option(group[1], group[2])
+    if text.startswith(("Config group override must be", "Error resolving interpolation")):  # model=5, model=[resnet8]
+        for word in argv:
+            group_name, _, value = word.partition("=")
+            if group_name and (CONF / group_name).is_dir() and not (CONF / group_name / f"{value}.yaml").exists():
+                return _unknown_option(group_name, value)
     first = text.splitlines()[0] if text else repr(error)
+    if merge := re.search(r"Error merging override \+*([^=]+)=(.*)", first):
+        kind = next((k.allowed for k in schema.keys() if k.name == merge[1]), "a group of keys")  # noqa: SIM118
+        return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
     if word := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{word[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     return first
+
+
+def _unknown_option(group: str, name: str) -> str:
+    options = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+    if group != "recipe":
+        close = difflib.get_close_matches(name, options, 1)
+        return f"unknown {group} {name!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+    asked = name.split("-")  # data set, network or size class
+    near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
+    return (
+        f"no recipe {name!r} (data set - network or size class); there are"
+        f"{' of this data set or network' if near else ''}: {', '.join(near or options)}. "
+        "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
+    )
 
 
 def _did_you_mean(close: list[str]) -> str:
