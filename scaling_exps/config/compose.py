@@ -131,9 +131,18 @@ def dataset(name: str) -> Dataset:
 
 def recipes_for(optimizer: str) -> list[str]:
     """The recipes of conf/recipe that have numbers for an optimizer."""
-    files = sorted((CONF / "recipe").rglob("*.yaml"))
-    listed = re.compile(rf"^optimizers:.*\b{re.escape(optimizer)}\b", re.MULTILINE)
-    return [f.stem.removesuffix(f"-{optimizer}") for f in files if listed.search(f.read_text())]
+    folder = CONF / "recipe"
+    files = [f for f in sorted(folder.rglob("*.yaml")) if optimizer in _optimizers(f)]
+    return list(dict.fromkeys(f.relative_to(folder).parts[0].removesuffix(".yaml") for f in files))
+
+
+def _optimizers(file: Path) -> list[str]:
+    """Those that a recipe names, or else the recipe that it begins with."""
+    text = file.read_text()
+    if names := re.search(r"^optimizers: \[(.*)\]", text, re.MULTILINE):
+        return names[1].split(", ")
+    base = re.search(r"^  - ([\w-]+)$", text, re.MULTILINE)
+    return _optimizers(file.with_name(f"{base[1]}.yaml")) if base and base[1] != "_self_" else []
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
@@ -178,7 +187,7 @@ def _did_you_mean(close: list[str]) -> str:
 
 @lru_cache(1)
 def _keys() -> list[str]:
-    return [key.name for key in schema.keys()]  # noqa: SIM118 (no dictionary)
+    return list(dict.fromkeys(key.name for key in schema.keys()))  # noqa: SIM118 (no dictionary)
 
 
 def _nearest_key(word: str) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import difflib
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
@@ -44,10 +44,8 @@ Minutes = Annotated[float, _is("", gt=0, le=10**6)]
 # ---- dataset ----
 
 
-READ = "what is read"
-
-
 class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
+    # its name says what is read, and is chosen by `dataset=NAME`
     path: Annotated[str | None, _is("folder or file of your own copy; null: embedded, or in SCALERUN_DATA")]
     revision: Annotated[str | None, _is("commit of the data set on the hub; null where it is not from there")]
     train_size: Annotated[Examples | None, _is("the first so many training examples; null: all", "examples")]
@@ -74,7 +72,7 @@ class _Images(_Dataset, frozen=True, kw_only=True):
 class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
     """Images that are held in memory."""
 
-    name: Annotated[Literal["digits", "cifar10"], _is(READ)]
+    name: Literal["digits", "cifar10"]
     shift: Annotated[int, _is("padding of the random crop", "pixels", ge=0, le=2**10)]
     label_noise: Annotated[Fraction, _is("share of labels drawn at random, afresh at each occurrence")]
 
@@ -88,7 +86,7 @@ class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
 class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
     """Images that are decoded as they are needed."""
 
-    name: Annotated[Literal["imagenet", "imagefolder"], _is(READ)]
+    name: Literal["imagenet", "imagefolder"]
     area: Annotated[
         list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)
     ]
@@ -108,7 +106,7 @@ class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
 class TokenDataset(_Dataset, frozen=True, kw_only=True, tag="tokens"):
     """Texts, as sequences of tokens; an example is a sequence."""
 
-    name: Annotated[Literal["stdlib", "text", "wikitext103", "wikibooks"], _is(READ)]
+    name: Literal["stdlib", "text", "wikitext103", "wikibooks"]
     tokenizer: Annotated[str, _is("bytes, bpe (trained on the corpus), or a tokenizer of the hub or of a folder")]
     tokenizer_revision: Annotated[str | None, _is("commit of the hub's tokenizer; null: the one in the local cache")]
     vocab: Annotated[int, _is("token ids", ge=2, le=2**24)]
@@ -406,7 +404,7 @@ class Config(Group, frozen=True, kw_only=True):
     tested: Annotated[list[Name] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
     noise_scale: Annotated[
-        Annotated[float, _is("", gt=0, le=1e15)] | None, _is("measured B_noise, for the rules that need it", "examples")
+        Annotated[float, _is("", gt=0, le=10**15)] | None, _is("measured B_noise, for the rules that need it", "examples")
     ]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
@@ -524,13 +522,21 @@ def allowed(kind: Any) -> str:
     name = words.get(kind, "keywords {KEY:VALUE}")
     if kind is str and limits.get("min_length"):
         return "text that is not empty"
-    low = next((limits[n] for n in ("ge", "gt") if n in limits), None)
-    high = next((limits[n] for n in ("le", "lt") if n in limits), None)
+    low = next((_short(limits[n]) for n in ("ge", "gt") if n in limits), None)
+    high = next((_short(limits[n]) for n in ("le", "lt") if n in limits), None)
     if low is None:
         return name
     if high is None:
         return f"{name} {'>=' if 'ge' in limits else '>'} {low}"
     return f"{name} in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
+
+
+def _short(limit: float) -> str:
+    """A limit as text, great powers as such: 2^24, 10^6."""
+    if limit < 10**6:
+        return str(limit)
+    base = 10 if str(limit).strip("0") == "1" else 2
+    return f"{base}^{round(math.log(limit, base))}"
 
 
 def _described(kind: Any) -> str:
@@ -550,23 +556,19 @@ class Key:
 
 
 def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
-    """Every key of the configuration, in the order of the schema."""
-    rows: dict[str, Key] = {}
+    """Every key of the configuration, in the order of the schema; one that means several things, once for each."""
+    rows: list[Key] = []
     for field in msgspec.structs.fields(kind):
         groups = _groups(field.type)
-        if not groups and not _described(field.type):
-            continue
-        if not groups:
-            metas = get_args(field.type)[1:] if get_origin(field.type) is Annotated else ()
+        if not groups and _described(field.type):
+            metas = get_args(field.type)[1:]
             unit = next((m.extra["unit"] for m in metas if m.extra and m.extra["unit"]), "")
-            rows[field.name] = Key(prefix + field.name, allowed(field.type), unit, _described(field.type))
-            continue
-        inner: dict[str, list[tuple[str, Key]]] = {}
+            rows.append(Key(prefix + field.name, allowed(field.type), unit, _described(field.type)))
+        tags: dict[Key, list[str]] = {}
         for group in groups:
             for key in keys(group, f"{prefix}{field.name}."):
-                inner.setdefault(key.name, []).append((str(group.__struct_config__.tag), key))
-        for name, several in inner.items():
-            variants = () if len(several) == len(groups) else tuple(tag for tag, _ in several)
-            texts = dict.fromkeys(key.allowed for _, key in several)
-            rows[name] = Key(name, " | ".join(texts), several[0][1].unit, several[0][1].meaning, variants)
-    return list(rows.values())
+                tags.setdefault(key, []).append(str(group.__struct_config__.tag))
+        order = list(dict.fromkeys(key.name for key in tags))
+        for key in sorted(tags, key=lambda k: order.index(k.name)):
+            rows.append(replace(key, variants=() if len(tags[key]) == len(groups) else tuple(tags[key])))
+    return rows
