@@ -14,25 +14,17 @@ import json
 import statistics
 import subprocess
 import sys
-import time
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from fixture import seconds, step, trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling_exps import config, data, plan, train
+from scaling_exps.train import provenance, ranks
+from scaling_exps.train.trainer import build_net
 
 KEPT = 2048  # examples that the bare loop goes round in, made beforehand
-
-
-def seconds(call: Callable[[], object]) -> float:
-    start = time.perf_counter()
-    call()
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
 
 
 def bare_step(net: torch.nn.Module, inputs: Tensor, targets: Tensor, batch: int, precision: str) -> Callable[[], None]:
@@ -52,20 +44,6 @@ def bare_step(net: torch.nn.Module, inputs: Tensor, targets: Tensor, batch: int,
     return step
 
 
-def trainer(name: str, batch: int, micro: int, precision: str) -> train.Trainer:
-    """Ours, on pixels that do not matter to the clock (the path they take does), or on real bytes."""
-    words = [f"model={name}", f"batch={batch}", f"recipe.batch={batch}", f"recipe.micro_batch={micro}", "logger=none"]
-    (spec,) = plan.plan(config.compose([*words, f"precision={precision}"]))
-    if spec.science.dataset["kind"] == "images":
-        torch.manual_seed(0)
-        fake = data.Images(
-            torch.randint(0, 256, (4096, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (4096,)),
-            torch.zeros(256, 32, 32, 3, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64),
-        )  # fmt: skip
-        data.load = lambda *_: fake
-    return train.Trainer(spec, Path("unused"))
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--models", default="resnet56,vgg16,gpt,vit")
@@ -79,17 +57,12 @@ def main() -> None:
     options = parser.parse_args()
     for name in options.models.split(","):
         if options.one_step:
-            step(trainer(name, options.one_step, options.batch, options.precision))
-            print(train.provenance.peak_memory(train.ranks.device()))
+            step(trainer(name, options.one_step, options.batch, f"precision={options.precision}"))
+            print(provenance.peak_memory(ranks.device()))
         elif options.memory:
             memory(name, options)
         else:
             measure(name, options)
-
-
-def step(ours: train.Trainer) -> None:
-    ours.train_step()
-    ours.optimizer.zero_grad(set_to_none=True)
 
 
 def memory(name: str, options: argparse.Namespace) -> None:
@@ -108,8 +81,8 @@ def memory(name: str, options: argparse.Namespace) -> None:
 
 def measure(name: str, options: argparse.Namespace) -> None:
     """Time one network and print a line of JSON."""
-    ours = trainer(name, options.batch, options.batch, options.precision)
-    net = train.build_net(ours.spec).to(ours.device)
+    ours = trainer(name, options.batch, options.batch, f"precision={options.precision}")
+    net = build_net(ours.spec).to(ours.device)
     inputs, targets = (
         torch.cat(parts) for parts in zip(*(ours.stream.batch(i, i + 256) for i in range(0, KEPT, 256)), strict=True)
     )
@@ -119,7 +92,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         step(ours), bare()
     pairs = [(seconds(lambda: step(ours)), seconds(bare)) for _ in range(options.rounds)]
     path = [seconds(lambda: ours.stream.batch(s := next(at), s + options.batch)) for _ in range(20)]
-    mine = statistics.median(a for a, _ in pairs)
+    own = statistics.median(a for a, _ in pairs)
     ratios = sorted(b / a for a, b in pairs)
     quarters = statistics.quantiles(ratios)
     row = {
@@ -128,9 +101,9 @@ def measure(name: str, options: argparse.Namespace) -> None:
         "precision": options.precision,
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
-        "samples_per_second": round(options.batch / mine, 1),
+        "samples_per_second": round(options.batch / own, 1),
         "ratio_to_bare": [round(r, 3) for r in quarters],  # quartiles
-        "data_path_share": round(statistics.median(path) / mine, 4),
+        "data_path_share": round(statistics.median(path) / own, 4),
     }
     print(json.dumps(row), flush=True)
 

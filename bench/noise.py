@@ -14,47 +14,24 @@ import json
 import statistics
 import time
 from collections.abc import Callable
-from pathlib import Path
 
+import fixture
 import torch
+from fixture import step
 
-from scaling_exps import config, data, plan, train
+from scaling_exps.train.measure import noise_records
+from scaling_exps.train.trainer import Trainer
+
+# CPU time of this thread on a CPU, for others may share the machine
+CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
 def seconds(call: Callable[[], object]) -> float:
-    """CPU time of this thread on a CPU (others may share the machine), wall time on a GPU."""
-    if torch.cuda.is_available():
-        torch.cuda.synchronize()
-        start = time.perf_counter()
-        call()
-        torch.cuda.synchronize()
-        return time.perf_counter() - start
-    start = time.process_time()
-    call()
-    return time.process_time() - start
+    return fixture.seconds(call, CLOCK)
 
 
-def trainer(options: argparse.Namespace, batch: int, *words: str) -> train.Trainer:
-    """On fake images: the pixels do not matter to the clock."""
-    (spec,) = plan.plan(
-        config.compose(
-            [
-                f"model={options.model}", "dataset=cifar10", "logger=none", f"batch={batch}", f"recipe.batch={batch}",
-                f"recipe.micro_batch={options.micro}", "launch.devices=1", *words,
-            ]
-        )
-    )  # fmt: skip
-    fake = data.Images(
-        torch.randint(0, 256, (50000, 32, 32, 3), dtype=torch.uint8), torch.randint(0, 10, (50000,)),
-        torch.zeros(256, 32, 32, 3, dtype=torch.uint8), torch.zeros(256, dtype=torch.int64),
-    )  # fmt: skip
-    data.load = lambda *_: fake
-    return train.Trainer(spec, Path("unused"))
-
-
-def step(t: train.Trainer) -> None:
-    t.train_step()
-    t.optimizer.zero_grad(set_to_none=True)
+def trainer(options: argparse.Namespace, batch: int, *words: str) -> Trainer:
+    return fixture.trainer(options.model, batch, options.micro, *words)
 
 
 def timed(owner: object, name: str, into: list[float]) -> None:
@@ -83,7 +60,6 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--examples", type=int, default=256)
     options = parser.parse_args()
-    torch.manual_seed(0)
     row = {"model": options.model, "batch": options.batch, "micro_batch": options.micro, "rounds": options.rounds,
            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
 
@@ -106,7 +82,7 @@ def main() -> None:
         inside[0] = 0.0
         step(free)
         shares.append(inside[0] / alone)
-    reported = seconds(lambda: free.noise_records(1))
+    reported = seconds(lambda: noise_records(free, 1))
     costs = {"free_extra_share_of_step": quartiles(ratios), "free_own_calls_share": quartiles(shares), "bound": 0.03}
     print(json.dumps({**row, **costs, "seconds_a_record": round(reported, 5)}), flush=True)
 
@@ -114,15 +90,15 @@ def main() -> None:
     small = trainer(options, options.micro, "measure.noise=none")
     step(small)
     units = [("full", [])]
-    if small.science.model.get("norm") != "batch":
+    if not small.science.model.normalises_over_batch:
         units.append(("full_per_example_vmap", ["measure.noise_unit=1"]))
     for name, words in units:
         full = trainer(options, options.micro, "measure.noise=full", f"measure.noise_examples={n}", *words)
         step(full)
-        full.noise_records(0)
+        noise_records(full, 0)
         costs = []
         for i in range(max(3, options.rounds // 3)):
-            measured = seconds(lambda t=full, i=i: t.noise_records(i + 1))
+            measured = seconds(lambda t=full, i=i: noise_records(t, i + 1))
             stepped = seconds(lambda: [step(small) for _ in range(steps)])
             costs.append(measured / stepped)
         row |= {"examples": n, "examples_a_gradient": full.spec.noise_unit, "bound": None if words else 1.0}

@@ -1,51 +1,70 @@
-"""Start-up and planning: medians of whole processes, beside the floor of an empty Python.
+"""Start-up and planning, beside the floors of an empty Python and of a bare Hydra.
 
-python bench/startup.py [--runs 7]
+    python bench/startup.py [--runs 9]
+
+The commands take turns, so that a busy machine moves all of them together. `over_hydra` is the median of the ratios
+within a turn to one composition of an empty config; `scalerun plan` may have 1.4 of it. `cpu_over_hydra` is the same
+of CPU seconds, which other people's load moves less.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
 import tempfile
 import time
+from pathlib import Path
 
+SCALERUN = ["-m", "scaling_exps.cli"]
 SEEDS = ",".join(map(str, range(25)))
+FLOOR = "import hydra; hydra.main(version_base='1.3', config_path={!r}, config_name='config')(lambda cfg: None)()"
+HYDRA, PLAN = "bare Hydra start", "scalerun plan model=resnet50 batch=8192"
 COMMANDS = {
     "python -c pass": ["-c", "pass"],
+    HYDRA: ["-c", FLOOR],
     "import scaling_exps": ["-c", "import scaling_exps"],
-    "scalerun --help": ["-m", "scaling_exps.cli", "--help"],
-    "scalerun plan model=resnet50 batch=8192": ["-m", "scaling_exps.cli", "plan", "model=resnet50", "batch=8192"],
+    "scalerun --help": [*SCALERUN, "--help"],
+    PLAN: [*SCALERUN, "plan", "model=resnet50", "batch=8192"],
     "scalerun plan, 500 runs": [
-        "-m", "scaling_exps.cli", "plan", "--json", "batch=[8,16,32,64,128]", "rule=[sqrt,none,linear,linear_scaled]",
+        *SCALERUN, "plan", "--json", "batch=[8,16,32,64,128]", "rule=[sqrt,none,linear,linear_scaled]",
         f"seed=[{SEEDS}]",
     ],
 }  # fmt: skip
 
 
+def timed(words: list[str], folder: Path) -> tuple[float, float]:
+    """Wall and CPU seconds of one process."""
+    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
+    argv = [sys.executable, *(w.format(str(folder / "empty")) if w == FLOOR else w for w in words)]
+    subprocess.run(argv, cwd=folder, check=True, stdout=subprocess.DEVNULL)
+    after = resource.getrusage(resource.RUSAGE_CHILDREN)
+    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    return time.perf_counter() - start, cpu
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--runs", type=int, default=7)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--runs", type=int, default=9)
     options = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        for name, words in COMMANDS.items():
-            times = []
-            for _ in range(options.runs + 1):
-                start = time.perf_counter()
-                subprocess.run([sys.executable, *words], cwd=folder, check=True, stdout=subprocess.DEVNULL)
-                times.append(time.perf_counter() - start)
-            print(
-                json.dumps(
-                    {
-                        "command": name,
-                        "median_s": round(statistics.median(times[1:]), 3),
-                        "max_s": round(max(times[1:]), 3),
-                    }
-                )
-            )
+    times: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        (folder / "empty").mkdir()
+        (folder / "empty" / "config.yaml").touch()
+        for turn in range(options.runs + 1):
+            for name, words in COMMANDS.items():
+                once = timed(words, folder)
+                if turn:  # the first writes bytecode
+                    times[name].append(once)
+    for name, own in times.items():
+        wall, cpu = ([t[i] / floor[i] for t, floor in zip(own, times[HYDRA], strict=True)] for i in (0, 1))
+        row = {"command": name, "median_s": statistics.median(w for w, _ in own), "max_s": max(w for w, _ in own)}
+        row |= {"over_hydra": statistics.median(wall), "cpu_over_hydra": statistics.median(cpu)}
+        print(json.dumps({k: round(v, 3) if isinstance(v, float) else v for k, v in row.items()}))
 
 
 if __name__ == "__main__":

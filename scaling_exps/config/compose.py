@@ -7,6 +7,8 @@ import os
 import re
 import sys
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
 from typing import Any, get_args
@@ -31,11 +33,45 @@ def compose(argv: list[str]) -> list[Config]:
     Raises:
         ConfigError: unknown group, option or key, or a value of the wrong type.
     """
+    faults: list[str] = []
+    words = []
     for word in argv:
-        if re.match(r"\+{1,2}(?!hydra)|~(?!hydra)", word):
-            raise ConfigError(f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}")
-    # these hold what timm, the user's factory or sbatch take, so their keys are the only ones that may be new
-    argv = [f"++{w}" if re.match(r"(model\.options|launch\.sbatch)[.=]", w) else w for w in argv]
+        if fault := _illegal(word):
+            faults.append(fault)
+        else:  # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
+            words.append(f"++{word}" if re.match(r"model\.options[.=]", word) else word)
+    composed = _hydra(words, faults)
+    configs = []
+    for raw in composed:
+        try:
+            configs.append(schema.build(Config, raw))
+        except ConfigError as e:
+            faults += str(e).splitlines()
+    if faults:
+        raise ConfigError("\n".join(dict.fromkeys(faults)))
+    return configs
+
+
+def _illegal(word: str) -> str:
+    """Why a word never reaches Hydra; empty if it may."""
+    if re.match(r"\+*~*hydra[./=@]", word):
+        return f"{word!r}: what Hydra does with its own folders and jobs is not the user's to set; drop it"
+    if kind := re.match(r"(model)\.kind=|(dataset)\.(?:kind|name)=|(launch)\.name=", word):
+        group = next(filter(None, kind.groups()))
+        return f"{word!r}: the group's file says what it is; choose one with {group}=NAME"
+    if re.match(r"\+|~", word):
+        return f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}"
+    if word.startswith("--e"):  # --experimental-rerun, also abbreviated: it unpickles a file
+        return f"{word!r} is not supported: a run is repeated by its words (`scalerun status` lists runs)"
+    return f"{word!r} stands for nothing; drop it" if word == "--" else ""
+
+
+def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
+    """What Hydra composes of `argv`, one mapping a job. Unknown keys are left out and added to `faults`.
+
+    Raises:
+        ConfigError: with all faults, where one of them leaves nothing to go on with.
+    """
     import hydra
     from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
@@ -44,42 +80,51 @@ def compose(argv: list[str]) -> list[Config]:
 
     composed: list[dict[str, Any]] = []
 
-    def collect(cfg: DictConfig, runtime: Any) -> None:
+    def collect(cfg: DictConfig, hydra_config: Any) -> None:
         raw: Any = OmegaConf.to_container(cfg, resolve=True)
-        raw["experiment"] = runtime.runtime.choices.get("experiment")
-        raw["words"] = list(runtime.overrides.task)
+        raw["experiment"] = hydra_config.runtime.choices.get("experiment")
+        raw["words"] = list(hydra_config.overrides.task)
         composed.append(raw)
 
-    if not any(word.startswith("-") for word in argv):  # hydra.main composes everything twice
-        try:
+    try:
+        if any(word.startswith("-") for word in argv):
+            with _arguments(argv):
+                main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+                main(lambda cfg: collect(cfg, HydraConfig.get()))()
+        else:  # hydra.main composes everything twice
             with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = hydra.compose("config", overrides=argv, return_hydra_config=True)
             OmegaConf.set_struct(cfg, False)
             collect(cfg, cfg.pop("hydra"))
-        except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
-            raise ConfigError(_explain(e)) from e
-        return [schema.build(Config, raw) for raw in composed]
+        return composed
+    except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
+        faults.append(_explain(e, argv))
+        key = re.search(r"Could not override '([^']+)'", str(e))
+        known = [w for w in argv if key is None or w.partition("=")[0] != key[1]]
+        if len(known) == len(argv):
+            raise ConfigError("\n".join(faults)) from e
+    return _hydra(known, faults)
+
+
+@contextmanager
+def _arguments(argv: list[str]) -> Iterator[None]:
+    """Hydra's main reads the process's arguments; in here they are `argv`."""
+    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     if {"--help", "-h"} & set(argv):
         argv = [*argv, "hydra/help=scalerun"]
-    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
         sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
         os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
-            hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")(
-                lambda cfg: collect(cfg, HydraConfig.get())
-            )()
-        except (HydraException, OmegaConfBaseException, ValueError) as e:
-            raise ConfigError(_explain(e)) from e
+            yield
         finally:
             sys.argv = saved[0]
             if saved[1] is None:
                 del os.environ["HYDRA_FULL_ERROR"]
             else:
                 os.environ["HYDRA_FULL_ERROR"] = saved[1]
-    return [schema.build(Config, raw) for raw in composed]
 
 
 def dataset(name: str) -> Dataset:
@@ -103,33 +148,55 @@ def dataset(name: str) -> Dataset:
 
 
 def recipes_for(optimizer: str) -> list[str]:
-    """The recipes of conf/recipe that have numbers for an optimizer, whether in their own file or in one beside it."""
-    listed = re.compile(rf"^optimizers:.*\b{re.escape(optimizer)}\b", re.MULTILINE)
-    files = [f.relative_to(CONF / "recipe") for f in (CONF / "recipe").rglob("*.yaml") if listed.search(f.read_text())]
-    return sorted({f.parts[0].removesuffix(".yaml") for f in files})
+    """The recipes of conf/recipe that have numbers for an optimizer."""
+    folder = CONF / "recipe"
+    files = [f for f in sorted(folder.rglob("*.yaml")) if optimizer in _optimizers(f)]
+    return list(dict.fromkeys(f.relative_to(folder).parts[0].removesuffix(".yaml") for f in files))
 
 
-def _explain(error: Exception) -> str:
+def _optimizers(file: Path) -> list[str]:
+    """Those that a recipe names, or else the recipe that it begins with."""
+    text = file.read_text()
+    if names := re.search(r"^optimizers: \[(.*)\]", text, re.MULTILINE):
+        return names[1].split(", ")
+    base = re.search(r"^  - ([\w-]+)$", text, re.MULTILINE)
+    return _optimizers(file.with_name(f"{base[1]}.yaml")) if base and base[1] != "_self_" else []
+
+
+def _explain(error: Exception, argv: list[str]) -> str:
     text = str(error).split("\nSee https://")[0].strip()
-    if key := re.search(r"Could not override '([^']+)'", text):
+    if key := re.search(r"Could not override '([^']*)'", text):
         return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
     if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
-        options = sorted(p.stem for p in (CONF / group[1]).glob("*.yaml"))
-        if group[1] == "recipe":
-            same = [o for o in options if o.split("-")[0] == group[2].split("-")[0]]  # data set
-            return (
-                f"no reference point {group[2]!r} (data set - class of networks); there are "
-                f"{', '.join(same or options)}. "
-                "Choose another model or data set, or a recipe, perhaps your own: recipe=NAME --config-dir DIR"
-            )
-        close = difflib.get_close_matches(group[2], options, 1)
-        return f"unknown {group[1]} {group[2]!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+        return _unknown_option(group[1], group[2])
+    if text.startswith(("Config group override must be", "Error resolving interpolation")):  # model=5, model=[resnet8]
+        for word in argv:
+            group_name, _, value = word.partition("=")
+            if group_name and (CONF / group_name).is_dir() and not (CONF / group_name / f"{value}.yaml").exists():
+                return _unknown_option(group_name, value)
     first = text.splitlines()[0] if text else repr(error)
+    if merge := re.search(r"Error merging override \+*([^=]+)=(.*)", first):
+        kind = next((k.allowed for k in schema.keys() if k.name == merge[1]), "a group of keys")  # noqa: SIM118
+        return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
     if word := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{word[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     return first
+
+
+def _unknown_option(group: str, name: str) -> str:
+    options = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+    if group != "recipe":
+        close = difflib.get_close_matches(name, options, 1)
+        return f"unknown {group} {name!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+    asked = name.split("-")  # data set, network or size class
+    near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
+    return (
+        f"no recipe {name!r} (data set - network or size class); there are"
+        f"{' of this data set or network' if near else ''}: {', '.join(near or options)}. "
+        "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
+    )
 
 
 def _did_you_mean(close: list[str]) -> str:
@@ -138,7 +205,7 @@ def _did_you_mean(close: list[str]) -> str:
 
 @lru_cache(1)
 def _keys() -> list[str]:
-    return [key.name for key in schema.keys()]  # noqa: SIM118 (no dictionary)
+    return list(dict.fromkeys(key.name for key in schema.keys()))  # noqa: SIM118 (no dictionary)
 
 
 def _nearest_key(word: str) -> str:

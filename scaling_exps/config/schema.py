@@ -7,7 +7,7 @@ them for docs/keys.md and for spelling hints. A group with cross-field condition
 import difflib
 import math
 import types
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
 
 import msgspec
@@ -31,26 +31,28 @@ class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tru
         return []
 
 
+# Upper limits lie far beyond any use; they keep a slip of the finger from planning happily.
 Fraction = Annotated[float, _is("", ge=0, le=1)]
-Positive = Annotated[int, _is("", ge=1)]
+Positive = Annotated[int, _is("", ge=1, le=2**20)]
+Examples = Annotated[int, _is("", ge=1, le=10**12)]
+Batch = Annotated[int, _is("", ge=1, le=2**24)]
+Minutes = Annotated[float, _is("", gt=0, le=10**6)]
 
 
 # ---- dataset ----
 
 
 class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
-    name: Annotated[
-        str, _is("what is read: digits, cifar10, imagenet, imagefolder, stdlib, text, wikitext103, wikibooks")
-    ]
+    # its name says what is read, and is chosen by `dataset=NAME`
     path: Annotated[str | None, _is("folder or file of your own copy; null: embedded, or in SCALERUN_DATA")]
     revision: Annotated[str | None, _is("commit of the data set on the hub; null where it is not from there")]
-    train_size: Annotated[Positive | None, _is("the first so many training examples; null: all", "examples")]
-    test_size: Annotated[Positive | None, _is("the first so many test examples; null: all", "examples")]
+    train_size: Annotated[Examples | None, _is("the first so many training examples; null: all", "examples")]
+    test_size: Annotated[Examples | None, _is("the first so many test examples; null: all", "examples")]
 
 
 class _Images(_Dataset, frozen=True, kw_only=True):
     shape: Annotated[list[Positive], _is("height, width, channels", "pixels", min_length=3, max_length=3)]
-    classes: Annotated[int, _is("classes; imagefolder must be given it", ge=0)]
+    classes: Annotated[int, _is("classes; imagefolder must be given it", ge=0, le=2**20)]
     mean: Annotated[list[float], _is("of each channel, of pixels in [0, 1]", min_length=1)]
     std: Annotated[list[Annotated[float, _is("", gt=0)]], _is("of each channel", min_length=1)]
     flip: Annotated[bool, _is("flip half of the training images")]
@@ -68,7 +70,8 @@ class _Images(_Dataset, frozen=True, kw_only=True):
 class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
     """Images that are held in memory."""
 
-    shift: Annotated[int, _is("padding of the random crop", "pixels", ge=0)]
+    name: Literal["digits", "cifar10"]
+    shift: Annotated[int, _is("padding of the random crop", "pixels", ge=0, le=2**10)]
     label_noise: Annotated[Fraction, _is("share of labels drawn at random, afresh at each occurrence")]
 
     def faults(self) -> list[str]:
@@ -81,6 +84,7 @@ class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
 class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
     """Images that are decoded as they are needed."""
 
+    name: Literal["imagenet", "imagefolder"]
     area: Annotated[
         list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)
     ]
@@ -100,10 +104,11 @@ class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
 class TokenDataset(_Dataset, frozen=True, kw_only=True, tag="tokens"):
     """Texts, as sequences of tokens; an example is a sequence."""
 
+    name: Literal["stdlib", "text", "wikitext103", "wikibooks"]
     tokenizer: Annotated[str, _is("bytes, bpe (trained on the corpus), or a tokenizer of the hub or of a folder")]
     tokenizer_revision: Annotated[str | None, _is("commit of the hub's tokenizer; null: the one in the local cache")]
-    vocab: Annotated[int, _is("token ids", ge=2)]
-    context: Annotated[int, _is("length of a sequence", "tokens", ge=2)]
+    vocab: Annotated[int, _is("token ids", ge=2, le=2**24)]
+    context: Annotated[int, _is("length of a sequence", "tokens", ge=2, le=2**20)]
     mask: Annotated[float, _is("share of tokens that are hidden and predicted; 0 predicts the next token", ge=0, lt=1)]
 
     def faults(self) -> list[str]:
@@ -118,6 +123,7 @@ Dataset = ImageDataset | FileDataset | TokenDataset
 # ---- model ----
 
 Norm = Literal["batch", "group", "layer", "none"]
+Width = Annotated[int, _is("", ge=1, le=2**16)]
 ANY_NORM = "what the network normalises over; refused where the network says otherwise"
 
 
@@ -133,8 +139,8 @@ class _Model(Group, frozen=True, kw_only=True, tag_field="kind"):
 class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
     """He et al. 2016, section 4.2: the CIFAR ResNet of depth 6n + 2."""
 
-    depth: Annotated[int, _is("layers, 6n + 2", ge=8)]
-    width: Annotated[Positive, _is("channels of the first stage; the others have 2 and 4 times as many")]
+    depth: Annotated[int, _is("layers, 6n + 2", ge=8, le=10**4)]
+    width: Annotated[Width, _is("channels of the first stage; the others have 2 and 4 times as many")]
     norm: Annotated[Literal["batch", "group"], _is("group: GroupNorm in groups of 4 channels")]
 
     def faults(self) -> list[str]:
@@ -155,7 +161,7 @@ class ResNet50(_Model, frozen=True, kw_only=True, tag="resnet50"):
 class VGG16(_Model, frozen=True, kw_only=True, tag="vgg16"):
     """torchvision's vgg16_bn features and one linear layer."""
 
-    width: Annotated[Positive, _is("channels of the first layer (VGG-16: 64); the others in proportion")]
+    width: Annotated[Width, _is("channels of the first layer (VGG-16: 64); the others in proportion")]
     norm: Annotated[Literal["batch"], _is("it comes with batch normalisation only")]
 
 
@@ -181,9 +187,9 @@ class Custom(_Model, frozen=True, kw_only=True, tag="custom"):
 
 
 class _Language(_Model, frozen=True, kw_only=True):
-    layers: Annotated[Positive, _is("transformer layers")]
-    width: Annotated[Positive, _is("features of a token")]
-    heads: Annotated[Positive, _is("attention heads; they divide the width")]
+    layers: Annotated[int, _is("transformer layers", ge=1, le=10**4)]
+    width: Annotated[Width, _is("features of a token")]
+    heads: Annotated[Width, _is("attention heads; they divide the width")]
     context: Annotated[Positive | None, _is("positions that it has; null: dataset.context", "tokens")]
     dropout: Annotated[float, _is("share of features dropped", ge=0, lt=1)]
     norm: Annotated[Literal["layer"], _is("layer normalisation")]
@@ -216,17 +222,17 @@ class Recipe(Group, frozen=True, kw_only=True):
     """The tuned reference point. Fractions are of its duration."""
 
     optimizers: Annotated[list[Trainable], _is("for which optimizers these numbers are meant", min_length=1)]
-    batch: Annotated[Positive, _is("global batch at which it was tuned", "examples")]
-    micro_batch: Annotated[Positive, _is("examples of one backward pass; what batch normalisation sees", "examples")]
-    lr: Annotated[float, _is("peak learning rate", gt=0)]
+    batch: Annotated[Batch, _is("global batch at which it was tuned", "examples")]
+    micro_batch: Annotated[Batch, _is("examples of one backward pass; what batch normalisation sees", "examples")]
+    lr: Annotated[float, _is("peak learning rate", gt=0, le=10**6)]
     beta1: Annotated[Beta | None, _is("decay of the average of gradients (Adam), a step; null: not tuned")]
     beta2: Annotated[Beta | None, _is("decay of the average of squared gradients, a step; null: not tuned")]
     momentum: Annotated[Beta | None, _is("of SGD, a step; null: not tuned")]
-    eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0)]
-    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw)", ge=0)]
-    decoupled_decay: Annotated[float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0)]
-    epochs: Annotated[Annotated[float, _is("", gt=0)] | None, _is("duration; give it or samples", "epochs")]
-    samples: Annotated[Positive | None, _is("duration; give it or epochs", "examples")]
+    eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0, le=10**6)]
+    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw)", ge=0, le=10**6)]
+    decoupled_decay: Annotated[float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0, le=10**6)]
+    epochs: Annotated[Annotated[float, _is("", gt=0, le=10**6)] | None, _is("duration; give it or samples", "epochs")]
+    samples: Annotated[Examples | None, _is("duration; give it or epochs", "examples")]
     warmup_fraction: Annotated[Fraction, _is("length of the warm-up")]
     warmup: Annotated[Literal["geometric", "linear"], _is("its form")]
     warmup_from: Annotated[Fraction, _is("share of the peak at the first sample")]
@@ -237,7 +243,7 @@ class Recipe(Group, frozen=True, kw_only=True):
     gamma: Annotated[float, _is("what a milestone multiplies the rate by", gt=0, le=1)]
     freeze_last: Annotated[bool, _is("keep the last linear layer at N(0, 0.01^2), as the authors' VGG")]
     statistics_samples: Annotated[
-        Positive, _is("training examples on which BN's evaluation statistics are recomputed", "examples")
+        Examples, _is("training examples on which BN's evaluation statistics are recomputed", "examples")
     ]
 
     def faults(self) -> list[str]:
@@ -267,7 +273,7 @@ class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local
     parallel: Annotated[Positive, _is("runs of a sweep side by side")]
     compile: Annotated[bool, _is("torch.compile the network")]
     minutes: Annotated[
-        Annotated[float, _is("", gt=0)] | None,
+        Minutes | None,
         _is("after so long, runs save and stop; the same command goes on. null: no limit", "minutes"),
     ]
 
@@ -281,10 +287,10 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     devices_per_node: Annotated[Positive, _is("processes on a node")]
     gpus: Annotated[bool, _is("a GPU for each process; false: CPUs only")]
     cpus_per_task: Annotated[Positive, _is("CPUs of a process")]
-    memory_gb: Annotated[Annotated[float, _is("", gt=0)] | None, _is("memory of a node", "GB")]
+    memory_gb: Annotated[Annotated[float, _is("", gt=0, le=10**6)] | None, _is("memory of a node", "GB")]
     minutes: Annotated[Positive, _is("wall clock of a job; a longer run saves, requeues itself and goes on", "minutes")]
     signal_seconds: Annotated[Positive, _is("how long before that limit a run saves", "seconds")]
-    requeues: Annotated[int, _is("restarts of a run whose process was killed", ge=0)]
+    requeues: Annotated[int, _is("restarts of a run whose process was killed", ge=0, le=2**20)]
     array_parallelism: Annotated[Positive, _is("runs of a job array at one time")]
     partition: Annotated[str | None, _is("sbatch --partition")]
     account: Annotated[str | None, _is("sbatch --account")]
@@ -327,15 +333,15 @@ class Measure(Group, frozen=True, kw_only=True):
     ]
     noise_records: Annotated[Positive, _is("measurements of the noise, evenly spaced in samples")]
     noise_examples: Annotated[
-        Annotated[int, _is("", ge=2)] | None,
+        Annotated[int, _is("", ge=2, le=10**12)] | None,
         _is("training examples of a full measurement; null: 256, or 8 gradients where that is more", "examples"),
     ]
     noise_unit: Annotated[
-        Positive | None, _is("examples in each of its gradients; null: up to 16, with BN the micro-batch", "examples")
+        Batch | None, _is("examples in each of its gradients; null: up to 16, with BN the micro-batch", "examples")
     ]
 
 
-Gap = Annotated[float, _is("", gt=0)]
+Gap = Annotated[float, _is("", gt=0, le=10**6)]
 
 
 class Margin(Group, frozen=True, kw_only=True):
@@ -352,7 +358,7 @@ class Margin(Group, frozen=True, kw_only=True):
 class Checkpoint(Group, frozen=True, kw_only=True):
     """What a kill can cost, and what stays for `fork` and later measurements."""
 
-    minutes: Annotated[float, _is("between checkpoints; one is always written at the end", "minutes", gt=0)]
+    minutes: Annotated[Minutes, _is("between checkpoints; one is always written at the end", "minutes")]
     keep: Annotated[list[Annotated[float, _is("", gt=0, le=1)]], _is("shares of the run at which a checkpoint is kept")]
 
 
@@ -366,7 +372,8 @@ class Wandb(Group, frozen=True, kw_only=True):
 
 # ---- all of it ----
 
-Batch = Annotated[int, _is("", ge=1, le=2**24)]
+Ell = Annotated[int, _is("", ge=1, le=10**3)]
+Name = Annotated[str, _is("", min_length=1)]
 Seed = Annotated[int, _is("", ge=0, lt=2**31)]
 
 
@@ -394,21 +401,21 @@ class Config(Group, frozen=True, kw_only=True):
         Literal["match", "best"], _is("which default rule: the base run (match), or the best at this batch (best)")
     ]
     rule: Annotated[
-        str | list[str] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")
+        Name | list[Name] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")
     ]
-    tested: Annotated[list[str] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
+    tested: Annotated[list[Name] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
     noise_scale: Annotated[
-        Annotated[float, _is("", gt=0)] | None, _is("measured B_noise, for the rules that need it", "examples")
+        Annotated[float, _is("", gt=0, le=10**15)] | None, _is("measured B_noise, for the rules that need it", "examples")
     ]
-    duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0)]
-    svag: Annotated[Positive | list[Positive], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
+    duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
+    svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
     precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
     logger: Annotated[Literal["wandb", "none"], _is("mirror of the records; wandb is online when you are logged in")]
     runs_dir: Annotated[str, _is("folder of runs", min_length=1)]
     noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
     experiment: Annotated[str | None, _is("file of conf/experiment")] = None
-    words: Annotated[list[str], _is("the words of the command line; not to be given")] = []
+    words: list[str] = []  # of the command line; no key, so it has no meaning in the table of keys
 
 
 # ---- reading plain values ----
@@ -440,7 +447,7 @@ def _group(kind: type[Group], raw: Any, prefix: str, faults: list[str]) -> Any:
     for name in sorted(set(raw) - set(fields) - {tag}):
         close = difflib.get_close_matches(str(name), fields, 1)
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
-        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(fields)}")
+        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(n for n in fields if n != 'words')}")
     if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
         faults.append(f"missing: {', '.join(missing)}; give them")
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}
@@ -465,12 +472,13 @@ def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
         return _group(chosen, raw, key + ".", faults)
     try:
         value = msgspec.convert(raw, kind)
-        if not _finite(value):
+        if not _sound(value):
             raise msgspec.ValidationError
         return value
     except msgspec.ValidationError:
         meaning = _described(kind)
-        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else ""))
+        quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
+        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else "") + quoted)
         return None
 
 
@@ -482,10 +490,13 @@ def _groups(kind: Any) -> list[type[Group]]:
     return [m for m in members if isinstance(m, type) and issubclass(m, Group)]
 
 
-def _finite(value: Any) -> bool:
+def _sound(value: Any) -> bool:
+    """Neither nan, inf nor a null byte anywhere: no file and no JSON holds them."""
+    if isinstance(value, dict):
+        return _sound([*value, *value.values()])
     if isinstance(value, list):
-        return all(map(_finite, value))
-    return not isinstance(value, float) or math.isfinite(value)
+        return all(map(_sound, value))
+    return "\0" not in value if isinstance(value, str) else not isinstance(value, float) or math.isfinite(value)
 
 
 def allowed(kind: Any) -> str:
@@ -513,13 +524,21 @@ def allowed(kind: Any) -> str:
     name = words.get(kind, "keywords {KEY:VALUE}")
     if kind is str and limits.get("min_length"):
         return "text that is not empty"
-    low = next((limits[n] for n in ("ge", "gt") if n in limits), None)
-    high = next((limits[n] for n in ("le", "lt") if n in limits), None)
+    low = next((_short(limits[n]) for n in ("ge", "gt") if n in limits), None)
+    high = next((_short(limits[n]) for n in ("le", "lt") if n in limits), None)
     if low is None:
         return name
     if high is None:
         return f"{name} {'>=' if 'ge' in limits else '>'} {low}"
     return f"{name} in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
+
+
+def _short(limit: float) -> str:
+    """A limit as text, great powers as such: 2^24, 10^6."""
+    if limit < 10**6:
+        return str(limit)
+    base = 10 if str(limit).strip("0") == "1" else 2
+    return f"{base}^{round(math.log(limit, base))}"
 
 
 def _described(kind: Any) -> str:
@@ -539,21 +558,19 @@ class Key:
 
 
 def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
-    """Every key of the configuration, in the order of the schema."""
-    rows: dict[str, Key] = {}
+    """Every key of the configuration, in the order of the schema; one that means several things, once for each."""
+    rows: list[Key] = []
     for field in msgspec.structs.fields(kind):
         groups = _groups(field.type)
-        if not groups:
-            metas = get_args(field.type)[1:] if get_origin(field.type) is Annotated else ()
-            unit = next((m.extra["unit"] for m in metas if m.extra), "")
-            rows[field.name] = Key(prefix + field.name, allowed(field.type), unit, _described(field.type))
-            continue
-        inner: dict[str, list[tuple[str, Key]]] = {}
+        if not groups and _described(field.type):
+            metas = get_args(field.type)[1:]
+            unit = next((m.extra["unit"] for m in metas if m.extra and m.extra["unit"]), "")
+            rows.append(Key(prefix + field.name, allowed(field.type), unit, _described(field.type)))
+        tags: dict[Key, list[str]] = {}
         for group in groups:
             for key in keys(group, f"{prefix}{field.name}."):
-                inner.setdefault(key.name, []).append((str(group.__struct_config__.tag), key))
-        for name, several in inner.items():
-            variants = () if len(several) == len(groups) else tuple(tag for tag, _ in several)
-            texts = dict.fromkeys(key.allowed for _, key in several)
-            rows[name] = Key(name, " | ".join(texts), several[0][1].unit, several[0][1].meaning, variants)
-    return list(rows.values())
+                tags.setdefault(key, []).append(str(group.__struct_config__.tag))
+        order = list(dict.fromkeys(key.name for key in tags))
+        for key in sorted(tags, key=lambda k: order.index(k.name)):
+            rows.append(replace(key, variants=() if len(tags[key]) == len(groups) else tuple(tags[key])))
+    return rows

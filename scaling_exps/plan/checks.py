@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from scaling_exps import rules
 from scaling_exps.config import GPT, Config, Custom, Roberta, TokenDataset
 from scaling_exps.plan.spec import PlanError, RunSpec
 from scaling_exps.rules import OPTIMIZERS
@@ -9,16 +10,25 @@ from scaling_exps.rules import OPTIMIZERS
 RECIPE_KEYS = {"beta1", "beta2", "momentum", "l2", "decoupled_decay"}  # that not every optimizer takes
 
 
+def duration(config: Config) -> list[str]:
+    """Why the command has no number of samples; without one, nothing can be planned."""
+    recipe, size = config.recipe, config.dataset.train_size
+    if recipe.epochs is not None and size is None:
+        return ["recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"]
+    base = recipe.samples if recipe.epochs is None else round(recipe.epochs * (size or 0))
+    for given, total in (("", base or 0), (f" duration={config.duration:g}", (base or 0) * config.duration)):
+        if round(total) < 1:
+            return [
+                f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples}{given} is no sample: a run needs one; "
+                "give a longer duration"
+            ]
+    return []
+
+
 def faults(config: Config) -> list[str]:
-    """Every fault of one command, before its runs are planned."""
-    recipe, dataset, optimizer = config.recipe, config.dataset, OPTIMIZERS[config.optimizer]
+    """What the groups of one command make wrong together."""
+    recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
     wrong = []
-    if recipe.epochs is not None and dataset.train_size is None:
-        wrong.append(
-            "recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"
-        )
-    elif recipe.epochs is not None and dataset.train_size and recipe.epochs * dataset.train_size * config.duration < 1:
-        wrong.append(f"recipe.epochs={recipe.epochs}: the duration must be at least one sample")
     taken = {*optimizer.betas, "decoupled_decay" if optimizer.decoupled else "l2"}
     typed = {word.split("=")[0].removeprefix("recipe.") for word in config.words if word.startswith("recipe.")}
     for key in sorted(typed & RECIPE_KEYS - taken):
@@ -26,21 +36,28 @@ def faults(config: Config) -> list[str]:
             f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes "
             f"{', '.join(sorted('recipe.' + k for k in taken if k))}"
         )
-    return wrong + _token_faults(config)
+    for name in config.tested or []:
+        try:
+            rules.find(name, optimizer.family)
+        except rules.RuleError as e:
+            wrong.append(f"tested: {e}")
+    return wrong + _model_faults(config)
 
 
-def _token_faults(config: Config) -> list[str]:
+def _model_faults(config: Config) -> list[str]:
     model, dataset = config.model, config.dataset
-    tokens = isinstance(dataset, TokenDataset)
-    if not isinstance(model, Custom) and isinstance(model, GPT | Roberta) != tokens:
-        reads, has = ("images", "tokens") if tokens else ("tokens", "images")
-        return [
-            f"model {model.name!r} reads {reads}, and dataset {dataset.name!r} has {has}; networks that read {has}: "
-            + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
-        ]
-    if not isinstance(dataset, TokenDataset):
-        return []
+    language, tokens = isinstance(model, GPT | Roberta), isinstance(dataset, TokenDataset)
     wrong = []
+    if language and config.recipe.freeze_last:
+        wrong.append(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
+    if not isinstance(model, Custom) and language != tokens:
+        reads, has = ("tokens", "images") if language else ("images", "tokens")
+        wrong.append(
+            f"model {model.name} reads {reads}, and dataset {dataset.name} has {has}; networks for {has}: "
+            + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
+        )
+    if not isinstance(dataset, TokenDataset):
+        return wrong
     if isinstance(model, GPT | Roberta) and model.context is not None and dataset.context > model.context:
         wrong.append(
             f"dataset.context={dataset.context}: sequences are longer than the model's model.context={model.context} "
@@ -53,28 +70,28 @@ def _token_faults(config: Config) -> list[str]:
     return wrong
 
 
-def check_svag(config: Config, batch: int, svag: int) -> None:
-    """Refuse SVAG where it is not defined.
-
-    Raises:
-        PlanError: too few examples for two draws, a decoupled decay, or SGD with momentum.
-    """
+def svag(config: Config, batch: int, svag: int) -> list[str]:
+    """Where SVAG is not defined: too few examples for two draws, a decoupled decay, SGD with momentum."""
     size, recipe, optimizer = config.dataset.train_size, config.recipe, OPTIMIZERS[config.optimizer]
+    wrong = []
+    if svag == 1:
+        return wrong
     if size is not None and 2 * batch > size:
-        raise PlanError(
+        wrong.append(
             f"svag={svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
             f"{size} training examples; allowed: batch <= {size // 2}, or svag=1"
         )
     if optimizer.decoupled and recipe.decoupled_decay:
-        raise PlanError(
+        wrong.append(
             f"svag={svag} with decoupled weight decay {recipe.decoupled_decay:g}: the paper's SVAG does not say "
             "how to scale it; use recipe.decoupled_decay=0, or optimizer=adam (decay inside the gradient)"
         )
     if optimizer.family == "sgd" and recipe.momentum:
-        raise PlanError(
+        wrong.append(
             f"svag={svag} with momentum {recipe.momentum}: for SGD it is defined without momentum (lr/l, l times the "
             "steps, momentum unchanged would change the SDE); use recipe.momentum=0"
         )
+    return wrong
 
 
 def check_noise(spec: RunSpec) -> None:

@@ -19,6 +19,7 @@ from scaling_exps.plan import checks
 from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
+MOST_STEPS = 10**9  # of a run; more is a slip of the finger
 ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
 
 
@@ -36,14 +37,21 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         lists = {key: _list(getattr(config, key)) for key in ("batch", "rule", "svag", "seed")}
         faults |= dict.fromkeys(f"{key}=[] is empty: give at least one value" for key, v in lists.items() if not v)
         faults |= dict.fromkeys(checks.faults(config))
-        if faults:
+        try:
+            held = content(config.dataset, config.dataset.path)
+        except sources.DataError as e:
+            faults[str(e)] = None
+            held = ""
+        if no_samples := checks.duration(config):
+            faults |= dict.fromkeys(no_samples)
             continue
         for batch, rule, ell, seed in itertools.product(*lists.values()):
             try:
-                spec = plan_one(config, batch or config.recipe.batch, rule, ell, seed)
-            except (PlanError, rules.RuleError, sources.DataError) as e:
+                spec = plan_one(config, held, batch or config.recipe.batch, rule, ell, seed)
+            except (PlanError, rules.RuleError) as e:
                 where = f"batch={batch or config.recipe.batch}" + (f" rule={rule}" if rule else "")
-                faults[where + (f" svag={ell}" if ell != 1 else "") + f": {e}"] = None
+                where += f" svag={ell}" if ell != 1 else ""
+                faults |= dict.fromkeys(f"{where}: {line}" for line in str(e).splitlines())
                 continue
             known = runs.get(spec.run_id)
             if known is not None:
@@ -90,46 +98,51 @@ def _differing(asked: list[dict[str, Any]]) -> list[str]:
     ]
 
 
-def plan_one(config: Config, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
+def plan_one(config: Config, held: str, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
     """One run at one batch size, rule, ell and seed.
 
+    Args:
+        held: fingerprint of the data, see `content`.
+
     Raises:
-        PlanError, RuleError, DataError: it cannot be.
+        PlanError, RuleError: it cannot be; with every fault, one a line.
     """
     recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
-    base = base_hyper(config)
-    rule = rules.find(
-        rule_name or optimizer.default(config.goal),
-        optimizer.family,
-        l2=not optimizer.decoupled and base.weight_decay > 0,
-    )
-    move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
-    science = _science(config, rule.scale(base, move), batch, svag, config.duration, seed)
-    base_science = _science(config, base, recipe.batch, 1, 1.0, seed)
-    micro = science.micro_batch
-    if batch % micro:
-        low = batch // micro * micro
-        why = " (the network normalises over the micro-batch, so it is part of the recipe)"
+    wrong = _placement_faults(config, batch) + checks.svag(config, batch, svag)
+    try:
+        base = base_hyper(config)
+        l2 = not optimizer.decoupled and base.weight_decay > 0
+        rule = rules.find(rule_name or optimizer.default(config.goal), optimizer.family, l2=l2)
+        move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
+        scaled = rule.scale(base, move)
+    except (PlanError, rules.RuleError) as e:
+        wrong.append(str(e))
+    if wrong:
+        raise PlanError("\n".join(wrong))
+    science = _science(config, held, scaled, batch, svag, config.duration, seed)
+    base_science = _science(config, held, base, recipe.batch, 1, 1.0, seed)
+    if science.steps > MOST_STEPS:
         raise PlanError(
-            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {low} and {low + micro}"
-            + (why if config.model.normalises_over_batch else "")
+            f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
+            "duration (recipe.epochs, recipe.samples, duration), a larger batch, or a smaller svag"
         )
-    if svag > 1:
-        checks.check_svag(config, batch, svag)
-    world = _world_size(config.launch, batch // micro)
+    world = _world_size(config.launch, batch // science.micro_batch)
     base_id, goal = run_id(base_science), rule.goals[optimizer.family]
     tested = rule.name in config.tested if config.tested is not None else goal != "control"
+    tested |= svag > 1 and move.kappa == 1  # SVAG at the base batch tests the SDE, whatever the rule
     spec = RunSpec(
         science=science,
         measure=config.measure,
         placement=Placement(
-            world_size=world, accumulation=batch // micro // world * science.draws, compile=config.launch.compile
+            world_size=world,
+            accumulation=batch // science.micro_batch // world * science.draws,
+            compile=config.launch.compile,
         ),
         arms=(
             Arm(
                 rule=rule.name,
                 goal=goal,
-                role="base" if run_id(science) == base_id else "rule" if tested or svag > 1 else "control",
+                role="base" if run_id(science) == base_id else "rule" if tested else "control",
                 kappa=move.kappa,
                 duration=config.duration,
                 base=base_science.numbers(),
@@ -170,7 +183,7 @@ def base_hyper(config: Config) -> Hyper:
     return Hyper(recipe.lr, tuple(values), recipe.eps, decay)
 
 
-def _science(config: Config, hyper: Hyper, batch: int, svag: int, duration: float, seed: int) -> Science:
+def _science(config: Config, held: str, hyper: Hyper, batch: int, svag: int, duration: float, seed: int) -> Science:
     recipe, dataset = config.recipe, config.dataset
     hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
     epochs = round((recipe.epochs or 0) * (dataset.train_size or 0))
@@ -178,7 +191,7 @@ def _science(config: Config, hyper: Hyper, batch: int, svag: int, duration: floa
     return Science(
         model=config.model,
         dataset=msgspec.structs.replace(dataset, path=None),
-        content=content(dataset, dataset.path),
+        content=held,
         optimizer=config.optimizer,
         hyper=hyper,
         schedule=Schedule(
@@ -203,15 +216,28 @@ def content(dataset: Dataset, path: str | None) -> str:
     return sources.fingerprint(dataset.name, path, *words)
 
 
+def _placement_faults(config: Config, batch: int) -> list[str]:
+    """Why the batch cannot be cut into micro-batches, or these be shared out."""
+    devices, micro = config.launch.devices, min(config.recipe.micro_batch, batch)
+    if batch % micro:
+        low = batch // micro * micro
+        why = " (the network normalises over the micro-batch, so it is part of the recipe)"
+        return [
+            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {low} and {low + micro}"
+            + (why if config.model.normalises_over_batch else "")
+        ]
+    if devices != "auto" and batch // micro % devices:
+        fit = [d for d in range(1, batch // micro + 1) if batch // micro % d == 0][:12]
+        return [
+            f"launch.devices={devices} does not divide the {batch // micro} micro-batches of a step; allowed: "
+            + ", ".join(map(str, fit))
+        ]
+    return []
+
+
 def _world_size(launch: LocalLaunch | SlurmLaunch, micro_batches: int) -> int:
     """Processes of a run: as asked, or the most that divide the micro-batches of a step."""
     if launch.devices != "auto":
-        if micro_batches % launch.devices:
-            fit = [d for d in range(1, micro_batches + 1) if micro_batches % d == 0][:12]
-            raise PlanError(
-                f"launch.devices={launch.devices} does not divide the {micro_batches} micro-batches of a step; "
-                f"allowed: {fit}"
-            )
         return launch.devices
     # under SLURM the machine that submits is not the one that runs
     most = launch.max_devices if isinstance(launch, SlurmLaunch) else max(1, _gpus())
@@ -221,7 +247,9 @@ def _world_size(launch: LocalLaunch | SlurmLaunch, micro_batches: int) -> int:
 def _gpus() -> int:
     """GPUs that a worker will see, without importing torch: none where torch is a build for CPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = glob.glob("/dev/nvidia[0-9]*") if visible is None else [v for v in visible.split(",") if v.strip()]
+    devices = glob.glob("/dev/nvidia[0-9]*")
+    if visible is not None:  # CUDA hides all from the first that is empty or negative
+        devices = list(itertools.takewhile(lambda v: v.strip() and not v.strip().startswith("-"), visible.split(",")))
     torch = find_spec("torch") if devices else None
     if torch is None or torch.origin is None:
         return 0
