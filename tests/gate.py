@@ -10,7 +10,7 @@ import torch
 
 from scaling_exps.train import worker
 
-STEP = 60  # in which it waits; the ranks poll in the steps 1, 3, 7, 15, 31, 63, and later as the pace allows
+MICRO_BATCH = 60  # of a process, in which it waits. The ranks poll in the steps 1, 3, 7, 15, 31, 63 at the latest
 SCIENCE = [
     "model=custom", "model.factory=gate:net", "model.norm=batch", "batch=64", "recipe.batch=64", "logger=none",
     "recipe.micro_batch=32", "recipe.epochs=null", "recipe.samples=12800", "recipe.statistics_samples=64",
@@ -29,11 +29,11 @@ class Net(torch.nn.Module):
             torch.nn.Conv2d(channels, 4, 3), torch.nn.BatchNorm2d(4), torch.nn.ReLU(), torch.nn.Flatten(),
             torch.nn.Linear(4 * 36, classes),
         )  # fmt: skip
-        self.steps = 0
+        self.micro_batches = 0
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:  # (B, channels, 8, 8)
-        self.steps += int(self.training and torch.is_grad_enabled())
-        if self.steps == STEP:
+        self.micro_batches += int(self.training and torch.is_grad_enabled())
+        if self.micro_batches == MICRO_BATCH:
             job = os.environ.get("SLURM_JOB_ID")
             name = f"{job}-{os.environ.get('SLURM_RESTART_COUNT', 0)}" if job else str(os.getpid())
             while Path("hold").exists() and not worker._signals:
