@@ -225,7 +225,10 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> st
             ended = over.wait(INTERVAL)  # first: what was written before the end is read after it
             records = run_dir.records()
             for line, record in zip(records.lines, records.rows, strict=True):
-                if line == last["_step"] and (record["step"], record["samples"]) != (last["trainer/step"], last["samples"]):
+                if line == last["_step"] and (record["step"], record["samples"]) != (
+                    last["trainer/step"],
+                    last["samples"],
+                ):
                     raise MirrorError(
                         f"{run.url} holds other records, of a run that measured at other steps; choose another project"
                     )

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import contextlib
 import json
-import os
 import subprocess
 import sys
 import threading
@@ -48,7 +47,10 @@ def record(kind: str, step: int, **metrics: float | str) -> dict[str, Any]:
 
 
 LINES = [record("train", s, loss=1 / s, seconds=0.1 * s) for s in range(1, 21)]
-LINES += [record("eval", 20, loss=0.5), *(record("noise", 20, batch=4, enough=False, method=m) for m in ("free", "full"))]
+LINES += [
+    record("eval", 20, loss=0.5),
+    *(record("noise", 20, batch=4, enough=False, method=m) for m in ("free", "full")),
+]
 
 
 def begun(root: Path, *words: str, lines: list[dict[str, Any]] = LINES) -> tuple[RunDir, RunSpec]:
@@ -377,7 +379,9 @@ def processes_of(run_dir: RunDir) -> list[int]:
             parents[int(folder.name)] = words
             if str(run_dir).encode() in words and b"scaling_exps.mirror" in words:
                 mirrors.add(int(folder.name))
-    cores = [p for p, words in parents.items() if b"--pid" in words and int(words[words.index(b"--pid") + 1]) in mirrors]
+    cores = [
+        p for p, words in parents.items() if b"--pid" in words and int(words[words.index(b"--pid") + 1]) in mirrors
+    ]
     return [*mirrors, *cores]
 
 

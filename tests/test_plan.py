@@ -560,7 +560,9 @@ def test_every_recipe_has_numbers_for_its_optimizers(recipe: str) -> None:
     """Fails for a recipe that names an optimizer and lacks, say, its momentum."""
     dataset = recipe.split("-")[0]
     words = [f"recipe={recipe}", f"dataset={dataset}", *["dataset.classes=2"] * (dataset == "imagefolder")]
-    words += ["model=gpt" if (ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text().count("vocab") else "model=resnet8"]
+    words += [
+        "model=gpt" if (ROOT / "conf" / "dataset" / f"{dataset}.yaml").read_text().count("vocab") else "model=resnet8"
+    ]
     (composed,) = config.compose(words)
     for optimizer in composed.recipe.optimizers:
         (one,) = config.compose([*words, f"optimizer={optimizer}"]) if optimizer != "adam" else (composed,)

@@ -180,8 +180,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
-    if word := re.search(r"Error parsing override '([^=]*)'$", first):
-        return f"{word[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
+    if lone := re.search(r"Error parsing override '([^=]*)'$", first):
+        return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     return first
 
 

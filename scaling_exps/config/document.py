@@ -32,7 +32,9 @@ def markdown(rows: list[Key]) -> str:
         groups.setdefault(key.name.rpartition(".")[0], []).append(key)
     out = [_HEAD]
     for group in sorted(groups, key=bool):  # the keys of no group first
-        out.append(f"## {group or 'The command'}\n\n| key | allowed | unit | meaning | default |\n|---|---|---|---|---|")
+        out.append(
+            f"## {group or 'The command'}\n\n| key | allowed | unit | meaning | default |\n|---|---|---|---|---|"
+        )
         for key in groups[group]:
             meaning = key.meaning + (f" (only {', '.join(key.variants)})" if key.variants else "")
             cells = (f"`{key.name}`", key.allowed, key.unit, meaning, _default(defaults, key.name))

@@ -230,7 +230,9 @@ class Recipe(Group, frozen=True, kw_only=True):
     momentum: Annotated[Beta | None, _is("of SGD, a step; null: not tuned")]
     eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0, le=10**6)]
     l2: Annotated[float, _is("weight decay inside the gradient (all but adamw)", ge=0, le=10**6)]
-    decoupled_decay: Annotated[float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0, le=10**6)]
+    decoupled_decay: Annotated[
+        float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0, le=10**6)
+    ]
     epochs: Annotated[Annotated[float, _is("", gt=0, le=10**6)] | None, _is("duration; give it or samples", "epochs")]
     samples: Annotated[Examples | None, _is("duration; give it or epochs", "examples")]
     warmup_fraction: Annotated[Fraction, _is("length of the warm-up")]
@@ -403,10 +405,13 @@ class Config(Group, frozen=True, kw_only=True):
     rule: Annotated[
         Name | list[Name] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")
     ]
-    tested: Annotated[list[Name] | None, _is("rules under test, all others are controls; null: by the rules' own goals")]
+    tested: Annotated[
+        list[Name] | None, _is("rules under test, all others are controls; null: by the rules' own goals")
+    ]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
     noise_scale: Annotated[
-        Annotated[float, _is("", gt=0, le=10**15)] | None, _is("measured B_noise, for the rules that need it", "examples")
+        Annotated[float, _is("", gt=0, le=10**15)] | None,
+        _is("measured B_noise, for the rules that need it", "examples"),
     ]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
@@ -447,7 +452,9 @@ def _group(kind: type[Group], raw: Any, prefix: str, faults: list[str]) -> Any:
     for name in sorted(set(raw) - set(fields) - {tag}):
         close = difflib.get_close_matches(str(name), fields, 1)
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
-        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(n for n in fields if n != 'words')}")
+        faults.append(
+            f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(n for n in fields if n != 'words')}"
+        )
     if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
         faults.append(f"missing: {', '.join(missing)}; give them")
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}

@@ -47,7 +47,7 @@ def faults(config: Config) -> list[str]:
 def _model_faults(config: Config) -> list[str]:
     model, dataset = config.model, config.dataset
     language, tokens = isinstance(model, GPT | Roberta), isinstance(dataset, TokenDataset)
-    wrong = []
+    wrong: list[str] = []
     if language and config.recipe.freeze_last:
         wrong.append(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
     if not isinstance(model, Custom) and language != tokens:
