@@ -38,7 +38,7 @@ def compose(argv: list[str]) -> list[Config]:
     for word in argv:
         if fault := _illegal(word):
             faults.append(fault)
-        else:  # `options` holds whatever timm or the user's factory takes, so its keys are the only ones that may be new
+        else:  # `options` holds whatever timm or a factory takes, so its keys alone may be new
             words.append(f"++{word}" if re.match(r"model\.options[.=]", word) else word)
     composed = _hydra(words, faults)
     configs = []

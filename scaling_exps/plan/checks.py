@@ -27,8 +27,8 @@ def duration(config: Config) -> list[str]:
 
 def faults(config: Config) -> list[str]:
     """What the groups of one command make wrong together."""
-    recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
-    wrong = []
+    optimizer = OPTIMIZERS[config.optimizer]
+    wrong: list[str] = []
     taken = {*optimizer.betas, "decoupled_decay" if optimizer.decoupled else "l2"}
     typed = {word.split("=")[0].removeprefix("recipe.") for word in config.words if word.startswith("recipe.")}
     for key in sorted(typed & RECIPE_KEYS - taken):
