@@ -37,10 +37,10 @@ def parquet(pictures: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     root = tmp_path_factory.mktemp("parquet")
     (root / "data").mkdir()
     for part, name in (("train", "train"), ("val", "validation")):
-        found = sorted((pictures / part).glob("*/*"))
+        images = sorted((pictures / part).glob("*/*"))
         rows = {
-            "image": [{"bytes": f.read_bytes(), "path": f.name} for f in found],
-            "label": [["ant", "bee", "cow"].index(f.parent.name) for f in found],
+            "image": [{"bytes": f.read_bytes(), "path": f.name} for f in images],
+            "label": [["ant", "bee", "cow"].index(f.parent.name) for f in images],
         }
         kinds = datasets.Features(
             {"image": datasets.Image(), "label": datasets.ClassLabel(names=["ant", "bee", "cow"])}
@@ -264,8 +264,9 @@ def test_world_size_does_not_matter(pictures: Path) -> None:
 
 def test_resnet50_has_its_imagenet_form_above_64_pixels() -> None:
     def stem(side: int) -> tuple[int, int]:
-        group = {"kind": "files", "name": "x", "shape": [side, side, 3], "classes": 1000}
-        net = models.build({"name": "resnet50", "norm": "batch"}, group, 0)
+        net = models.build(
+            config.ResNet50(name="resnet50", norm="batch"), dataset(shape=[side, side, 3], classes=1000), 0
+        )
         return net.conv1.kernel_size[0], net.conv1.stride[0]  # type: ignore[union-attr,index,return-value]
 
     assert stem(224) == (7, 2) and stem(64) == (3, 1)
@@ -275,9 +276,9 @@ def test_options_reach_timm_added_or_replaced() -> None:
     """Hydra's struct mode refuses a new key in a dict; `options` takes what the network takes."""
     for word in ("model.options={drop_path_rate:0.1}", "model.options.drop_path_rate=0.1"):
         (composed,) = config.compose(["model=vit", word])
-        assert composed.model["options"] == {"img_size": 32, "patch_size": 4, "drop_path_rate": 0.1}
+        assert composed.model.options == {"img_size": 32, "patch_size": 4, "drop_path_rate": 0.1}
     (composed,) = config.compose(["model=timm", "model.options={drop_path_rate:0.1}"])
-    assert composed.model["options"] == {"drop_path_rate": 0.1}
+    assert composed.model.options == {"drop_path_rate": 0.1}
     for word, says in (("model.options.x=1", "model resnet8 has model.width"), ("model.optionss=1", "unknown key")):
         with pytest.raises(config.ConfigError, match=says):
             config.compose([word])
@@ -352,15 +353,15 @@ REFUSED = [
         ["model=resnet50", "dataset=imagenet"],
         ["is not on this machine", "scalerun data imagenet", "gated", "hf auth login"],
     ),
-    (["dataset=imagefolder", "model=timm"], ["give the number of classes, dataset.classes=N"]),
+    (["dataset=imagefolder", "model=timm"], ["dataset.classes=0 must be >= 2: give dataset.classes=N"]),
     (["dataset=imagefolder", "model=timm", "dataset.classes=3"], ["needs dataset.path=FOLDER"]),
     (["model=timm", "model.name=resnet5O", "DIGITS"], ["no network of timm", "resnet50"]),
     (["model=timm", "model.name=vit_tiny_patch16_224", "model.norm=layer", "DIGITS"], ["cannot take inputs of shape"]),
     (["model=timm", "model.options={no_such_word:1}", "DIGITS"], ["timm cannot make 'resnet18'", "no_such_word"]),
     (["model=timm", "model.norm=layer", "DIGITS"], ["normalises over the batch", "Use model.norm=batch"]),
     (["model=timm", "model.norm=bach", "DIGITS"], ["model.norm='bach'; allowed: batch, group, layer, none"]),
-    (["model=custom"], ["model.factory=None; give package.module:function"]),
-    (["model=custom", "model.factory=nets"], ["model.factory='nets'; give package.module:function"]),
+    (["model=custom"], ["model.factory=None must be package.module:function"]),
+    (["model=custom", "model.factory=nets"], ["model.factory='nets' must be package.module:function"]),
     (["model=custom", "model.factory=nowhere:f"], ["No module named 'nowhere'"]),
     (["model=custom", "model.factory=nets:absent"], ["has no attribute 'absent'"]),
     (["model=custom", "model.factory=nets:raises"], ["RuntimeError: no such thing"]),
@@ -383,13 +384,13 @@ def test_bad_input_is_one_message_before_the_first_step(
     monkeypatch.setenv("SCALERUN_DATA", str(tmp_path / "home"))
     monkeypatch.setattr("sys.path", list(sys.path))
     monkeypatch.delitem(sys.modules, "nets", raising=False)
-    embedded = ["dataset=digits", "recipe=digits-resnet8-adam"]
+    embedded = ["dataset=digits", "recipe=digits-small"]
     typed = [w for word in given for w in (embedded if word == "DIGITS" else [word])]
     assert cli.main(typed) == 2
-    told = capsys.readouterr().err
-    assert told.startswith("scalerun: ") and len(told.splitlines()) == 1
+    message = capsys.readouterr().err
+    assert message.startswith("scalerun: ") and len(message.splitlines()) == 1
     for part in says:
-        assert part in told
+        assert part in message
     assert not (tmp_path / "runs").exists()
 
 
