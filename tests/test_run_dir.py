@@ -122,7 +122,6 @@ def test_nothing_is_written_through_a_bad_file(
     good = train.run_all([run_dir], log=True)
     assert outside.read_bytes() == original
     assert good == (run_dir.state() == "finished")
-    assert good or name in FILES[:-1]
 
 
 @pytest.mark.parametrize(
