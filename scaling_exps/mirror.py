@@ -6,7 +6,7 @@ is known from its own count of rows, and a replay sends exactly the lines that i
 The mirror is a process of its own, which reads the run's folder: wandb is neither imported nor waited for where a run
 is trained. It follows the run until its standard input ends, so it also ends when the run's process is killed.
 
-    python -m scaling_exps.mirror live|sync RUN_DIR
+    python -m scaling_exps.mirror live|sync RUN_DIR SECONDS
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ GROUPS = ("train", "eval", "noise", "event")
 DEFAULT_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # of wandb 0.31, and of the versions before
 INTERVAL = 2.0  # seconds between two looks for new records
 RETRY = 20.0  # seconds from a connection that failed to the next attempt
+CONNECT = 30.0  # seconds that the server has to answer at the start
 PATIENCE = {"live": 20.0, "sync": 600.0}  # seconds for what is left, when the run has ended
 LATER = "`scalerun sync` uploads what is missing"
 
@@ -145,7 +146,7 @@ def _replay(run_dir: RunDir) -> int:
 
 
 def _start(how: str, run_dir: RunDir, **streams: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir)]
+    command = [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir), str(PATIENCE[how])]
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **streams)
 
 
@@ -160,8 +161,8 @@ def _relay(mirror: subprocess.Popen[str], said: list[str]) -> None:
 # ---- the mirror's own process ----
 
 
-def main(how: str, path: str) -> int:
-    """Mirror one run: `live` until standard input ends, `sync` what there is."""
+def main(how: str, path: str, patience: float) -> int:
+    """Mirror one run: `live` until standard input ends, `sync` what there is; and `patience` seconds longer at most."""
     for name in ("WANDB_SERVICE", "WANDB_SILENT"):  # a program around this one; what wandb prints is read below
         os.environ.pop(name, None)
     run_dir, over = RunDir(path), threading.Event()
@@ -171,12 +172,12 @@ def main(how: str, path: str) -> int:
         print(f"{run_dir}: wandb needs a folder for its files ({e}; set TMPDIR); {LATER}")
         return 1
     atexit.register(shutil.rmtree, folder, ignore_errors=True)  # before wandb's own handlers, so after them
-    threading.Thread(target=_watch, args=(over, PATIENCE[how], folder), daemon=True).start()
+    threading.Thread(target=_watch, args=(over, patience, folder), daemon=True).start()
     said = False
     while True:
         try:
             with run_dir.lock("wandb.lock"), contextlib.redirect_stderr(io.StringIO()) as printed:
-                count = _follow(run_dir, how, folder, over)
+                count = _follow(run_dir, how, folder, over, patience)
             if "Fatal error" in printed.getvalue():  # so does wandb's core say that it gave up
                 raise MirrorError("the server refuses records")
             if how == "sync":
@@ -207,7 +208,7 @@ def _watch(over: threading.Event, patience: float, folder: str) -> None:
     os._exit(1)
 
 
-def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> str:
+def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event, patience: float) -> str:
     """Send the lines that wandb lacks, until the run is over and all are sent; then say how it ended.
 
     Returns:
@@ -217,7 +218,7 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event) -> st
         Exception: whatever wandb, or the network below it, raises.
     """
     spec = run_dir.spec()
-    run = _init(spec, folder, PATIENCE[how])
+    run = _init(spec, folder, 0.75 * patience)
     sent, known = 0, run.starting_step
     last = {k: run.summary.get(k) for k in ("_step", "trainer/step", "samples")}
     try:
@@ -270,7 +271,7 @@ def _final(run_dir: RunDir, spec: RunSpec, metrics: dict[str, float]) -> dict[st
     return {f"final/{k}": v for k, v in metrics.items()} | gaps
 
 
-def _init(spec: RunSpec, folder: str, patience: float) -> Any:
+def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
     """wandb's run of this id, made or resumed.
 
     Runs lie there as they are compared: the group is the experiment, the job type the arm; batch, rule, kappa, seed and
@@ -320,8 +321,8 @@ def _init(spec: RunSpec, folder: str, patience: float) -> Any:
             x_skip_transaction_log=True,
             x_file_stream_retry_max=10_000,
             x_file_stream_retry_wait_max_seconds=30,
-            init_timeout=min(90.0, patience),
-            finish_timeout=0.75 * patience,
+            init_timeout=CONNECT,
+            finish_timeout=finish_timeout,
             finish_timeout_raises=True,
         ),
     )
@@ -331,4 +332,4 @@ def _init(spec: RunSpec, folder: str, patience: float) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main(*sys.argv[1:]))
+    sys.exit(main(sys.argv[1], sys.argv[2], float(sys.argv[3])))

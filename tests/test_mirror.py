@@ -386,14 +386,13 @@ def processes_of(run_dir: RunDir) -> list[int]:
 
 
 def hostile(
-    tmp_path: Path, server: wandb_server.Server, begin: Callable[[], None], end: Callable[[], None], seconds: float = 0
+    tmp_path: Path, server: wandb_server.Server, begin: Callable[[], None], end: Callable[[], None]
 ) -> tuple[RunDir, RunSpec]:
     """A live run during which these happen; it is whole afterwards, and `sync` sends all that is missing."""
     run_dir, spec = begun(tmp_path, lines=[])
     begin()
     with run_dir.lock(), mirror.live(run_dir, spec):
         write(run_dir, LINES[:10])
-        time.sleep(seconds)
         end()
         write(run_dir, LINES[10:])
         finish(run_dir)
@@ -407,7 +406,7 @@ def hostile(
     return run_dir, spec
 
 
-@pytest.mark.parametrize("trouble", ["refusing", "silent", "silent at the end", "unreachable", "no folder"])
+@pytest.mark.parametrize("trouble", ["refusing", "silent", "silent at the end", "unreachable"])
 def test_whatever_the_server_does_the_run_goes_on(
     trouble: str, tmp_path: Path, server: wandb_server.Server, monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
@@ -417,9 +416,6 @@ def test_whatever_the_server_does_the_run_goes_on(
     def begin() -> None:
         if trouble == "unreachable":
             monkeypatch.setenv("WANDB_BASE_URL", "http://127.0.0.1:9")
-        elif trouble == "no folder":
-            monkeypatch.setenv("TMPDIR", "/proc")
-            (tmp_path / "tmp").write_text("")
         elif trouble != "silent at the end":
             server.mode = trouble
 
@@ -428,8 +424,8 @@ def test_whatever_the_server_does_the_run_goes_on(
             wait(lambda: server.runs)
             server.mode = "silent"
         monkeypatch.setenv("WANDB_BASE_URL", server.url)
-        monkeypatch.delenv("TMPDIR", raising=False)
 
+    monkeypatch.setitem(mirror.PATIENCE, "live", 6)
     hostile(tmp_path / "runs", server, begin, end)
     said = capsys.readouterr().err
     assert said.count("\n") == 1 and "`scalerun sync` uploads what is missing" in said
@@ -440,7 +436,7 @@ def test_a_busy_server_is_tried_again(tmp_path: Path, server: wandb_server.Serve
     run_dir, spec = begun(tmp_path, lines=LINES[:10])
     server.mode = "busy"
     with run_dir.lock(), mirror.live(run_dir, spec):
-        time.sleep(mirror.PATIENCE["live"] + 10)
+        time.sleep(mirror.CONNECT + 10)
         server.mode = "well"
         wait(lambda: server.runs)
         write(run_dir, LINES[10:])
@@ -460,7 +456,8 @@ def test_twenty_starts_at_once(tmp_path: Path, server: wandb_server.Server) -> N
             write(run_dir, LINES)
             finish(run_dir)
         wait(lambda: len(server.runs) == 20)
-    assert mirror.sync([tmp_path]) == 0
+    late = [d.path for d in run_dirs if len(server.runs[d.path.name].lines) < len(LINES)]
+    assert not late or mirror.sync(late) == 0
     for spec in planned:
         run = server.runs[spec.run_id]
         assert mirrored(run) == LINES and run.sent == list(range(len(LINES)))

@@ -92,7 +92,8 @@ class Answer(BaseHTTPRequestHandler):
 
     def graphql(self, request: dict[str, Any]) -> dict[str, Any]:
         given, query = request.get("variables") or {}, request["query"]
-        project = {"id": "p", "name": "scalerun", "entity": {"id": "e", "name": "me"}}
+        entity = {"id": "e", "name": given.get("entity") or "me"}
+        project = {"id": "p", "name": given.get("project") or "scalerun", "entity": entity}
         if "upsertBucket" in query:
             name = given["name"]
             run = self.server.runs.setdefault(name, Run({}))
