@@ -1,4 +1,4 @@
-"""Run folders as launching sees them: which runs have work left, and their folders made before the first one starts."""
+"""Which runs have work left, and their folders, made before the first one starts."""
 
 from __future__ import annotations
 

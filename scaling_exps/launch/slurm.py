@@ -129,7 +129,7 @@ def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
 
 
 def _check(root: Path, settings: SlurmLaunch) -> str:
-    """Refuse what a node could not reach and what a job script must not hold; returns the python of the nodes."""
+    """Validate paths and sbatch settings; return the nodes' python."""
     faults = []
     for key in ("partition", "account", "qos", "constraint", "exclude"):
         value = getattr(settings, key)

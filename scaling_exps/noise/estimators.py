@@ -121,7 +121,7 @@ def full(
     units: int,
     unit: int,
     scales: list[Tensor | None],
-    like: Tensor,
+    template: Tensor,
     *,
     world: int = 1,
     rank: int = 0,
@@ -134,7 +134,7 @@ def full(
         units: how many, over all ranks; >= 2.
         unit: examples in each.
         scales: preconditioners P, flat (P,); None is the identity.
-        like: a tensor of a gradient's size and device: a rank may have no group of its own.
+        template: of the flat gradient, (P,) on its device; a rank may have no gradient of its own.
         world, rank: groups of units are shared out over ranks.
         reduce: sums a tensor over ranks.
 
@@ -145,25 +145,25 @@ def full(
         raise NoiseError(f"n={units} gradients: a covariance needs at least 2")
     k = min(GROUPS, units)
     edges = [g * units // k for g in range(k + 1)]
-    mine = range(rank, k, world)
+    own_groups = range(rank, k, world)
     sums: dict[int, Tensor] = {}
     squares = torch.zeros(len(scales), k, dtype=torch.float64)
-    for g in mine:
+    for g in own_groups:
         for matrix in blocks(range(edges[g], edges[g + 1])):
             total = matrix.sum(0)
             sums[g] = sums[g].add_(total) if g in sums else total
             for s, scale in enumerate(scales):
                 scaled = matrix if scale is None else matrix * scale
                 squares[s, g] += _length(scaled)
-    everything = reduce(torch.stack(list(sums.values())).sum(0) if sums else torch.zeros_like(like))  # (P,)
+    everything = reduce(torch.stack(list(sums.values())).sum(0) if sums else torch.zeros_like(template))  # (P,)
     lengths = torch.zeros(len(scales), k, dtype=torch.float64)  # |P(S − S_g)|²
     whole = torch.zeros(len(scales), dtype=torch.float64)
     for s, scale in enumerate(scales):
-        for g in mine:
+        for g in own_groups:
             rest = everything - sums[g]
             lengths[s, g] = _length(rest if scale is None else rest.mul_(scale))
         whole[s] = _length(everything if scale is None else everything * scale)
-    both = reduce(torch.stack([squares, lengths]).to(like.device)).cpu()
+    both = reduce(torch.stack([squares, lengths]).to(template.device)).cpu()
     squares, lengths = both[0], both[1]
     counts = torch.tensor([edges[g + 1] - edges[g] for g in range(k)], dtype=torch.float64)
 

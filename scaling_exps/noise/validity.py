@@ -67,7 +67,7 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
     """
     noise = [r for r in rows if r.get("kind") == "noise"]
     full = [r for r in noise if r["method"] == "full"]
-    before = total = told = dominated = deviations = 0.0
+    before = total = measured = dominated = deviations = 0.0
     worst, b_noise = 1.0, []
     for row in full or noise:
         share, before = row["samples"] - before, row["samples"]
@@ -81,14 +81,14 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
         else:
             continue
         d = deviation(kappa_r * base_batch / batch, batch / base_batch)
-        told += share
+        measured += share
         dominated += share * (kappa_r < DOMINATED)
         deviations += share * d
         worst = max(worst, d, key=lambda x: abs(math.log(x)))
-    if not told:
+    if not measured:
         return None
     span = (min(b_noise), max(b_noise)) if b_noise else (math.inf, math.inf)
-    return Validity(dominated / told, told / total, deviations / told, worst, span)
+    return Validity(dominated / measured, measured / total, deviations / measured, worst, span)
 
 
 def summary(rows: list[dict[str, Any]], batch: int) -> str:

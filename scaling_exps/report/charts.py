@@ -136,7 +136,7 @@ def _against_batch(
     """
     arms = [*dict.fromkeys(r.rule for r in rows if r.role == "base"), *_arms(rows)]
     batches = sorted({r.batch for r in rows})
-    alone = len(batches) == 1
+    one_batch = len(batches) == 1
     nearest = min((b / a for a, b in itertools.pairwise(batches)), default=1.0)
     traces = []
     for i, arm in enumerate(arms):
@@ -145,15 +145,15 @@ def _against_batch(
         members += [r for r in rows if r.role == "base" != arm and members[0].svag == 1]
         points = sorted((r.batch, v) for r in members if (v := value(r)) and all(map(math.isfinite, v)))
         if points:
-            x = [float(i) if alone else batch * aside for batch, _ in points]
+            x = [float(i) if one_batch else batch * aside for batch, _ in points]
             y, low, high = (list(column) for column in zip(*(v for _, v in points), strict=True))
             width = 1.5 + 0.9 * (len(arms) - 1 - i) if group == "hyper" else 2.0  # one line under another shows
             traces.append(Trace(arm, x, y, low, high, points=True, width=width))
-    ticks = enumerate(arms) if alone else ((b, str(b)) for b in batches[:: -(-len(batches) // 8)])
-    x_name = f"batch {batches[0]}" if alone else "batch"
+    ticks = enumerate(arms) if one_batch else ((b, str(b)) for b in batches[:: -(-len(batches) // 8)])
+    x_name = f"batch {batches[0]}" if one_batch else "batch"
     return Chart(
         group, setting, name, x_name, name, tuple(traces), None, tuple((float(x), label) for x, label in ticks),
-        log_x=not alone, **style,
+        log_x=not one_batch, **style,
     )  # fmt: skip
 
 

@@ -34,7 +34,7 @@ from scaling_exps.report.runs import Collection, Missing, ReportError, Run, traj
 ALPHA = 0.05
 POWER = 0.8  # with which the number of seeds that is named would decide
 ENOUGH = 3  # seeds; below, no verdict
-MOST = 1000  # seeds that are thought about
+MAX_SEEDS = 1000  # search limit
 METRICS = {  # in the order of the tables, and what they are called; `MEANING` says more
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
@@ -66,7 +66,7 @@ class Test:
     high: float
     margin: float | None
     verdict: str
-    seeds_needed: int | None  # None: decided, cannot be judged, or more than MOST
+    seeds_needed: int | None  # None: decided, cannot be judged, or more than MAX_SEEDS
 
     __test__ = False  # not pytest's
 
@@ -110,7 +110,7 @@ def _quantile(p: float, df: int) -> float:
 
 @functools.cache
 def _quantiles(p: float) -> Any:
-    return stdtrit(np.arange(ENOUGH, MOST + 1) - 1, p)
+    return stdtrit(np.arange(ENOUGH, MAX_SEEDS + 1) - 1, p)
 
 
 def judge(metric: str, differences: Iterable[float], margin: float | None, family: int = 1) -> Test:
@@ -164,7 +164,7 @@ def seeds_needed(gap: float, sd: float, margin: float, family: int = 1) -> int |
     >>> seeds_needed(0.0, 0.05, 0.05)
     11
     """
-    n = np.arange(ENOUGH, MOST + 1)
+    n = np.arange(ENOUGH, MAX_SEEDS + 1)
     with np.errstate(divide="ignore", invalid="ignore"):
         se = np.maximum(sd / np.sqrt(n), 1e-300)
         if abs(gap) < margin:
@@ -330,9 +330,9 @@ def _row(
     finished = {r.spec.run_id: r for r in collection.runs}
     failed_ids = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
     pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
-    alone = {r.spec.science.seed: a.base_run_id in failed_ids for r, a in members if a.base_run_id not in finished}
+    unpaired = {r.spec.science.seed: a.base_run_id in failed_ids for r, a in members if a.base_run_id not in finished}
     remarks += [
-        f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in alone.items()
+        f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in unpaired.items()
     ]
     allowed, disputed = _margin(runs, margins)
     if disputed:
@@ -343,7 +343,7 @@ def _row(
     tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
     verdict, needed = "no result", None
     if pairs:
-        failed = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(alone.values())
+        failed = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(unpaired.values())
         failed += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
         verdict, needed = conclude(tests, failed)
         if failed and verdict != "different":
@@ -380,7 +380,7 @@ def _margin(runs: tuple[Run, ...], given: dict[str, float] | None) -> tuple[dict
 
 
 def _power(row: Row, rows: list[Row]) -> str:
-    """Could an arm have lost here? A comparison in which no control does says nothing for an arm that did not."""
+    """Whether any control was told apart; without one the comparison has no power."""
     if row.role == "base" or row.verdict == "different":
         return ""
     controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]

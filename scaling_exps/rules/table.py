@@ -350,7 +350,7 @@ def third_party() -> dict[str, Rule]:
     """
     from importlib.metadata import entry_points  # 20 ms that only an unknown name pays
 
-    found: dict[str, Rule] = {}
+    loaded: dict[str, Rule] = {}
     for entry in entry_points(group=ENTRY_POINTS):
         where = f"entry point {entry.name!r} = {entry.value} of group {ENTRY_POINTS}"
         try:
@@ -359,10 +359,10 @@ def third_party() -> dict[str, Rule]:
             raise RuleError(f"{where} cannot be loaded: {type(e).__name__}: {e}") from e
         if not isinstance(rule, Rule):
             raise RuleError(f"{where} is a {type(rule).__name__}; it must be an instance of scaling_exps.rules.Rule")
-        if rule.name in RULES or rule.name in found:
+        if rule.name in RULES or rule.name in loaded:
             raise RuleError(f"{where}: the name {rule.name!r} is taken; give the rule another name")
-        found[rule.name] = rule
-    return found
+        loaded[rule.name] = rule
+    return loaded
 
 
 def find(name: str, family: Family | None = None, *, l2: bool = False) -> Rule:

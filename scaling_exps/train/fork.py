@@ -253,11 +253,11 @@ def noise_scale(t: Trainer) -> Noise:
 def _crossing(table: list[Branch], which: str, tolerance: float) -> tuple[float, bool]:
     """(batch, whether it crossed): where `which` first exceeds the tolerance beyond kappa = 1; else the largest."""
     upward = [b for b in table if b.kappa >= 1]
-    for here, there in itertools.pairwise(upward):
-        a, z = getattr(here, which), getattr(there, which)
+    for near, far in itertools.pairwise(upward):
+        a, z = getattr(near, which), getattr(far, which)
         if z > tolerance:
             share = (tolerance - a) / (z - a) if z > a else 0.0
-            return here.batch * (there.batch / here.batch) ** min(1.0, max(0.0, share)), True
+            return near.batch * (far.batch / near.batch) ** min(1.0, max(0.0, share)), True
     return float(upward[-1].batch), False
 
 

@@ -22,13 +22,13 @@ def world() -> tuple[int, int]:
 def device() -> torch.device:
     if torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", 0))
-        mine = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
-        torch.cuda.set_device(mine)
+        own = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
+        torch.cuda.set_device(own)
         # Else gradients add up in any order: not the same bits again. A kernel that has no other way warns.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, of no use
-        return mine
+        return own
     return torch.device("cpu")
 
 
@@ -117,9 +117,9 @@ def process_group() -> Iterator[None]:
     if size == 1:
         yield
         return
-    mine = device()
+    own = device()
     dist.init_process_group(
-        "nccl" if mine.type == "cuda" else "gloo", device_id=mine if mine.index is not None else None
+        "nccl" if own.type == "cuda" else "gloo", device_id=own if own.index is not None else None
     )
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
