@@ -73,7 +73,7 @@ def _model_faults(config: Config) -> list[str]:
 def svag(config: Config, batch: int, svag: int) -> list[str]:
     """Where SVAG is not defined: too few examples for two draws, a decoupled decay, SGD with momentum."""
     size, recipe, optimizer = config.dataset.train_size, config.recipe, OPTIMIZERS[config.optimizer]
-    wrong = []
+    wrong: list[str] = []
     if svag == 1:
         return wrong
     if size is not None and 2 * batch > size:
