@@ -279,7 +279,10 @@ def test_options_reach_timm_added_or_replaced() -> None:
         assert composed.model.options == {"img_size": 32, "patch_size": 4, "drop_path_rate": 0.1}
     (composed,) = config.compose(["model=timm", "model.options={drop_path_rate:0.1}"])
     assert composed.model.options == {"drop_path_rate": 0.1}
-    for word, says in (("model.options.x=1", "model resnet8 has model.width"), ("model.optionss=1", "unknown key")):
+    for word, says in (
+        ("model.options.x=1", "unknown key 'model.options'; allowed: name, depth, width, norm"),
+        ("model.optionss=1", "unknown key"),
+    ):
         with pytest.raises(config.ConfigError, match=says):
             config.compose([word])
     with pytest.raises(config.ConfigError, match="must be keywords"):
@@ -359,7 +362,7 @@ REFUSED = [
     (["model=timm", "model.name=vit_tiny_patch16_224", "model.norm=layer", "DIGITS"], ["cannot take inputs of shape"]),
     (["model=timm", "model.options={no_such_word:1}", "DIGITS"], ["timm cannot make 'resnet18'", "no_such_word"]),
     (["model=timm", "model.norm=layer", "DIGITS"], ["normalises over the batch", "Use model.norm=batch"]),
-    (["model=timm", "model.norm=bach", "DIGITS"], ["model.norm='bach'; allowed: batch, group, layer, none"]),
+    (["model=timm", "model.norm=bach", "DIGITS"], ["model.norm='bach' must be one of batch, group, layer, none"]),
     (["model=custom"], ["model.factory=None must be package.module:function"]),
     (["model=custom", "model.factory=nets"], ["model.factory='nets' must be package.module:function"]),
     (["model=custom", "model.factory=nowhere:f"], ["No module named 'nowhere'"]),
