@@ -365,6 +365,8 @@ def test_a_run_that_failed_is_not_started_again_by_its_neighbour(tmp_path: Path,
     for _ in range(2):  # one worker after the other, whatever the timing
         train.run_all(run_dirs, since=since)
     assert starts(tmp_path / "runs") == [3] * 3
+    with pytest.raises(BusyError, match="was run by another process, and failed"):
+        train.run(run_dirs[0], since=since)  # its neighbour looked before the failure, and has the lock after it
 
 
 def test_a_failing_run_closes_what_it_opened(tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch) -> None:
