@@ -33,7 +33,7 @@ from support import (
     worker,
 )
 
-from scaling_exps import cli, config, mirror, optim, rules, train
+from scaling_exps import cli, config, mirror, optim, plan, rules, train
 from scaling_exps.launch import local
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import BusyError, RunDir
@@ -312,6 +312,11 @@ def options(*errors: str) -> list[str]:
     return ["-m", *CUSTOM, "model.options=" + ",".join(f"{{error:{e or 'null'}}}" for e in errors)]
 
 
+def failing(error: str, *words: str) -> RunSpec:
+    """One run of such a network."""
+    return plan.plan(config.compose([*CUSTOM, f"model.options={{error:{error}}}", *words]))[0]
+
+
 @pytest.fixture
 def dying(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
     """A network of the user's own that can be made to fail; the PYTHONPATH with which it is imported."""
@@ -360,6 +365,8 @@ def test_a_run_that_failed_is_not_started_again_by_its_neighbour(tmp_path: Path,
     for _ in range(2):  # one worker after the other, whatever the timing
         train.run_all(run_dirs, since=since)
     assert starts(tmp_path / "runs") == [3] * 3
+    with pytest.raises(BusyError, match="was run by another process, and failed"):
+        train.run(run_dirs[0], since=since)  # its neighbour looked before the failure, and has the lock after it
 
 
 def test_a_failing_run_closes_what_it_opened(tmp_path: Path, dying: str, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -379,7 +386,7 @@ def test_a_failing_run_closes_what_it_opened(tmp_path: Path, dying: str, monkeyp
         ends.append((run_dir, None))
 
     monkeypatch.setattr(mirror, "live", live)
-    sweep = [specs(*CUSTOM, f"model.options={{error:{e}}}")[0] for e in ("IndexError", "null")]
+    sweep = [failing(error) for error in ("IndexError", "null")]
     run_dirs = [prepare(tmp_path, spec) for spec in sweep]
     assert not train.run_all(run_dirs)
     assert [d.state() for d in run_dirs] == ["failed", "finished"]
@@ -395,9 +402,7 @@ def test_nothing_is_updated_from_a_step_that_is_not_finite(
 ) -> None:
     """Fails if a gradient of infinities below a finite loss reached the weights, or the moments."""
     words = ["recipe.momentum=0.9"] if optimizer == "sgd" else []
-    (spec,) = specs(
-        *CUSTOM, f"optimizer={optimizer}", f"model.options={{error:{what}}}", "checkpoint.minutes=1e-9", *words
-    )
+    spec = failing(what, f"optimizer={optimizer}", "checkpoint.minutes=1e-9", *words)
     trainer = train.Trainer(spec)
     take_steps(trainer, 3)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import json
@@ -76,10 +77,8 @@ def look(run_dir: RunDir) -> None:
     """Everything that is read of a run; only `spec` may refuse."""
     run_dir.state(), run_dir.result(), run_dir.reason(), run_dir.holder(), run_dir.newest_record(), run_dir.events()
     run_dir.records(), run_dir.records_size(), run_dir.records_checksum(5), run_dir.kept(), run_dir.begun
-    try:
+    with contextlib.suppress(PlanError):
         run_dir.lacks_noise(run_dir.spec())
-    except PlanError as e:
-        assert "spoilt" in str(e)
 
 
 def states(root: Path) -> dict[str, str]:
@@ -137,7 +136,7 @@ def test_nothing_is_written_through_a_bad_file(
 )
 def test_a_result_that_says_nothing_is_none(content: dict[str, Any], beside: tuple[Path, RunDir]) -> None:
     """The run is brought to its end again, from its last checkpoint. Fails if an unknown word passed for an end."""
-    root, run_dir = beside
+    _, run_dir = beside
     before = run_dir.result()
     (run_dir.path / "result.json").write_text(json.dumps(content))
     assert run_dir.result() is None and run_dir.state() == "interrupted"
@@ -224,7 +223,7 @@ def test_a_file_system_without_locks_is_named(tmp_path: Path, monkeypatch: pytes
         raise OSError(errno.ENOTSUP, os.strerror(errno.ENOTSUP))
 
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(OSError, match="has no file locks.*another runs_dir"):
+    with pytest.raises(OSError, match=r"has no file locks.*another runs_dir"):
         train.run(run_dir)
     assert not train.run_all([run_dir])
     assert run_dir.state() == "waiting" and not run_dir.begun

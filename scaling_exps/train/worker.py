@@ -33,19 +33,20 @@ FAILED = 200
 _signals: list[int] = []  # received; the handler does nothing else
 
 
-def run(run_dir: RunDir, until: float = float("inf")) -> str:
+def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf")) -> str:
     """Run what the folder's run.json says, or go on with it, to its end, holding its lock. Every rank calls this.
 
     Whatever raises on the way ends in result.json, with its reason and traceback.
 
     Args:
         until: save and stop after this time (time.monotonic), as after a signal.
+        since: leave it alone if it failed after this time (seconds of the epoch).
 
     Returns:
         How it ended: `finished`, `failed`, or `stopped`.
 
     Raises:
-        BusyError: another process works on it.
+        BusyError: another process works on it, or did `since`.
         PlanError: its run.json cannot be read.
         OSError: it cannot be locked; nothing was written.
     """
@@ -56,6 +57,8 @@ def run(run_dir: RunDir, until: float = float("inf")) -> str:
         if rank == 0:
             try:
                 stack.enter_context(run_dir.lock())
+                if _failed(run_dir, since):  # between the look and the lock
+                    raise BusyError(f"{run_dir} was run by another process, and failed")
             except (BusyError, OSError) as e:
                 refusal = e
         if ranks.maximum(refusal is not None):  # all ranks know it, or the others wait for rank 0
@@ -129,8 +132,7 @@ def run_all(
 
     Args:
         log: send a run's output to its log.txt.
-        since: a run that failed after this time (seconds of the epoch) is not started again.
-        until: as in `run`.
+        since, until: as in `run`.
         patience: seconds to wait for a run that is held. A requeued job may start while its last process still dies.
 
     Returns:
@@ -148,7 +150,7 @@ def run_all(
                 continue
             with _output_to(run_dir) if log and rank == 0 else contextlib.nullcontext():
                 try:
-                    how = run(run_dir, until)
+                    how = run(run_dir, until, since)
                 except BusyError:
                     continue
                 except (PlanError, OSError) as e:
@@ -160,6 +162,13 @@ def run_all(
     return good
 
 
+def _failed(run_dir: RunDir, since: float) -> bool:
+    """Whether the run failed after that time."""
+    result = run_dir.result() or {}
+    ended = result.get("ended")
+    return result.get("status") == "failed" and isinstance(ended, int | float) and ended >= since
+
+
 def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
     until = time.monotonic() + patience
     while (state := run_dir.state()) == "running" and time.monotonic() < until:
@@ -167,8 +176,7 @@ def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
     if state == "failed":
         if provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
             return False  # a requeued job is not a person who tries again
-        ended = (run_dir.result() or {}).get("ended")
-        return not (isinstance(ended, int | float) and ended >= since)
+        return not _failed(run_dir, since)
     if state == "finished":
         with contextlib.suppress(PlanError):
             return run_dir.lacks_noise(run_dir.spec())
