@@ -30,6 +30,13 @@ def planned(*words: str) -> list[plan.RunSpec]:
     return plan.plan(config.compose(list(words)))
 
 
+@cache
+def embedded() -> config.Config:
+    """What `scalerun` alone composes."""
+    (composed,) = config.compose([])
+    return composed
+
+
 def run_id(*words: str) -> str:
     (spec,) = planned(*words)
     return spec.run_id
@@ -134,7 +141,7 @@ def test_every_experiment_plans_and_its_runs_survive_json(experiment: str) -> No
         assert plan.RunSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
-@settings(deadline=None, max_examples=50)
+@settings(deadline=None, max_examples=100)
 @given(
     lr=st.floats(1e-12, 1e3), eps=st.floats(0, 1), epochs=st.floats(1, 100), seed=st.integers(0, 2**31 - 1),
     optimizer=st.sampled_from(["adam", "adamw", "rmsprop", "paper_adam", "paper_rmsprop"]),
@@ -142,11 +149,9 @@ def test_every_experiment_plans_and_its_runs_survive_json(experiment: str) -> No
 )  # fmt: skip
 def test_run_json_gives_back_any_spec(lr: float, eps: float, epochs: float, seed: int, **words: Any) -> None:
     """Fails if a float lost a digit on its way, or if the run id depended on what JSON does to a number."""
-    (base,) = config.compose([f"optimizer={words['optimizer']}"])
     decay = 0.0  # SVAG knows no decoupled decay
-    recipe = msgspec.structs.replace(base.recipe, lr=lr, eps=eps, epochs=epochs, decoupled_decay=decay)
-    composed = msgspec.structs.replace(base, recipe=recipe, seed=seed, batch=words["batch"], svag=words["svag"])
-    (spec,) = plan.plan([composed])
+    recipe = msgspec.structs.replace(embedded().recipe, lr=lr, eps=eps, epochs=epochs, decoupled_decay=decay)
+    (spec,) = plan.plan([msgspec.structs.replace(embedded(), recipe=recipe, seed=seed, **words)])
     assert plan.RunSpec.from_json(json.loads(json.dumps(spec.to_json()))) == spec
 
 
@@ -199,7 +204,7 @@ def test_svag_stretches_steps_and_the_schedule() -> None:
         (["batch=64", "recipe.samples=6400"], "same", False),
         (["batch=64", "recipe.samples=6400", "duration=2"], "δ·samples", False),
         (["batch=4", "recipe.samples=6400", "duration=2"], "δ·samples", False),
-        (["batch=64", "recipe.samples=6401"], "same, to whole steps", False),  # by 0.02%
+        (["batch=64", "recipe.samples=6420"], "same, to whole steps", False),  # 6,420 -> 6,400, by 0.3%
     ],
 )
 def test_samples_that_rounding_changes_are_told(
@@ -409,7 +414,8 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("+foo=1", ["'+foo=1': keys cannot be added"]),
     ("++batch=4", ["keys cannot be added"]),
     ("~seed", ["keys cannot be added or removed"]),
-    ("batch=[4", ["batch=[4"]),
+    ("batch=[4", ["'batch=[4' cannot be read", "a list is written key=[1,2]"]),
+    ("rule=\"'x\"", ["cannot be read", "in quotes"]),
     ("just-a-word", ["neither key=value nor a command"]),
     ("batch=256,512", ["a list is written batch=[256,512]; or sweep with -m"]),
     ("--", ["'--' stands for nothing"]),
@@ -571,8 +577,8 @@ def test_every_recipe_has_numbers_for_its_optimizers(recipe: str) -> None:
 
 def test_500_runs_by_lists(monkeypatch: pytest.MonkeyPatch) -> None:
     """Composed by Hydra once: at 0.1 s a run the product would take minutes (bench/startup.py times it)."""
-    composed, main = [], hydra.main
-    monkeypatch.setattr(hydra, "main", lambda **words: composed.append(words) or main(**words))
+    composed, compose = [], hydra.compose
+    monkeypatch.setattr(hydra, "compose", lambda *a, **k: composed.append(a) or compose(*a, **k))
     runs = specs(
         "batch=[8,16,32,64,128]", "rule=[sqrt,none,linear,linear_scaled]", f"seed={list(range(25))}".replace(" ", "")
     )

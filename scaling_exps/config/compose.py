@@ -182,7 +182,21 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
     if lone := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
+    for word in argv:
+        if "=" in word and str(_parse_error(word)) == text:
+            return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
     return first
+
+
+def _parse_error(word: str) -> Exception | None:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    try:
+        OverridesParser.create().parse_override(word)
+    except HydraException as e:
+        return e
+    return None
 
 
 def _unknown_option(group: str, name: str) -> str:
@@ -215,8 +229,8 @@ def _nearest_key(word: str) -> str:
             return f"its numbers have names of their own: {new}"
     known = _keys()
     inside = [k for k in known if k.endswith(f".{key}")]  # lr=0.1 is meant for recipe.lr
-    close = inside or difflib.get_close_matches(key, known, 1, 0.5)
-    section = key.split(".")[0] + "."
     groups = list(dict.fromkeys(k.split(".")[0] for k in known))
+    close = inside or difflib.get_close_matches(key, [*groups, *known], 1, 0.5)
+    section = key.split(".")[0] + "."
     options = [k for k in known if k.startswith(section)] or groups
     return (f"did you mean {' or '.join(map(repr, close))}? " if close else "") + f"Allowed: {', '.join(options)}"

@@ -71,9 +71,9 @@ def _list(value: Any) -> list[Any]:
 def _whole_list(config: Config) -> dict[str, Any]:
     """What one command takes once, for all of its runs."""
     launch = msgspec.to_builtins(config.launch)
-    return {"runs_dir": config.runs_dir, "noise_from": config.noise_from, "launch": launch.pop("name")} | {
-        f"launch.{k}": v for k, v in launch.items()
-    }
+    name = launch.pop("name")
+    keys = {"runs_dir": config.runs_dir, "noise_from": config.noise_from, "launch": name}
+    return keys | {f"launch.{k}": v for k, v in launch.items()}
 
 
 def _beside_science(spec: RunSpec) -> dict[str, Any]:
@@ -82,6 +82,7 @@ def _beside_science(spec: RunSpec) -> dict[str, Any]:
         "dataset.path": spec.dataset_path,
         "logger": spec.logger,
         "margin": spec.margin,
+        **{f"wandb.{k}": v for k, v in msgspec.structs.asdict(spec.wandb).items()},
         **{f"measure.{k}": v for k, v in msgspec.structs.asdict(spec.measure).items()},
         **{f"checkpoint.{k}": v for k, v in msgspec.structs.asdict(spec.checkpoint).items()},
     }
@@ -89,8 +90,9 @@ def _beside_science(spec: RunSpec) -> dict[str, Any]:
 
 def _differing(asked: list[dict[str, Any]]) -> list[str]:
     """The keys that have several values where one is used, as faults."""
-    first = asked[0] if asked else {}
-    values = {key: list(dict.fromkeys(str(a[key]) for a in asked if key in a)) for key in first}
+    kinds = {a.get("launch") for a in asked}
+    first = [key for key in asked[0] if len(kinds) == 1 or not key.startswith("launch.")] if asked else []
+    values = {key: list(dict.fromkeys(str(a[key]) for a in asked)) for key in first}
     return [
         f"{key}={','.join(several)}: this setting does not change the run, so it cannot be swept; give one value"
         for key, several in values.items()

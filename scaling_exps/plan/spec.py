@@ -7,7 +7,7 @@ where it runs, what is measured, and which recipe led to it.
 import hashlib
 import json
 from functools import cached_property
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
 
@@ -115,11 +115,14 @@ class Arm(_Value, frozen=True):
     base_run_id: str
 
 
+Positive = Annotated[int, msgspec.Meta(ge=1)]
+
+
 class Placement(_Value, frozen=True):
     """Where it runs; no result depends on it."""
 
-    world_size: int
-    accumulation: int  # micro-batches a process adds up before its step, each draw counted
+    world_size: Positive
+    accumulation: Positive  # micro-batches a process adds up before its step, each draw counted
     compile: bool
 
 
