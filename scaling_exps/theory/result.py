@@ -294,8 +294,8 @@ def _draw_errors(ax: Any, result: Result, optimizer: str, noise: str, entries: d
     seen: list[float] = []
     for arm, function in lines:
         x, error, se = result.series(optimizer, noise, arm, function)
-        i, width = arms.index(arm), 0.8 if len(lines) > 2 * len(arms) else 1.6
-        entries[arm] = ax.errorbar(x, error, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=width)
+        i = arms.index(arm)
+        entries[arm] = ax.errorbar(x, error, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=1)
         seen += x
     return sorted(set(seen))
 
