@@ -79,6 +79,7 @@ def saved(where: Path) -> None:
 
 
 def goes_on(where: Path, *words: str) -> None:
+    (where / "hold").unlink(missing_ok=True)
     done = subprocess.run(command(*words), cwd=where, env=ENV, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     for run_dir in RunDir.under(where / "runs"):
@@ -114,7 +115,9 @@ def test_signals_save(words: list[str], signals: list[int], tmp_path: Path) -> N
     for number in signals:
         launcher.send_signal(number)
         time.sleep(0.2)
-    assert launcher.wait() in (1, 128 + signal.SIGHUP if signal.SIGHUP in signals else 130)
+    # the second Ctrl-C may come when the run is saved and Python itself ends
+    allowed = (1, 128 + signal.SIGHUP) if signal.SIGHUP in signals else (130, -signal.SIGINT)
+    assert launcher.wait() in allowed
     saved(tmp_path)
 
 

@@ -12,6 +12,7 @@ import shlex
 import shutil
 import sys
 import time
+from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -57,6 +58,8 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
             "launch=slurm needs SLURM's commands, and srun and sbatch are not on this machine's PATH: "
             "use a login node of the cluster, or launch=local"
         )
+    if find_spec("submitit") is None:
+        raise LaunchError("launch=slurm needs submitit: pip install 'scalerun[slurm]'")
     root = root.absolute()
     python = _check(root, settings)
     queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
