@@ -243,9 +243,10 @@ class Logistic:
     """
 
     def __init__(self, features: int = 4, digits: tuple[int, int] = (3, 8), l2: float = 0.01) -> None:
-        from sklearn.datasets import load_digits
+        from scaling_exps.data.images import DIGITS
 
-        images, labels = load_digits(return_X_y=True)
+        with np.load(DIGITS) as file:
+            images, labels = file["images"].reshape(-1, 64).astype(float), file["labels"].astype(int)
         keep = np.isin(labels, digits)
         A = (images[keep] - images[keep].mean(0)) / 16.0
         if not 1 <= features <= A.shape[1]:

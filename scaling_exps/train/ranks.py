@@ -118,8 +118,6 @@ def process_group() -> Iterator[None]:
         yield
         return
     own = device()
-    dist.init_process_group(
-        "nccl" if own.type == "cuda" else "gloo", device_id=own if own.index is not None else None
-    )
+    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", device_id=own if own.index is not None else None)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone
