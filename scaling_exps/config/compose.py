@@ -183,7 +183,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if lone := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
-        if "=" in word and str(_parse_error(word)) == text:
+        if "=" in word and str(_parse_error(word)).strip() == text:
             return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
     return first
 

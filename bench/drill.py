@@ -1,7 +1,7 @@
 """Failure drills: break runs on purpose, and compare what is left with a sweep that nobody disturbed.
 
-    python scripts/drill.py [--kills 100] [--out drills.jsonl]
-    python scripts/drill.py --render drills.jsonl docs/reliability.md    the table of that page, from what was counted
+    python bench/drill.py [--kills 100] [--out drills.jsonl]
+    python bench/drill.py --render drills.jsonl docs/reliability.md    the table of that page, from what was counted
 
 Random kills go over sweeps of small runs (digits, ResNet-8 of width 4) in three places: in one process, in two
 processes under torchrun, and in two tasks on two nodes under SLURM (left out where SLURM is not installed, or not
@@ -30,11 +30,11 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from scaling_exps import records  # noqa: E402
+from scaling_exps.records import RunDir  # noqa: E402
 
 SWEEP = [
     "batch=[64,128]", "seed=[0,1,2]", "model.width=4", "recipe.micro_batch=32", "recipe.epochs=null",
-    "recipe.samples=12800", "logger=none", "measure.statistics_samples=64", "checkpoint.minutes=0.001",
+    "logger=none", "recipe.statistics_samples=64", "checkpoint.minutes=0.001",
 ]  # fmt: skip
 PLACES = {
     "one process": [],
@@ -61,8 +61,8 @@ def scalerun(place: str, runs: Path) -> subprocess.Popen[bytes]:
 
 
 def finished(runs: Path) -> bool:
-    dirs = [p.parent for p in runs.glob("*/run.json")]
-    return len(dirs) == 6 and all(records.state(d) == "finished" for d in dirs)
+    dirs = RunDir.under(runs)
+    return len(dirs) == 6 and all(d.state() == "finished" for d in dirs)
 
 
 def in_queue() -> list[str]:
@@ -81,19 +81,19 @@ def keep_going(place: str, runs: Path, launcher: subprocess.Popen[bytes] | None)
 
 def victims(runs: Path) -> list[int]:
     """Processes that train a run under `runs`: those that hold its lock, and their ranks."""
-    found = []
+    pids = []
     for folder in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             words = (folder / "cmdline").read_bytes().decode(errors="replace").split("\0")
             if str(runs) not in " ".join(words) or "torch.distributed.run" in words or "srun" in words[0]:
                 continue
             if "scaling_exps.train" in words or "scaling_exps.cli" in words or "submitit.core._submit" in words:
-                found.append(int(folder.name))
-    return found
+                pids.append(int(folder.name))
+    return pids
 
 
-def held(runs: Path) -> list[Path]:
-    return [p.parent for p in runs.glob("*/run.json") if records.holder(p.parent)]
+def held(runs: Path) -> list[RunDir]:
+    return [d for d in RunDir.under(runs) if d.holder()]
 
 
 def strike(fault: str, runs: Path, chance: random.Random) -> bool:
@@ -102,7 +102,7 @@ def strike(fault: str, runs: Path, chance: random.Random) -> bool:
     if not busy:
         return False
     if fault == "requeue":
-        jobs = [str(e["job"]) for d in busy for e in records.read_events(d)[-1:] if e.get("job")]
+        jobs = [str(e["job"]) for d in busy for e in d.events()[-1:] if e.get("job")]
         return bool(jobs) and subprocess.run(["scontrol", "requeue", chance.choice(jobs)]).returncode == 0
     pids = victims(runs)
     try:
@@ -112,25 +112,24 @@ def strike(fault: str, runs: Path, chance: random.Random) -> bool:
     return True
 
 
-def difference(run_dir: Path, reference: Path) -> str:
+def difference(run_dir: RunDir, reference: RunDir) -> str:
     """What differs between two runs of one id; empty if nothing does."""
     import torch
 
     rows = [
-        [{k: v for k, v in r.items() if k != "seconds"} for r in records.read_records(d)] for d in (run_dir, reference)
+        [{k: v for k, v in r.items() if k != "seconds"} for r in d.records().rows] for d in (run_dir, reference)
     ]
     if rows[0] != rows[1]:
-        return f"{run_dir.name}: records differ ({len(rows[0])} and {len(rows[1])})"
-    lines = (run_dir / "records.jsonl").read_text().splitlines()
-    if len(lines) != len(rows[0]):
-        return f"{run_dir.name}: a broken line in the records"
-    nets = [torch.load(d / "checkpoint.pt", weights_only=True) for d in (run_dir, reference)]
+        return f"{run_dir}: records differ ({len(rows[0])} and {len(rows[1])})"
+    if run_dir.records().damaged:
+        return f"{run_dir}: a broken line in the records"
+    nets = [torch.load(d.newest, weights_only=True) for d in (run_dir, reference)]
     if nets[0]["step"] != nets[1]["step"]:
-        return f"{run_dir.name}: steps {nets[0]['step']} and {nets[1]['step']}"
+        return f"{run_dir}: steps {nets[0]['step']} and {nets[1]['step']}"
     for part in ("net", "optimizer"):
         a, b = (list(tensors(n[part])) for n in nets)
         if len(a) != len(b) or not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
-            return f"{run_dir.name}: {part} differs"
+            return f"{run_dir}: {part} differs"
     return ""
 
 
@@ -186,10 +185,10 @@ def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, unt
             time.sleep(0.05 if not place.startswith("SLURM") else 0.2)
         if launcher is not None:
             launcher.wait()
-        for run_dir in sorted(p.parent for p in runs.glob("*/run.json")):
+        for run_dir in RunDir.under(runs):
             runs_done += 1
-            if found := difference(run_dir, reference / run_dir.name):
-                wrong.append(found)
+            if unequal := difference(run_dir, RunDir(reference / run_dir.path.name)):
+                wrong.append(unequal)
         left = [p for p in runs.rglob("*") if p.name.startswith(".checkpoint")]
         wrong += [f"left behind: {p}" for p in left]
         print(f"{place}, sweep {sweep}: {dict(counts)}, {restarts} restarts, wrong: {wrong or 'nothing'}", flush=True)
@@ -239,6 +238,7 @@ def render(lines: Path, page: Path) -> None:
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=12800, help="of each run (default: 12800)")
     parser.add_argument("--kills", type=int, default=100, help="in all places together (default: 100)")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES))
@@ -251,12 +251,13 @@ def main() -> int:
     if options.render:
         render(*options.render)
         return 0
+    SWEEP.append(f"recipe.samples={options.samples}")
     chance, until, good = random.Random(options.seed), time.monotonic() + 60 * options.minutes, True
     for i, place in enumerate(options.places):
         share = options.kills // len(options.places) + (i < options.kills % len(options.places))
-        here = cluster() if place.startswith("SLURM") else contextlib.nullcontext(True)
-        with tempfile.TemporaryDirectory() as folder, here as there:
-            if not there:
+        machine = cluster() if place.startswith("SLURM") else contextlib.nullcontext(True)
+        with tempfile.TemporaryDirectory() as folder, machine as usable:
+            if not usable:
                 print(f"{place}: left out (SLURM is not installed, or this is not root)")
                 continue
             row = kill_sweeps(place, share, Path(folder), chance, until)

@@ -1,0 +1,80 @@
+"""Every bench and script runs, at tiny size: no verdict on speed, only that each still measures what it says."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import ENVIRONMENT, ROOT
+
+
+def run(name: str, *words: str, cwd: Path) -> str:
+    env = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
+    done = subprocess.run(
+        [sys.executable, str(ROOT / name), *words], cwd=cwd, env=env, capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    return done.stdout
+
+
+def rows(printed: str) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in printed.splitlines()]
+
+
+def test_loop(tmp_path: Path) -> None:
+    """A network of texts after one of images: fails if the first left its data behind for the second."""
+    printed = rows(run("bench/loop.py", "--models", "resnet8,gpt", "--batch", "2", "--rounds", "2", cwd=tmp_path))
+    assert [row["model"] for row in printed] == ["resnet8", "gpt"]
+    assert all(len(row["ratio_to_bare"]) == 3 and min(row["ratio_to_bare"]) > 0 for row in printed)
+    (memory,) = rows(run("bench/loop.py", "--models", "resnet8", "--batch", "2", "--memory", cwd=tmp_path))
+    assert list(memory["peak_mib"]) == ["2", "32"]
+
+
+def test_noise(tmp_path: Path) -> None:
+    words = ["--batch", "8", "--micro", "4", "--rounds", "2", "--examples", "8"]
+    free, full, single = rows(run("bench/noise.py", *words, cwd=tmp_path))
+    assert min(free["free_own_calls_share"]) > 0
+    assert full["examples_a_gradient"] == 4 and min(full["full_over_2_steps"]) > 0
+    assert single["examples_a_gradient"] == 1
+
+
+def test_startup(tmp_path: Path) -> None:
+    printed = {row["command"]: row for row in rows(run("bench/startup.py", "--runs", "1", cwd=tmp_path))}
+    assert printed["bare Hydra start"]["over_hydra"] == 1
+    assert len(printed) == 6 and all(row["median_s"] > 0 for row in printed.values())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_report(tmp_path: Path) -> None:
+    printed = run("bench/report.py", "26", "20", "1", cwd=tmp_path).splitlines()
+    assert len(printed) == 2 and all("MB peak" in line for line in printed)
+
+
+def test_theory(tmp_path: Path) -> None:
+    printed = json.loads(run("bench/theory.py", "--paths", "64", "--steps", "4", "--repeats", "1", "--json", cwd=tmp_path))
+    assert {"ours", "torch loop"} <= set(printed["rows"])
+
+
+@pytest.mark.slow
+def test_drill(tmp_path: Path) -> None:
+    """Two strikes in one process; the bench itself compares with an undisturbed sweep, bit by bit."""
+    out, page = tmp_path / "drills.jsonl", tmp_path / "page.md"
+    run("bench/drill.py", "--kills", "2", "--places", "one process", "--samples", "1280", "--out", str(out), cwd=tmp_path)
+    (row,) = rows(out.read_text())
+    assert row["wrong"] == [] and sum(row["counts"].values()) == 2 and row["runs"] >= 6
+    page.write_text("<!-- counted -->\n<!-- end -->\n")
+    run("bench/drill.py", "--render", str(out), str(page), cwd=tmp_path)
+    assert "| one process |" in page.read_text()
+
+
+def test_every_bench_and_script_has_a_test() -> None:
+    """Fails for a new file that no test runs."""
+    tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
+    for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("scripts/*.py")):
+        name = path.relative_to(ROOT).as_posix()
+        assert name in tests or path.name in ("fixture.py", "fabricate.py") or f"scripts{os.sep}{path.name}" in tests, name
