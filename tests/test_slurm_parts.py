@@ -111,11 +111,11 @@ def test_unknown_settings_are_refused_with_the_valid_list(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("word", "said"),
     [
-        ("launch.minutes=0", "launch.minutes=0 must be an integer >= 1"),
+        ("launch.minutes=0", "launch.minutes=0 must be an integer in [1, "),
         ("launch.signal_seconds=99999", "time limit"),
-        ("launch.memory_gb=-1", "must be a number > 0"),
-        ("launch.requeues=-1", ">= 0"),
-        ("launch.max_devices=0", ">= 1"),
+        ("launch.memory_gb=-1", "must be a number in (0, "),
+        ("launch.requeues=-1", "in [0, "),
+        ("launch.max_devices=0", "in [1, "),
         ("launch.gpus=3", "must be true or false"),
         ("launch.sbatch=gres", "must be"),
         ("launch.sbatch={gres:[a]}", "must be"),
@@ -223,7 +223,7 @@ def test_following_outlives_a_queue_that_does_not_answer(
         f"""echo >> {calls}
         case $(wc -l < {calls}) in
         3) echo "7|RUNNING|None" ;;
-        5) echo '{{"status": "finished"}}' > {run_dir}/result.json ;;
+        5) echo '{{"status": "finished", "metrics": {{}}}}' > {run_dir}/result.json ;;
         *) echo "Unable to contact slurm controller" >&2; exit 1 ;;
         esac""",
     )
@@ -275,7 +275,7 @@ def test_a_finished_run_whose_noise_is_being_measured_is_followed(says: Says, tm
     run_dir.write_result({"status": "finished", "metrics": {}})
     says("squeue", "echo '7|RUNNING|None'")
     assert [r["state"] for r in overview.status(tmp_path / "runs")] == ["running"]
-    record = {"kind": "noise", "method": "full", "step": 1, "samples": 1}
+    record = {"kind": "noise", "method": "full", "step": 1, "samples": 1, "t": 0.1, "batch": 1, "enough": False}
     (run_dir.path / "records.jsonl").write_text(json.dumps(record) + "\n")
     assert [r["state"] for r in overview.status(tmp_path / "runs")] == ["finished"]
 

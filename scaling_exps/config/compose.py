@@ -38,8 +38,8 @@ def compose(argv: list[str]) -> list[Config]:
     for word in argv:
         if fault := _illegal(word):
             faults.append(fault)
-        else:  # `options` holds whatever timm or a factory takes, so its keys alone may be new
-            words.append(f"++{word}" if re.match(r"model\.options[.=]", word) else word)
+        else:  # what timm, a factory or sbatch take is theirs to name: these keys alone may be new
+            words.append(f"++{word}" if re.match(r"(model\.options|launch\.sbatch)[.=]", word) else word)
     composed = _hydra(words, faults)
     configs = []
     for raw in composed:
