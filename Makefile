@@ -6,7 +6,7 @@ STAMP := .venv/.installed
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $${PYTHON:-python3} -m venv .venv
 	$(PY) -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e .
+	$(PY) -m pip install --quiet --disable-pip-version-check --no-deps -e '.[dev]'
 	touch $@
 
 demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, and report
@@ -23,13 +23,17 @@ check: $(STAMP) ## format, lint, types, rooms
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
-bench: $(STAMP) ## our loop against bare loops, start-up, planning
+bench: $(STAMP) ## our loop against bare loops, noise, start-up, planning, report
 	$(PY) bench/loop.py
+	$(PY) bench/noise.py
 	$(PY) bench/startup.py
 	$(PY) bench/report.py
 
-lock: ## names and versions only
-	$(PY) -m pip freeze --exclude-editable | grep -E '^[A-Za-z0-9_.-]+==' > requirements.lock
+lock: ## names and versions only, of a fresh environment
+	$${PYTHON:-python3} -m venv .venv/lock
+	.venv/lock/bin/pip install --quiet --disable-pip-version-check -e '.[dev]'
+	.venv/lock/bin/pip freeze --exclude-editable | sed 's/+[^ ]*$$//' | grep -E '^[A-Za-z0-9_.-]+==' > requirements.lock
+	rm -rf .venv/lock
 
 clean:
 	rm -rf .venv runs report dist

@@ -116,9 +116,7 @@ def difference(run_dir: RunDir, reference: RunDir) -> str:
     """What differs between two runs of one id; empty if nothing does."""
     import torch
 
-    rows = [
-        [{k: v for k, v in r.items() if k != "seconds"} for r in d.records().rows] for d in (run_dir, reference)
-    ]
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in d.records().rows] for d in (run_dir, reference)]
     if rows[0] != rows[1]:
         return f"{run_dir}: records differ ({len(rows[0])} and {len(rows[1])})"
     if run_dir.records().damaged:

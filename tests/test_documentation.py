@@ -74,7 +74,9 @@ def test_what_a_page_or_an_experiment_says_to_type_plans(
 def test_there_are_commands() -> None:
     """Fails if the patterns above no longer saw them."""
     assert len(COMMANDS) >= 20 and len(EXPERIMENTS) >= 25
-    assert {"experiment=fig1 model=resnet56 optimizer=rmsprop", "-m experiment=fig5 recipe.eps=1e-8,1e-30"} <= set(EXPERIMENTS)
+    assert {"experiment=fig1 model=resnet56 optimizer=rmsprop", "-m experiment=fig5 recipe.eps=1e-8,1e-30"} <= set(
+        EXPERIMENTS
+    )
 
 
 @pytest.mark.parametrize("file", HEADS, ids=lambda f: f.stem)
@@ -121,7 +123,9 @@ def test_links_and_files_exist() -> None:
         for name in re.findall(r"\b(?:docs|scripts|bench|tests|examples|conf)/[\w./-]*\w", comments):
             assert (ROOT / name).exists(), (file, name)
             named += 1
-        for name in re.findall(r"(?<![\w/])((?:recipe|experiment|model|dataset|launch)/[\w/-]*\w)(?:\.yaml)?", comments):
+        for name in re.findall(
+            r"(?<![\w/])((?:recipe|experiment|model|dataset|launch)/[\w/-]*\w)(?:\.yaml)?", comments
+        ):
             assert name.endswith("-MODEL") or (CONF / f"{name}.yaml").exists(), (file, name)
             named += 1
     assert named >= 3  # fails if the patterns no longer saw them

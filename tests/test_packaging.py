@@ -65,12 +65,14 @@ def test_the_lock_has_every_declared_package_and_no_address() -> None:
     assert wanted - {"scalerun"} <= locked
 
 
+CALL = "from scaling_exps import cli; assert cli.main({}) == 0"
 COMMANDS = {
-    "scale": "from scaling_exps import scale; scale({'batch': 4, 'lr': 1e-3, 'betas': (0.9, 0.99), 'eps': 1e-8}, batch=8, rule='sqrt')",
-    "plan": "from scaling_exps import cli; assert cli.main(['plan', 'batch=16']) == 0",
-    "plan --json": "from scaling_exps import cli; assert cli.main(['plan', '--json', 'model=resnet50']) == 0",
-    "status": "from scaling_exps import cli; assert cli.main(['status', 'runs']) == 0",
-    "convert": "from scaling_exps import cli; assert cli.main(['convert', 'in.yaml', '--from', 'plain', '--batch', '8']) == 0",
+    "scale": "import scaling_exps; scaling_exps.scale({'batch': 4, 'lr': 1e-3, 'betas': (0.9, 0.99), 'eps': 1e-8}, "
+    "batch=8, rule='sqrt')",
+    "plan": CALL.format(["plan", "batch=16"]),
+    "plan --json": CALL.format(["plan", "--json", "model=resnet50"]),
+    "status": CALL.format(["status", "runs"]),
+    "convert": CALL.format(["convert", "in.yaml", "--from", "plain", "--batch", "8"]),
 }
 
 
