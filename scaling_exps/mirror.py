@@ -196,6 +196,8 @@ def main(how: str, path: str, patience: float) -> int:
             said = True
             if over.wait(RETRY):
                 return 1
+            if wandb := sys.modules.get("wandb"):
+                wandb.teardown()  # else its core holds this id to be in use, for ever
 
 
 def _watch(over: threading.Event, patience: float, folder: str) -> None:
@@ -332,4 +334,6 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
 
 
 if __name__ == "__main__":
+    sys.stdout = os.fdopen(os.dup(1), "w")
+    os.dup2(2, 1)  # wandb's core prints, too
     sys.exit(main(sys.argv[1], sys.argv[2], float(sys.argv[3])))

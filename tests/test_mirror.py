@@ -100,7 +100,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[wandb_server.Serv
     words = ["logger=wandb", "measure.noise=none", "checkpoint.keep=[0.5]"]
     planned = [
         *specs(*words, "wandb.tags=[mine]", "wandb.project=elsewhere", "wandb.entity=us"),
-        *specs(*words, "recipe.lr=1e30"),
+        *specs(*words, "optimizer=sgd", "recipe.lr=1e6"),
         *specs(*words, "batch=16", "recipe.batch=4")[-1:],
     ]
     run_dirs = [prepare(root, spec) for spec in planned]
