@@ -107,8 +107,16 @@ def test_ranks_notice_that_torchrun_was_killed(tmp_path: Path) -> None:
     saved(tmp_path)
 
 
-@pytest.mark.parametrize("signals", [[signal.SIGINT] * 2, [signal.SIGHUP]], ids=["ctrl-c twice", "hangup"])
-@pytest.mark.parametrize("words", [ONE, SIDE_BY_SIDE, TORCHRUN], ids=["one", "parallel", "torchrun"])
+@pytest.mark.parametrize(
+    ("words", "signals"),
+    [
+        (ONE, [signal.SIGINT] * 2),
+        (ONE, [signal.SIGHUP]),
+        (SIDE_BY_SIDE, [signal.SIGHUP]),
+        (TORCHRUN, [signal.SIGINT] * 2),
+    ],
+    ids=["one-ctrl-c twice", "one-hangup", "parallel-hangup", "torchrun-ctrl-c twice"],
+)
 def test_signals_save(words: list[str], signals: list[int], tmp_path: Path) -> None:
     """Fails if a second Ctrl-C, or SIGHUP, ends a run without saving it, or leaves its processes."""
     launcher = start(tmp_path, *words)
@@ -138,7 +146,6 @@ def test_closing_the_terminal_saves(words: list[str], tmp_path: Path) -> None:
     os.close(terminal)
     os.waitpid(launcher, 0)
     saved(tmp_path)
-    goes_on(tmp_path, *words)
 
 
 @pytest.mark.parametrize("words", [ONE, TORCHRUN], ids=["one", "torchrun"])
