@@ -183,20 +183,20 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if lone := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
-        if "=" in word and str(_parse_error(word)).strip() == text:
+        if "=" in word and not _readable(word):
             return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
     return first
 
 
-def _parse_error(word: str) -> Exception | None:
+def _readable(word: str) -> bool:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
     try:
         OverridesParser.create().parse_override(word)
-    except HydraException as e:
-        return e
-    return None
+    except HydraException:
+        return False
+    return True
 
 
 def _unknown_option(group: str, name: str) -> str:
