@@ -54,8 +54,8 @@ A live switch under Adam leaves the variance of the run that goes on as it was b
 optimizer with a scheduler needs it: `scale(optimizer, scheduler=scheduler, ...)`.
 
 A recipe of another trainer (`plain`, `hf`, `lightning`, `timm`, `torchtitan`, `deepspeed`), only its scaled lines
-changed: `scalerun convert in.yaml --batch 8192` ([convert.md](convert.md)). How large the batch may be from a checkpoint on:
-`scalerun fork RUN_DIR`.
+changed: `scalerun convert in.yaml --batch 8192` ([convert.md](convert.md)). How large the batch may be from a
+checkpoint on: `scalerun fork RUN_DIR`.
 
 **A rule of your own** is a subclass of `scaling_exps.rules.Rule` (or a row of exponents, `Powers`); the entry-point
 group `scalerun.rules` names an instance of it, and `scaling_exps.rules.laws.check(rule)` tests the laws.
