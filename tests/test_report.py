@@ -394,6 +394,7 @@ def test_arms_at_one_batch_are_drawn_at_one_batch(sweep: Path, tmp_path: Path) -
 
 def noise(run_dir: Path, samples: int, trace: float, signal: float, method: str = "full") -> None:
     record = {"kind": "noise", "step": 1, "samples": samples, "t": 1e-4, "trace": trace, "gradient_sq": signal}
+    record |= {"batch": 4, "enough": False}
     with open(run_dir / "records.jsonl", "a") as f:
         f.write(json.dumps(record | {"method": method}) + "\n")
 
