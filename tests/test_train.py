@@ -10,8 +10,10 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
+import msgspec
 import pytest
 import torch
 from support import (
@@ -181,7 +183,9 @@ def test_a_damaged_checkpoint_is_noticed_and_the_one_before_is_used(tmp_path: Pa
 
 
 def test_a_non_finite_loss_stops_the_run_before_the_update(tmp_path: Path) -> None:
-    (spec,) = specs("optimizer=sgd", "rule=none", "recipe.lr=1e20", "batch=8", "checkpoint.minutes=1e-9")
+    (spec,) = specs("optimizer=sgd", "rule=none", "batch=8", "checkpoint.minutes=1e-9")
+    hyper = replace(spec.science.hyper, lr=1e20)
+    spec = msgspec.structs.replace(spec, science=msgspec.structs.replace(spec.science, hyper=hyper))
     run_dir = prepare(tmp_path, spec)
     assert train.run(run_dir) == "failed"
     good = torch.load(run_dir.newest, weights_only=True)
