@@ -120,9 +120,9 @@ def test_one_clock_for_every_l() -> None:
 @pytest.mark.parametrize(
     ("words", "told"),
     [
-        (["svag=0"], "svag=0 must be an integer >= 1"),
-        (["svag=[1,-2]"], "svag=[1, -2] must be an integer >= 1, or a list"),
-        (["svag=1.5"], "svag=1.5 must be an integer >= 1"),
+        (["svag=0"], "svag=0 must be an integer in [1, 1000]"),
+        (["svag=[1,-2]"], "svag=[1, -2] must be an integer in [1, 1000], or a list"),
+        (["svag=1.5"], "svag=1.5 must be an integer in [1, 1000]"),
         (["svag=[]"], "svag=[] is empty"),
         (
             ["svag=2", "batch=1024", "recipe.batch=1024"],
