@@ -132,7 +132,7 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> 
     work(whole, processes)
     draw, kills = random.Random(processes), 0
     while not broken.result():
-        target = last_step(broken) + draw.uniform(10, 90)
+        target = last_step(broken) + draw.uniform(40, 120)
         process = subprocess.Popen(
             worker(broken, processes), env=ENVIRONMENT, cwd=ROOT,
             stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
