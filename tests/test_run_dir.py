@@ -23,6 +23,7 @@ from scaling_exps.records import RunDir
 
 DEEP = "[" * 100_000 + "]" * 100_000
 NESTED = json.loads("[" * 900 + "]" * 900)  # as deep as a parser takes
+TIMM = {"kind": "timm", "name": "resnet10t", "norm": "batch", "options": {"x": NESTED}}
 FILES = [
     "run.json", "records.jsonl", "result.json", "log.txt", "jobs.jsonl", "lock", "code.patch", "checkpoint.pt",
     "checkpoint.prev.pt", "checkpoint-2.pt",
@@ -180,7 +181,7 @@ def test_json_that_is_no_record_is_damage(line: str, tmp_path: Path) -> None:
         (lambda raw: raw["placement"].update(world_size=2.5), "world_size"),
         (lambda raw: raw["science"].update(seed=5), "it was edited"),
         (lambda raw: raw["science"]["model"].update(kind="rumour"), "rumour"),
-        (lambda raw: raw["science"]["model"].update(kind="timm", options={"x": NESTED}), "run.json"),
+        (lambda raw: raw["science"].update(model=TIMM), "recursion"),
         (lambda raw: raw.update(arms=[]), "no arm"),
         (lambda raw: raw.update(version="2"), "version '2'"),
         (lambda raw: raw.pop("measure"), "measure"),
