@@ -253,7 +253,7 @@ def test_there_and_back(case: str) -> None:
     assert windows in ("", there.text.replace("\n", "\r\n"))
 
 
-# --- the fifteen of ../shared/inputs/convert, as kinds: (text, options, what the file holds then, what is said) ---
+# --- fifteen kinds of files that people have: (text, options, what the file holds then, what is said) ---
 
 FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "01 an optimizer by flag": (HF + "use_muon: true\n", {}, {}, "use_muon=True .*Muon hands part"),
