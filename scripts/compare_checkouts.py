@@ -96,7 +96,7 @@ def _records(run: Path) -> list[dict[str, Any]]:
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:
-    state: dict[str, torch.Tensor] = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=False)["net"]
+    state: dict[str, torch.Tensor] = torch.load(run / "checkpoint.pt", map_location="cpu", weights_only=True)["net"]
     return state
 
 

@@ -86,7 +86,7 @@ def test_checkouts_are_compared_to_the_last_bit(
     assert f"{case}: equal" in capsys.readouterr().out
 
     (run,) = (tmp_path / "new" / case).iterdir()
-    state = torch.load(run / "checkpoint.pt", weights_only=False)
+    state = torch.load(run / "checkpoint.pt", weights_only=True)
     name, weight = next((n, w) for n, w in state["net"].items() if w.is_floating_point())
     weight.view(torch.int32).flatten()[0] ^= 1
     torch.save(state, run / "checkpoint.pt")

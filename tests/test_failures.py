@@ -519,3 +519,21 @@ def test_workers_side_by_side_have_cards_of_their_own() -> None:
     shares = [local._share(cards, share, 2)["CUDA_VISIBLE_DEVICES"] for share in range(3)]
     assert shares == ["4,5", "6,7", "4,5"]
     assert local._share([], 1, 2) == {}
+
+
+def test_another_repository_s_commit_is_not_ours(tmp_path: Path) -> None:
+    """Installed below somebody's repository, untracked there: fails if that one's commit were recorded as ours."""
+    subprocess.run(["git", "init", "-q", str(tmp_path)], check=True)
+    (tmp_path / "theirs.txt").write_text("theirs")
+    author = ["-c", "user.name=somebody", "-c", "user.email=somebody@example.org"]
+    subprocess.run(["git", "-C", str(tmp_path), "add", "theirs.txt"], check=True)
+    subprocess.run(["git", "-C", str(tmp_path), *author, "commit", "-qm", "theirs"], check=True)
+    site = tmp_path / ".venv" / "site"
+    for folder in ("scaling_exps", "conf"):
+        shutil.copytree(ROOT / folder, site / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    code = "from scaling_exps.train import provenance; print(provenance.code(None))"
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(site)}
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == "{'commit': None}"
