@@ -402,6 +402,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("model=[resnet8]", ["unknown model '[resnet8]'"]),
     ("dataset=mnist", ["allowed: cifar10, digits"]),
     ("optimizer=adamm", ["did you mean 'adam'"]),
+    ("model=vit model.width=4", ["unknown key 'model.width'", "only of kind resnet, vgg16, gpt, roberta"]),
     ("recipe=nope", ["no recipe 'nope'", "cifar10-resnet", "--config-dir DIR"]),
     ("model=resnet20 dataset=digits", ["no recipe 'digits-resnet'", "digits-small"]),
     ("experiment=fig99", ["unknown experiment 'fig99'", "allowed: demo"]),

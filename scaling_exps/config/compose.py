@@ -228,6 +228,8 @@ def _nearest_key(word: str) -> str:
         if key in (old, old.split(".")[1]):
             return f"its numbers have names of their own: {new}"
     known = _keys()
+    if variants := [v for k in schema.keys() if k.name == key for v in k.variants]:  # noqa: SIM118 (no dictionary)
+        return f"the one chosen has it not; only of kind {', '.join(dict.fromkeys(variants))}"
     inside = [k for k in known if k.endswith(f".{key}")]  # lr=0.1 is meant for recipe.lr
     groups = list(dict.fromkeys(k.split(".")[0] for k in known))
     close = inside or difflib.get_close_matches(key, [*groups, *known], 1, 0.5)
