@@ -96,39 +96,47 @@ def show(rows: list[Row]) -> None:
 
     console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170, highlight=False)
     for grid in grids(rows):
-        count = len(grid.heads)
-        while count > len(FIRST) and _width(grid, count) > console.width:
-            count -= 1
-        console.print(_table(grid, count))
-        if count < len(grid.heads):
-            print(f"  too narrow for: {', '.join(grid.heads[count:])} (all are in --csv, --markdown and the page)")
+        widths = _widths(grid, console.width)
+        console.print(_table(grid, widths))
+        if len(widths) < len(grid.heads):
+            left_out = ", ".join(grid.heads[len(widths) :])
+            print(f"  too narrow for: {left_out} (all are in --csv, --markdown and the page)")
         for line in grid.legend:
             print(f"  {line}")
 
 
-def _width(grid: Grid, columns: int) -> int:
-    """The least at which no word of the grid's first columns is cut."""
-    width = 1
-    for i in range(columns):
-        parts = [grid.heads[i], *(part for line in grid.cells for part in line[i])]
-        words = [w for part in parts for w in (part.split() if i >= len(FIRST) else _lines(part))]
-        width += 3 + max(map(len, words), default=0)
-    return width
+def _widths(grid: Grid, room: int) -> list[int]:
+    """Of as many columns as fit without a cut word. What room is left goes to the columns that would break a line."""
+    least, most = [], []
+    for i, name in enumerate(grid.heads):
+        parts = [line for part in (name, *(p for cells in grid.cells for p in cells[i])) for line in _lines(part)]
+        words = [word for part in parts for word in part.split()] if i >= len(FIRST) else parts
+        least.append(max(map(len, words)))
+        most.append(max(map(len, parts)))
+    count = len(least)
+    while count > len(FIRST) and sum(least[:count]) + 3 * count + 1 > room:
+        count -= 1
+    widths, spare = least[:count], room - sum(least[:count]) - 3 * count - 1
+    for i in range(count):
+        more = max(0, min(spare, most[i] - widths[i]))
+        widths[i] += more
+        spare -= more
+    return widths
 
 
 def _lines(part: str) -> list[str]:
     return part.replace(" seeds would", " seeds\nwould").split("\n")
 
 
-def _table(grid: Grid, columns: int) -> Any:
+def _table(grid: Grid, widths: list[int]) -> Any:
     from rich.markup import escape
     from rich.table import Table
 
     table = Table(title=grid.setting, title_justify="left")
-    for i, name in enumerate(grid.heads[:columns]):
-        table.add_column(name, no_wrap=i < len(FIRST))
+    for i, (name, width) in enumerate(zip(grid.heads, widths, strict=False)):
+        table.add_column(name, no_wrap=i < len(FIRST), width=width)
     for verdict_, line in zip(grid.verdicts, grid.cells, strict=True):
-        cells = ["\n".join(escape(text) for part in cell for text in _lines(part)) for cell in line[:columns]]
+        cells = ["\n".join(escape(text) for part in cell for text in _lines(part)) for cell in line[: len(widths)]]
         style = _STYLE.get(verdict_, "yellow")
         cells[4] = cells[4].replace(verdict_, f"[{style}]{verdict_}[/]", 1)
         table.add_row(*cells)
