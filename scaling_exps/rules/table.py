@@ -186,6 +186,18 @@ RULES: dict[str, Rule] = {
             eps=-0.5,
         ),
         Powers(
+            name="sqrt_without_beta1",
+            goals={"adaptive": "control"},
+            evidence="experimental",
+            because="Shows what scaling β1 is worth, which the linear map forbids from κ = 10 on where β1 = 0.9.",
+            source="ablation of " + _PAPER,
+            conditions="Nothing moves much within the base's 1/(1 - β1) steps.",
+            leaves_alone="beta1, " + _L2,
+            lr=0.5,
+            beta2=True,
+            eps=-0.5,
+        ),
+        Powers(
             name="sqrt_without_eps",
             goals={"adaptive": "control"},
             evidence="experimental",
