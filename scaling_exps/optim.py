@@ -8,13 +8,16 @@ Dialects, said once:
     rmsprop         torch.optim.Adam       (0, beta)        new             yes               0
     paper_adam      PaperAdam              (beta1, beta2)   OLD             yes               0 (no step at k = 0)
     paper_rmsprop   PaperRMSprop           (beta,)          OLD             no                given, or g_0^2
+    invariant_adam  InvariantAdam          (beta1, beta2)   new             yes               0
     sgd             torch.optim.SGD        (momentum,)
 
-eps stands outside the square root in all of them; decay is L2 inside the gradient except in adamw.
+eps stands outside the square root in all of them; decay is L2 inside the gradient except in adamw and
+invariant_adam.
 """
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -109,6 +112,70 @@ class PaperAdam(torch.optim.Optimizer):
         return loss
 
 
+class InvariantAdam(torch.optim.Optimizer):
+    """Adam whose v averages the squares of micro-batch gradients (Wang and Aitchison 2024, arXiv 2402.18824):
+
+        m <- beta1 m + (1 - beta1) mean_j g_j,   v <- beta2 v + (1 - beta2) mean_j g_j^2
+        theta <- (1 - lr weight_decay) theta - lr m^ / (sqrt(v^) + eps),   m^, v^ corrected for their start at 0
+
+    A hook on each parameter hears the gradient of every backward pass since `zero_grad`, of which the step's gradient
+    is the plain mean: each loss is divided by their number, as for gradient accumulation. Ranks are averaged over. With
+    one micro-batch a step in one process it is AdamW.
+
+    Args:
+        params: tensors of any shape.
+        lr, betas, eps, weight_decay: as in torch.optim.AdamW.
+    """
+
+    def __init__(
+        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+    ) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay})
+        self._heard: dict[Tensor, tuple[Tensor, int]] = {}  # sum of squares, and of how many
+        for group in self.param_groups:
+            for p in group["params"]:
+                p.register_hook(functools.partial(self._hear, p))
+
+    def _hear(self, p: Tensor, grad: Tensor) -> None:
+        squares, count = self._heard.get(p, (0.0, 0))
+        self._heard[p] = grad.square() + squares, count + 1
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        super().zero_grad(set_to_none)
+        self._heard.clear()
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        loss = _evaluate(closure)
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            if not params:
+                continue
+            # each gradient came times 1/n, so the mean of n squares is n times their sum
+            squares = [self._heard[p][0] * self._heard[p][1] for p in params]
+            if torch.distributed.is_initialized():
+                together = torch.cat([s.flatten() for s in squares])
+                torch.distributed.all_reduce(together)
+                together /= torch.distributed.get_world_size()
+                parts = together.split([s.numel() for s in squares])
+                squares = [part.view_as(s) for part, s in zip(parts, squares, strict=True)]
+            for p in params:
+                if not self.state[p]:
+                    self.state[p] = {"step": 0, "exp_avg": torch.zeros_like(p), "exp_avg_sq": torch.zeros_like(p)}
+                self.state[p]["step"] += 1
+            ms, vs = ([self.state[p][name] for p in params] for name in ("exp_avg", "exp_avg_sq"))
+            (beta1, beta2), k = group["betas"], self.state[params[0]]["step"]
+            torch._foreach_lerp_(ms, [p.grad for p in params], 1 - beta1)
+            torch._foreach_lerp_(vs, squares, 1 - beta2)
+            denominator = torch._foreach_div(vs, 1 - beta2**k)
+            torch._foreach_sqrt_(denominator)
+            torch._foreach_add_(denominator, group["eps"])
+            torch._foreach_mul_(params, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_addcdiv_(params, ms, denominator, -group["lr"] / (1 - beta1**k))
+        self._heard.clear()
+        return loss
+
+
 def _evaluate(closure: Callable[[], float] | None) -> float | None:
     if closure is None:
         return None
@@ -132,6 +199,8 @@ def build(name: str, params: Iterable[Tensor], hyper: Hyper) -> torch.optim.Opti
         return torch.optim.Adam(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
     if name == "adamw":
         return torch.optim.AdamW(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
+    if name == "invariant_adam":
+        return InvariantAdam(params, lr, (betas[0], betas[1]), eps, decay)
     if name == "paper_adam":
         return PaperAdam(params, lr, (betas[0], betas[1]), eps, decay)
     if name == "paper_rmsprop":

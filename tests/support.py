@@ -60,7 +60,6 @@ def take_steps(trainer: Any, count: int) -> None:
     """Train on by `count` steps, as the loop does."""
     for _ in range(count):
         trainer.train_step()
-        trainer.optimizer.zero_grad(set_to_none=True)
 
 
 def worker(run_dir: RunDir, processes: int = 1) -> list[str]:

@@ -106,3 +106,35 @@ def test_a_schedule_in_samples_integrates_alike_at_every_batch_size() -> None:
         return sum(batch * optim.multiplier(schedule(decay="cosine"), (k + 0.5) * batch) for k in range(1000 // batch))
 
     assert math.isclose(spent(5), spent(50), rel_tol=1e-3)
+
+
+def test_invariant_adam_is_adamw_where_a_step_is_one_micro_batch() -> None:
+    """To rounding: torch's divides by √v/√(1 - β2^k), ours by √(v/(1 - β2^k)). Fails if the decay came after the step,
+    or if a square were taken of the gradient times its weight."""
+    torch.manual_seed(0)
+    w = torch.randn(5)
+    a, b = (w.clone().requires_grad_() for _ in range(2))
+    numbers = {"lr": 0.05, "betas": (0.8, 0.95), "eps": 1e-3, "weight_decay": 0.1}
+    ours, theirs = optim.InvariantAdam([a], **numbers), torch.optim.AdamW([b], **numbers)
+    for _ in range(20):
+        for p, o in ((a, ours), (b, theirs)):
+            o.zero_grad()
+            (p - 1).pow(4).sum().backward()
+            o.step()
+    torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-7)
+
+
+def test_invariant_adam_squares_each_micro_batch() -> None:
+    """Gradients 3 and -1 in one step: m holds their mean 1, v the mean of their squares 5 and not 1. A gradient that is
+    only measured (autograd.grad) and one that was given up (zero_grad) are in neither."""
+    p = torch.zeros(1, requires_grad=True)
+    o = optim.InvariantAdam([p], lr=1e-3, betas=(0.9, 0.99), eps=0.0)
+    (7 * p).sum().backward()
+    torch.autograd.grad((9 * p).sum(), p)
+    o.zero_grad()
+    for slope in (3.0, -1.0):
+        (slope * p / 2).sum().backward()
+    o.step()
+    state = o.state[p]
+    assert state["exp_avg"].item() == pytest.approx(0.1) and state["exp_avg_sq"].item() == pytest.approx(0.05)
+    assert p.item() == pytest.approx(-1e-3 / 5**0.5)

@@ -292,7 +292,7 @@ def test_linear_is_a_control_for_adam_in_the_plan_and_in_the_rules_page(capsys: 
     plan.print_plan(planned("batch=16", "rule=linear", "optimizer=sgd"))
     assert "rule linear (settled) answers goal=match" in capsys.readouterr().out
     section = (ROOT / "docs" / "rules.md").read_text().split("\n## linear\n")[1].split("\n## ")[0]
-    assert "For adaptive, sign optimizers it answers `control`" in section
+    assert "For adaptive, invariant, sign optimizers it answers `control`" in section
     assert "For sgd optimizers it answers `match`" in section
 
 
@@ -405,7 +405,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("model=vit model.width=4", ["unknown key 'model.width'", "only of kind resnet, vgg16, gpt, roberta"]),
     ("recipe=nope", ["no recipe 'nope'", "cifar10-resnet", "--config-dir DIR"]),
     ("model=resnet20 dataset=digits", ["no recipe 'digits-resnet'", "digits-small"]),
-    ("experiment=fig99", ["unknown experiment 'fig99'", "allowed: demo"]),
+    ("experiment=fig99", ["unknown experiment 'fig99'", "allowed: beta1_small, demo"]),
     ("model.kind=gpt", ["choose one with model=NAME"]),
     ("dataset.name=cifar10", ["choose one with dataset=NAME"]),
     ("launch.name=slurm", ["choose one with launch=NAME"]),

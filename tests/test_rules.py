@@ -126,10 +126,12 @@ NUMBERS = [
     ("lr_only", ADAM, 4, {}, replace(ADAM, lr=2e-3)),
     ("none", ADAM, 4, {}, ADAM),
     ("sqrt_without_betas", ADAM, 4, {}, Hyper(2e-3, (0.9, 0.999), 5e-9, 0.1)),
+    ("sqrt_without_beta1", ADAM, 4, {}, Hyper(2e-3, (0.9, 0.996), 5e-9, 0.1)),
     ("sqrt_without_eps", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 1e-8, 0.1)),
     ("linear_scaled", ADAM, 4, {}, Hyper(4e-3, (0.6, 0.996), 5e-9, 0.1)),
     ("linear_momentum", SGD, 4, {}, Hyper(1.6, (0.6,), 0.0, 5e-4)),  # kappa^2
     ("linear_momentum", replace(SGD, betas=(0.0,)), 4, {}, Hyper(0.4, (0.0,), 0.0, 5e-4)),  # plain SGD: linear
+    ("invariant", ADAM, 4, {}, Hyper(4e-3, (0.6, 0.996), 1e-8, 0.1)),
     ("adamw_sde", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.2)),
     ("adamw_timescale", ADAM, 4, {"duration": 2.0}, replace(ADAM, weight_decay=0.2)),
     ("completed", ADAM, 4, {}, Hyper(2e-3, (0.6, 0.996), 5e-9, 0.2)),  # equals adamw_sde at the same budget
@@ -215,7 +217,7 @@ def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
         (lambda: Hyper(1e-3, (0.9,), 1e-8, math.nan), "weight_decay=nan"),
         (lambda: svag(ADAM, 0, "adaptive"), "svag=0"),
         (lambda: Powers(name="r", **FIELDS | {"goals": {}}), "goals={}"),
-        (lambda: Powers(name="r", **FIELDS | {"goals": {"adam": "match"}}), "adaptive, sgd, sign"),
+        (lambda: Powers(name="r", **FIELDS | {"goals": {"adam": "match"}}), "adaptive, invariant, sgd, sign"),
         (lambda: Powers(name="r", **FIELDS | {"goals": {"sgd": "fast"}}), "match, best, control"),
         (lambda: OPTIMIZERS["muon"].default("match"), "goal=match for muon"),
         (lambda: optimizers.of(3.0), "unknown optimizer class float; allowed: Adam, AdamW"),
@@ -235,9 +237,9 @@ def test_refusals(call, message: str) -> None:
 def test_a_rule_answers_by_family() -> None:
     """Fails if `linear` were called settled for Adam, where it is a control."""
     linear = RULES["linear"]
-    assert dict(linear.goals) == {"sgd": "match", "adaptive": "control", "sign": "control"}
+    assert dict(linear.goals) == {"sgd": "match", "adaptive": "control", "invariant": "control", "sign": "control"}
     assert linear.answers("sgd") == f"rule linear (settled) answers goal=match: {QUESTIONS['match']}"
-    for family in ("adaptive", "sign"):
+    for family in ("adaptive", "invariant", "sign"):
         assert linear.answers(family) == f"rule linear is a control for {family} optimizers: {QUESTIONS['control']}"
     assert RULES["completed"].goals["adaptive"] == "best"  # with another budget it is another run
 
@@ -265,7 +267,7 @@ def test_default_rules_answer_the_goal_they_stand_for(o: rules.Optimizer) -> Non
 
 def test_the_table_of_optimizers() -> None:
     trainable = [o.name for o in OPTIMIZERS.values() if o.trainable]
-    assert trainable == ["adam", "adamw", "rmsprop", "paper_adam", "paper_rmsprop", "sgd"]
+    assert trainable == ["adam", "adamw", "rmsprop", "invariant_adam", "paper_adam", "paper_rmsprop", "sgd"]
     assert {o.family for o in OPTIMIZERS.values()} == {*get_args(Family)}
     classes = [c for o in OPTIMIZERS.values() for c in o.classes]
     assert len(classes) == len(set(classes))  # else one class would have two rows

@@ -213,7 +213,7 @@ Model = ResNet | ResNet50 | VGG16 | Timm | Custom | GPT | Roberta
 
 # ---- recipe ----
 
-Trainable = Literal["adam", "adamw", "rmsprop", "paper_adam", "paper_rmsprop", "sgd"]
+Trainable = Literal["adam", "adamw", "rmsprop", "invariant_adam", "paper_adam", "paper_rmsprop", "sgd"]
 assert set(get_args(Trainable)) == {name for name, o in OPTIMIZERS.items() if o.trainable}
 Beta = Annotated[float, _is("", ge=0, lt=1)]
 
@@ -229,9 +229,10 @@ class Recipe(Group, frozen=True, kw_only=True):
     beta2: Annotated[Beta | None, _is("decay of the average of squared gradients, a step; null: not tuned")]
     momentum: Annotated[Beta | None, _is("of SGD, a step; null: not tuned")]
     eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0, le=10**6)]
-    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw)", ge=0, le=10**6)]
+    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw and invariant_adam)", ge=0, le=10**6)]
     decoupled_decay: Annotated[
-        float, _is("weight decay outside the gradient, lr times this a step (adamw)", ge=0, le=10**6)
+        float,
+        _is("weight decay outside the gradient, lr times this a step (adamw, invariant_adam)", ge=0, le=10**6),
     ]
     epochs: Annotated[Annotated[float, _is("", gt=0, le=10**6)] | None, _is("duration; give it or samples", "epochs")]
     samples: Annotated[Examples | None, _is("duration; give it or epochs", "examples")]

@@ -81,7 +81,11 @@ def svag(config: Config, batch: int, svag: int) -> list[str]:
             f"svag={svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
             f"{size} training examples; allowed: batch <= {size // 2}, or svag=1"
         )
-    if optimizer.decoupled and recipe.decoupled_decay:
+    if optimizer.family == "invariant":
+        wrong.append(
+            f"svag={svag}: SVAG is not defined for {optimizer.name}, whose v knows each micro-batch; use svag=1"
+        )
+    elif optimizer.decoupled and recipe.decoupled_decay:
         wrong.append(
             f"svag={svag} with decoupled weight decay {recipe.decoupled_decay:g}: the paper's SVAG does not say "
             "how to scale it; use recipe.decoupled_decay=0, or optimizer=adam (decay inside the gradient)"

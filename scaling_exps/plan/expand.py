@@ -203,7 +203,7 @@ def _science(config: Config, held: str, hyper: Hyper, batch: int, svag: int, dur
         ),
         svag=svag,
         batch=batch,
-        micro_batch=min(recipe.micro_batch, batch),
+        micro_batch=_micro_batch(config, batch),
         steps=max(1, round(total / batch)) * stretch,
         precision=config.precision,
         freeze_last=recipe.freeze_last,
@@ -218,14 +218,21 @@ def content(dataset: Dataset, path: str | None) -> str:
     return sources.fingerprint(dataset.name, path, *words)
 
 
+def _micro_batch(config: Config, batch: int) -> int:
+    """What one backward pass takes. Where v knows the micro-batch it is the base's, whatever the batch."""
+    invariant = OPTIMIZERS[config.optimizer].family == "invariant"
+    return min(config.recipe.micro_batch, config.recipe.batch if invariant else batch)
+
+
 def _placement_faults(config: Config, batch: int) -> list[str]:
     """Why the batch cannot be cut into micro-batches, or these be shared out."""
-    devices, micro = config.launch.devices, min(config.recipe.micro_batch, batch)
+    devices, micro = config.launch.devices, _micro_batch(config, batch)
     if batch % micro:
         low = batch // micro * micro
+        fit = " and ".join(str(b) for b in (low, low + micro) if b)
         why = " (the network normalises over the micro-batch, so it is part of the recipe)"
         return [
-            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {low} and {low + micro}"
+            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {fit}"
             + (why if config.model.normalises_over_batch else "")
         ]
     if devices != "auto" and batch // micro % devices:

@@ -65,7 +65,7 @@ group `scalerun.rules` names an instance of it, and `scaling_exps.rules.laws.che
 def markdown(rules: list[Rule]) -> str:
     """The page for these rules.
 
-    >>> "For adaptive, sign optimizers it answers `control`" in markdown([RULES["linear"]])
+    >>> "For adaptive, invariant, sign optimizers it answers `control`" in markdown([RULES["linear"]])
     True
     """
     out = [_HEAD.format(questions="\n".join(f"* `goal={g}`: {q}" for g, q in QUESTIONS.items() if g != "control"))]

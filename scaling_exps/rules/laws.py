@@ -14,6 +14,7 @@ from dataclasses import asdict, replace
 from typing import get_args
 
 from scaling_exps.rules.move import BetaMap, Hyper, Move, RuleError
+from scaling_exps.rules.optimizers import OPTIMIZERS
 from scaling_exps.rules.rule import Rule
 from scaling_exps.rules.scale import scale
 
@@ -74,8 +75,9 @@ def groups_apart(rule: Rule, bases: tuple[Hyper, ...], move: Move) -> None:
     """A parameter group is scaled by its own values, whatever the groups beside it."""
 
     def group(h: Hyper) -> dict[str, object]:
-        one = "beta" if "adaptive" in rule.families else "momentum"
-        betas = {"betas": h.betas} if len(h.betas) == 2 else {one: h.betas[0]}
+        held = {o.field for o in OPTIMIZERS.values() if o.family in rule.families}
+        one = next((f for f in ("beta", "momentum") if f in held and len(h.betas) == 1), "betas")
+        betas = {one: h.betas if one == "betas" else h.betas[0]}
         return {"params": [], "lr": h.lr, **betas, "eps": h.eps, "weight_decay": h.weight_decay, "tag": "kept"}
 
     try:

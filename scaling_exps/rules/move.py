@@ -18,7 +18,8 @@ import math
 from dataclasses import dataclass
 from typing import Literal, get_args
 
-Family = Literal["adaptive", "sgd", "sign"]  # v in the step | gradient in the step | sign or orthogonalised step
+# v of batch gradients in the step | v of micro-batch gradients | the gradient itself | its sign, or it orthogonalised
+Family = Literal["adaptive", "invariant", "sgd", "sign"]
 Goal = Literal["match", "best", "control"]
 Evidence = Literal["settled", "contested", "experimental"]
 BetaMap = Literal["linear", "power"]

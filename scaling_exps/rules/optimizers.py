@@ -102,6 +102,16 @@ OPTIMIZERS: dict[str, Optimizer] = {
         _ADAM,
         replace(_ADAM, name="adamw", match="adamw_sde", decoupled=True, classes=("AdamW",)),
         replace(_ADAM, name="rmsprop", betas=(None, "beta2"), classes=()),  # trained as Adam: a live one is an Adam
+        replace(
+            _ADAM,
+            name="invariant_adam",
+            family="invariant",
+            match="invariant",
+            best=None,
+            decoupled=True,
+            classes=("InvariantAdam",),
+            second_moments=("exp_avg_sq",),
+        ),
         replace(_ADAM, name="paper_adam", classes=("PaperAdam",), moments=("m",), second_moments=("v",)),
         _PAPER_RMSPROP,
         _SGD,

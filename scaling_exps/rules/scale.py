@@ -201,7 +201,7 @@ def _carry(
         group["k"] = before * steps
     for state in filter(None, map(states.get, group["params"])):
         for name in row.second_moments:
-            if state.get(name) is not None:
+            if row.family == "adaptive" and state.get(name) is not None:
                 state[name].mul_(v_factor)
         if "step" in state:
             before = float(state["step"])

@@ -214,7 +214,6 @@ class _Branching:
         t = self.trainer(noise, repeat)
         while t.step < self.spec.science.steps:
             t.train_step()
-            t.optimizer.zero_grad(set_to_none=True)
         t.check_finite()
         return _probe(t)
 

@@ -55,7 +55,6 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
             if crosses(spec, k, measure.train_records):
                 with trainer.paused():
                     recorder.write(trainer.train_record())
-            trainer.optimizer.zero_grad(set_to_none=True)
             if spec.noise != "none" and crosses(spec, k, measure.noise_records):
                 with trainer.paused():
                     for row in noise_records(trainer, marks(spec, k, measure.noise_records)):

@@ -91,6 +91,7 @@ class Trainer:
                 the update is not made.
         """
         s, micro = self.science, self.science.micro_batch
+        self.optimizer.zero_grad()  # here and not after the step: records read its gradient
         last = len(self.weights) * self.per_draw - 1
         loss_sum = torch.zeros((), device=self.device)
         for j in range(last + 1):
