@@ -229,10 +229,10 @@ def _placement_faults(config: Config, batch: int) -> list[str]:
     devices, micro = config.launch.devices, _micro_batch(config, batch)
     if batch % micro:
         low = batch // micro * micro
-        fit = " and ".join(str(b) for b in (low, low + micro) if b)
+        near = " and ".join(str(b) for b in (low, low + micro) if b)
         why = " (the network normalises over the micro-batch, so it is part of the recipe)"
         return [
-            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {fit}"
+            f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {near}"
             + (why if config.model.normalises_over_batch else "")
         ]
     if devices != "auto" and batch // micro % devices:

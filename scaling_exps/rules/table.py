@@ -238,9 +238,9 @@ RULES: dict[str, Rule] = {
             name="invariant",
             goals={"invariant": "match"},
             evidence="experimental",
-            because="v does not shrink with the batch's noise, so κ small steps add up to a large one at any noise: on a "
-            "noisy quadratic the mean stays within 1% at κ = 4 and 3% at κ = 16, where `sqrt` is off by more than three "
-            "times as much (`scalerun theory invariant_adam`).",
+            because="v does not shrink with the batch's noise, so κ small steps add up to a large one at any noise. "
+            "On a noisy quadratic the mean stays within 1% at κ = 4 and 3% at κ = 16; `sqrt` is off by more than "
+            "three times as much (`scalerun theory invariant_adam`).",
             source="Wang & Aitchison 2024 (2402.18824), read second-hand; derived here",
             conditions="Micro-batch held fixed; small η; κ < 1/(1 - β) for each β under the linear map; equal samples. "
             "Decay decoupled: η·λ a step grows by κ with η.",
