@@ -551,7 +551,7 @@ _MERGES = "a: &m0 {x: 1}\n" + "".join(f"b{i}: &m{i + 1}\n  <<: [{', '.join([f'*m
 HOSTILE = {
     "alias.yaml": ("a: &a\n  b: *a\n" + BASE, "holds itself"),
     "twice.yaml": (BASE + "learning_rate: 2e-4\n", "stands there twice"),
-    "twice.json": ('{"train_batch_size": 1, "train_batch_size": 2}', "stands twice"),
+    "twice.json": ('{"train_batch_size": 1, "train_batch_size": 2}', "stands there twice"),
     "date.yaml": (BASE.replace("1e-4", "2020-01-01"), "the date"),
     "date.toml": ("[optimizer]\nlr = 1979-05-27\n[training]\nlocal_batch_size = 8\nsteps = 10\n", "a date"),
     "tag.yaml": (BASE.replace("1e-4", "!!python/object/apply:os.system ['ls']"), "tag"),

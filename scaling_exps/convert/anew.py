@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scaling_exps.convert.documents import Document, Json, Path, Toml, dotted, spell
+from scaling_exps.convert.documents import Document, Path, Toml, dotted, spell
 from scaling_exps.convert.forms import FORMS
 from scaling_exps.convert.job import Edit, Recipe, whole
-from scaling_exps.convert.yaml import Yaml
+from scaling_exps.convert.yaml import Json, Yaml
 from scaling_exps.rules import RuleError
 
 

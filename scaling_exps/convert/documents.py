@@ -85,16 +85,18 @@ _FLOAT = re.compile(r"[-+]?(\d[\d_]*\.?\d*|\.\d+)([eE][-+]?\d+)?$")
 
 
 def number(value: Any) -> Any:
-    """A string that spells a number becomes it; all else stays. A number too long to be one is an Odd."""
-    if isinstance(value, Odd) or not isinstance(value, str) or not _FLOAT.match(value.strip()):
+    """A string that spells a number becomes it, and one beyond all ranges an Odd; all else stays."""
+    if isinstance(value, str) and not isinstance(value, Odd) and _FLOAT.match(value.strip()):
+        if re.match(r"[-+]?0\d", value.strip()):
+            return Odd(f"{value} (octal for some readers, decimal for others)")
+        value = float(value) if re.search(r"[.eE]", value) or len(value) > 300 else int(value)
+    if not isinstance(value, int | float) or abs(value) < 1e300:  # NaN is not below it
         return value
-    if re.match(r"[-+]?0\d", value.strip()):
-        return Odd(f"{value} (octal for some readers, decimal for others)")
-    return finite(float(value) if re.search(r"[.eE]", value) or len(value) > 300 else int(value))
+    return Odd("a number beyond all ranges")
 
 
-def finite(value: float) -> Any:
-    return value if abs(value) < 1e300 and not math.isnan(value) else Odd("a number beyond all ranges")
+def is_number(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def spell(value: Any) -> str:
@@ -138,8 +140,11 @@ class Document:
     def parse(self) -> None:
         raise NotImplementedError
 
-    def leaf(self, path: Path, value: Any, span: tuple[int, int]) -> None:
-        self.values[path], self.spans[path] = value, span
+    def leaf(self, path: Path, value: Any, span: tuple[int, int] | None = None) -> None:
+        """Note a value; one without a place is never written there."""
+        self.values[path] = value
+        if span is not None:
+            self.spans[path] = span
         if len(self.values) > LEAVES or len(path) > DEPTH:
             raise RuleError(f"{self.where} has more than {LEAVES} values, or is nested more than {DEPTH} deep")
 
@@ -190,20 +195,7 @@ class Document:
         """
         if not self.wanted:
             return self.text
-        edits = dict(self.edits)
-        for path, value in sorted(
-            self.wanted.items(), key=lambda item: -len(item[0])
-        ):  # at one place the deepest first
-            if path not in self.spans:
-                at, new = self.insertion(path, value)
-                edits[at, at] = edits.get((at, at), "") + new
-        text = self.text
-        for (start, end), new in sorted(edits.items(), reverse=True):
-            text = text[:start] + new + text[end:]
-        self.check(text)
-        return text
-
-    def check(self, text: str) -> None:
+        text = self.written()
         self.after = type(self)(text, self.where)
         seen = self.after.values
         for path in {*seen, *self.values, *self.wanted}:
@@ -213,6 +205,18 @@ class Document:
                     f"{self.where}: {dotted(path)} would become {seen.get(path)!r} instead of {want!r}, because the "
                     "file computes it from a value that changes, or says it in a way that is not known: write it out"
                 )
+        return text
+
+    def written(self) -> str:
+        edits = dict(self.edits)
+        for path, value in sorted(self.wanted.items(), key=lambda item: -len(item[0])):  # the deepest first
+            if path not in self.spans:
+                at, new = self.insertion(path, value)
+                edits[at, at] = edits.get((at, at), "") + new
+        text = self.text
+        for (start, end), new in sorted(edits.items(), reverse=True):
+            text = text[:start] + new + text[end:]
+        return text
 
     def literal(self, value: Any) -> str:
         return spell(value)
@@ -227,86 +231,6 @@ class Document:
         )
 
 
-class Json(Document):
-    syntax = "json"
-
-    def parse(self) -> None:
-        import json
-
-        def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-            keys = [k for k, _ in pairs]
-            if twice := {k for k in keys if keys.count(k) > 1}:
-                raise RuleError(
-                    f"{self.where}: {', '.join(sorted(twice))} stands twice in one object; which one counts?"
-                )
-            return dict(pairs)
-
-        self._ends: dict[Path, tuple[int, int]] = {}  # an object: where its last member starts and ends
-        try:
-            tree = json.JSONDecoder(object_pairs_hook=unique).decode(self.text.removeprefix("\ufeff"))
-        except json.JSONDecodeError as e:
-            raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
-        except ValueError as e:  # more digits than Python will read
-            raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
-        if not isinstance(tree, dict):
-            raise RuleError(f'{self.where}: the top level must be keys and values, as in {{"lr": 0.001}}')
-        self._walk(tree, (), self.text.index("{"))
-
-    def _walk(self, value: Any, path: Path, at: int) -> int:
-        """Note `value`, which starts at `at`; return where it ends."""
-        from json import JSONDecoder
-        from json.decoder import scanstring  # type: ignore[attr-defined]
-
-        text = self.text
-
-        def skip(i: int, marks: str = "") -> int:
-            while text[i].isspace() or text[i] in marks:
-                i += 1
-            return i
-
-        if isinstance(value, dict):
-            start = end = at + 1
-            for key, member in value.items():
-                start = skip(end, ",")
-                after = scanstring(text, start + 1)[1]
-                end = self._walk(member, (*path, key), skip(after, ":"))
-            self._ends[path] = (start, end)
-            return skip(end) + 1
-        if isinstance(value, list):
-            end = at + 1
-            nested = any(isinstance(v, dict | list) for v in value)
-            for i, member in enumerate(value):
-                start = skip(end, ",")
-                end = self._walk(member, (*path, i), start) if nested else JSONDecoder().raw_decode(text, start)[1]
-                self.spans[(*path, i)] = (start, end)
-            if not nested:
-                self.leaf(path, [_plain(v) for v in value], (at, skip(end) + 1))
-            return skip(end) + 1
-        end = JSONDecoder().raw_decode(text, at)[1]
-        self.leaf(path, _plain(value), (at, end))
-        return end
-
-    def literal(self, value: Any) -> str:
-        import json
-
-        return json.dumps(value) if isinstance(value, str) else spell(value)
-
-    def insertion(self, path: Path, value: Any) -> tuple[int, str]:
-        if path[:-1] not in self._ends:
-            raise self.missing(path)
-        start, end = self._ends[path[:-1]]
-        before = self.text[:start].rpartition("\n")
-        gap = self.newline + before[2] if before[1] and before[2].strip() == "" else " "
-        key = f'"{path[-1]}": {self.literal(value)}'
-        return end, key if start == end else f",{gap}{key}"
-
-
-def _plain(value: Any) -> Any:
-    if isinstance(value, bool) or not isinstance(value, int | float | str):
-        return value
-    return number(value) if isinstance(value, str) else finite(value)
-
-
 class Toml(Document):
     """tomlkit keeps everything of a file but the values that are set."""
 
@@ -317,43 +241,35 @@ class Toml(Document):
         try:
             tree = tomllib.loads(self.text)  # fast, strict, and refuses keys that stand twice
             self._doc = tomlkit.parse(self.text)
-        except (tomllib.TOMLDecodeError, tomlkit.exceptions.TOMLKitError, ValueError) as e:
+        except (ValueError, tomlkit.exceptions.TOMLKitError) as e:
             raise RuleError(f"{self.where} cannot be read as TOML: {one_line(e)}") from None
+        self._walk(tree, ())
 
-        def walk(value: Any, path: Path) -> None:
-            if isinstance(value, dict) or (isinstance(value, list) and any(isinstance(v, dict | list) for v in value)):
-                for key, member in value.items() if isinstance(value, dict) else enumerate(value):
-                    walk(member, (*path, key))
-            elif isinstance(value, list):
-                self.leaf(path, [_plain(v) for v in value], (0, 0))
-            else:
-                known = isinstance(value, bool | int | float | str)
-                self.leaf(path, _plain(value) if known else Odd("a date"), (0, 0))
-
-        walk(tree, ())
-        self.spans = {}
+    def _walk(self, value: Any, path: Path) -> None:
+        nested = isinstance(value, list) and any(isinstance(v, dict | list) for v in value)
+        if isinstance(value, dict) or nested:
+            for key, member in value.items() if isinstance(value, dict) else enumerate(value):
+                self._walk(member, (*path, key))
+        elif isinstance(value, list):
+            self.leaf(path, [number(v) for v in value])
+        else:
+            self.leaf(path, number(value) if isinstance(value, bool | int | float | str) else Odd("a date"))
 
     def set(self, path: Path, value: Any) -> None:
         self.wanted[path] = value
         at: Any = self._doc
-        for key in path[:-1]:
-            if isinstance(at, dict) and key not in at:
-                at[key] = library("tomlkit").table()
+        for i, key in enumerate(path):
             if isinstance(at, list) is not isinstance(key, int):
                 raise self.missing(path)
+            if i == len(path) - 1:
+                at[key] = value
+            elif isinstance(at, dict) and key not in at:
+                at[key] = library("tomlkit").table()
             at = at[key]
-        if isinstance(at, list) is not isinstance(path[-1], int):
-            raise self.missing(path)
-        at[path[-1]] = value
 
-    def render(self) -> str:
-        if not self.wanted:
-            return self.text
+    def written(self) -> str:
         text: str = self._doc.as_string()
-        if self.newline == "\r\n":
-            text = re.sub(r"(?<!\r)\n", "\r\n", text)
-        self.check(text)
-        return text
+        return text if self.newline == "\n" else re.sub(r"(?<!\r)\n", "\r\n", text)
 
 
 def one_line(error: Exception) -> str:
@@ -364,37 +280,35 @@ def open_document(text: str, where: str) -> Document:
     """The document in the syntax that its name, or its first lines, say."""
     from scaling_exps.convert.flags import Flags
     from scaling_exps.convert.python import Python
-    from scaling_exps.convert.yaml import Yaml
+    from scaling_exps.convert.yaml import Json, Yaml
 
     if len(text) > LIMIT or text.count("\n") > LINES:
         raise RuleError(f"{where} is longer than {LIMIT // 1024} kB or {LINES} lines, and a recipe is a few pages")
     if not text.strip():
         raise RuleError(f"{where} is empty")
-    kinds: dict[str, type[Document]] = {
-        ".json": Json,
-        ".toml": Toml,
-        ".py": Python,
-        ".sh": Flags,
-        ".bash": Flags,
-        ".sbatch": Flags,
-    }
+    kinds: dict[str, type[Document]] = {".json": Json, ".toml": Toml, ".py": Python}
+    kinds |= dict.fromkeys((".sh", ".bash", ".sbatch"), Flags)
     if (ending := File(where).suffix.lower()) in kinds:
         return kinds[ending](text, where)
+
     code = [line for line in text.splitlines() if line.strip() and not line.lstrip().startswith("#")]
-    flagged = any(re.search(r"(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)", line) for line in code)
-    keyed = any(re.match(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)", line) for line in code)
-    if ending not in (".yaml", ".yml"):
-        if text.lstrip("\ufeff \t\r\n")[0] == "{":
-            return Json(text, where)
-        if any(re.match(r"\s*\[[\w.\s-]+\]\s*(#.*)?$", line) for line in code) and not keyed:
-            return Toml(text, where)
-        if flagged and not keyed:
-            return Flags(text, where)
-        if not keyed and any(re.match(r"(\w+\s*=[^=]|def \w|from \w|import \w)", line) for line in code):
-            return Python(text, where)
-    elif text.lstrip()[:1] == "{" and '"' in text and not keyed:
-        try:
-            return Json(text, where)
-        except RuleError:
-            return Yaml(text, where)
-    return Flags(text, where) if flagged and not keyed else Yaml(text, where)
+
+    def any_line(pattern: str) -> bool:
+        return any(re.match(pattern, line) for line in code)
+
+    keyed = any_line(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)")
+    flagged = any_line(r".*?(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
+    braced = text.lstrip("\ufeff \t\r\n")[:1] == "{"
+    if ending in (".yaml", ".yml"):
+        if braced and '"' in text and not keyed:
+            try:
+                return Json(text, where)
+            except RuleError:
+                return Yaml(text, where)
+    elif braced:
+        return Json(text, where)
+    elif any_line(r"\s*\[[\w.\s-]+\]\s*(#.*)?$") and not keyed:
+        return Toml(text, where)
+    elif not flagged and not keyed and any_line(r"(\w+\s*=[^=]|def \w|from \w|import \w)"):
+        return Python(text, where)
+    return Flags(text, where) if flagged else Yaml(text, where)
