@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scaling_exps.convert import Conversion, convert, main, optimizers, report
-from scaling_exps.convert.documents import Odd, number, open_document, spell
+from scaling_exps.convert.documents import KEYS, Odd, number, open_document, spell
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
 
@@ -489,7 +489,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
          {}, "config_file=.*the values in that file count too"),
         ("trainer: {devices: 1}\ndata: {batch_size: 32}\nmodel: {opt: [Adam, {lr: 1}], opt2: [SGD, {lr: 1}]}\n",
          {"devices": None}, "builds 2 optimizers"),
-        (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr multiplies"),
+        (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr=True: it multiplies"),
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
          "one place in the file"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
@@ -531,7 +531,7 @@ def test_names_of_optimizers() -> None:
             optimizers.find(name, "optim")
 
 
-@pytest.mark.parametrize("target", [n for n, f in FORMS.items() if f.syntax])
+@pytest.mark.parametrize("target", [n for n in FORMS if "new" in KEYS[n]])
 def test_into_every_other_form(target: str) -> None:
     """One recipe, six languages: each is read back as the same batch and hyperparameters."""
     done = convert(HF, "hf", target, batch=512, devices=1)

@@ -8,9 +8,7 @@ and compared, leaf by leaf, before anybody sees it.
 
 from __future__ import annotations
 
-import functools
 import importlib
-import math
 import os
 import re
 import stat
@@ -28,10 +26,12 @@ LEAVES = 2_000  # values in one recipe, aliases written out
 DEPTH = 40
 
 
-@functools.cache
+KEYS: dict[str, Any] = tomllib.loads(File(__file__).with_name("keys.toml").read_text())
+
+
 def words(table: str, name: str) -> frozenset[str]:
     """The words of a row of keys.toml."""
-    return frozenset(tomllib.loads(File(__file__).with_name("keys.toml").read_text())[table][name].split())
+    return frozenset(KEYS[table].get(name, "").split())
 
 
 class Odd(str):
@@ -42,8 +42,8 @@ def dotted(path: Path) -> str:
     return ".".join(map(str, path))
 
 
-def as_path(key: Path | str) -> Path:
-    return (key,) if isinstance(key, str) else key
+def path_of(key: Path | str) -> Path:
+    return tuple(key.split(".")) if isinstance(key, str) else key
 
 
 def library(name: str) -> Any:
@@ -150,11 +150,11 @@ class Document:
 
     def has(self, path: Path | str) -> bool:
         """Whether there is such a leaf, or a mapping or list of that name."""
-        path = as_path(path)
+        path = path_of(path)
         return any(p[: len(path)] == path for p in self.values)
 
     def get(self, path: Path | str) -> Any:
-        path = as_path(path)
+        path = path_of(path)
         self.read.add(path)
         if path in self.twice:
             raise RuleError(f"{self.where}: {dotted(path)} stands there twice; which one counts?")

@@ -13,7 +13,7 @@ from typing import Any
 from scaling_exps.convert.documents import Document, Odd, Path, is_number, number, one_line, spell
 from scaling_exps.rules import RuleError
 
-_OPERATORS: dict[type[ast.AST], Callable[..., Any]] = {
+_OPERATORS: dict[object, Callable[..., Any]] = {
     ast.USub: operator.neg,
     ast.Add: operator.add,
     ast.Sub: operator.sub,
@@ -38,9 +38,9 @@ class Python(Document):
         several = sum(isinstance(n, ast.FunctionDef) for n in tree.body) > 1
         for node in tree.body:
             targets = node.targets if isinstance(node, ast.Assign) else [getattr(node, "target", None)]
-            assigns = isinstance(node, ast.Assign | ast.AnnAssign) and node.value is not None
-            if assigns and len(targets) == 1 and isinstance(targets[0], ast.Name):
-                self._walk(node.value, (targets[0].id,))
+            value = getattr(node, "value", None) if isinstance(node, ast.Assign | ast.AnnAssign) else None
+            if value and len(targets) == 1 and isinstance(targets[0], ast.Name):
+                self._walk(value, (targets[0].id,))
                 self._names[targets[0].id] = self.values.get((targets[0].id,), Odd("an expression"))
             elif isinstance(node, ast.FunctionDef):
                 for inner in node.body:
@@ -78,7 +78,7 @@ class Python(Document):
             terms = [self._value(node.operand)]
         elif isinstance(node, ast.BinOp):
             terms = [self._value(node.left), self._value(node.right)]
-        apply = _OPERATORS.get(type(getattr(node, "op", None)))
+        apply = _OPERATORS.get(type(getattr(node, "op", node)))
         if apply is None or not all(map(is_number, terms)):
             return Odd("an expression")
         if apply is operator.pow and abs(terms[1]) >= 100:
