@@ -2,11 +2,10 @@
 
     scalerun convert in.yaml --batch 8192 --devices 8
 
-The file is edited in place of its values: what the rule does not move stays as it was, to the byte. A recipe is
-converted only where every key that could decide the optimizer, the batch, a rate, a clock or an average is understood
-or named in the report: what could change the batch or the optimizer and is not understood is refused. The
-recipe goes to standard output (or -o FILE), the report to standard error; its first line says how the base batch came
-about.
+Only values that the rule moves change; the rest of the file stays, to the byte. Every key that could decide the
+optimizer, the batch, a rate, a clock or an average is understood or named in the report; one that could change the
+batch or the optimizer and is not understood is refused. The recipe goes to standard output, the report to standard
+error.
 """
 
 from __future__ import annotations
@@ -16,7 +15,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
-from typing import Any
 
 from scaling_exps.convert.anew import anew
 from scaling_exps.convert.coverage import Coverage, coupled, coverage
@@ -89,8 +87,7 @@ def convert(
     layout = _layout(doc, source, partners)
     coverage(layout, keep)
     base = read(layout, devices)
-    optimizer = OPTIMIZERS[layout.optimizer]
-    family = optimizer.family
+    optimizer, family = OPTIMIZERS[layout.optimizer], OPTIMIZERS[layout.optimizer].family
     l2 = not optimizer.decoupled and base.hyper.weight_decay > 0
     chosen = find(rule or optimizer.match or optimizer.default("best"), family, l2=l2)
     move = Move(base.batch, batch, duration, noise_scale, beta_map)
@@ -118,103 +115,74 @@ def convert(
         *layout.notes,
         *edit.notes,
     ]
-    if chosen.goals[family] != "match":
-        notes.append(
-            f"no rule is known that makes {layout.optimizer} at another batch the same run; this one answers "
-            f"goal={chosen.goals[family]}"
-        )
+    if (goal := chosen.goals[family]) != "match":
+        notes.append(f"no rule makes {layout.optimizer} at another batch the same run; this one answers goal={goal}")
     if duration != 1 and not chosen.moves_duration:
         notes.append(f"rule {chosen.name} does not know of a changed duration; `completed` and `adamw_timescale` do")
     if (word := coupled(doc)) is not None:
         notes.append(
             f"warning: {word}: where the loss or the network joins the examples of a batch (contrastive losses, "
-            "in-batch negatives, BatchNorm), another batch is another problem, and no rule for the optimizer makes the "
-            "runs equal"
+            "in-batch negatives, BatchNorm), another batch is another problem, and no rule makes the runs equal"
         )
-    return Conversion(
-        text=out,
-        sentence=sentence(layout, base),
-        source=source,
-        base=base,
-        scaled=scaled,
-        rule=chosen,
-        changes=tuple(edit.changes),
-        notes=tuple(filter(None, notes)),
-        coverage=coverage(layout, keep),
-    )
+    said = sentence(layout, base), source, base, scaled, chosen, tuple(edit.changes), tuple(filter(None, notes))
+    return Conversion(out, *said, coverage(layout, keep))
 
 
 def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> Layout:
     doc.partners = tuple(name for _, name in partners)
     layout = FORMS[form](doc)
     doc.near = layout.fields["lr"][0]
+    if partners and form not in ("hf", "axolotl", "accelerate"):
+        raise doc.error(
+            f"--with goes with a Trainer's file (hf, axolotl, accelerate), and this one is of the form {form}"
+        )
     for text, name in partners:
-        if form not in ("hf", "axolotl", "accelerate"):
-            raise RuleError(
-                f"--with {name}: {doc.where} is of the form {form}; partners go with a Trainer's file (hf, axolotl, "
-                "accelerate)"
-            )
         pair(layout, open_document(text, name))
     layout.look()
     return layout
 
 
 def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[str, str]], devices: int | None) -> None:
-    """Read what was written: it must hold what was meant.
-
-    Raises:
-        RuleError: it does not.
-    """
+    """Read what was written: it must hold what was meant."""
     layout = _layout(doc, form, partners)
     again = read(layout, devices if layout.parallel is None else None)
     if (again.batch, again.hyper) != (scaled.batch, scaled.hyper):
-        raise RuleError(f"{doc.where}: the new file would be read as {again} instead of {scaled}; it is not written")
+        raise doc.error(f"the new file would be read as {again} instead of {scaled}; it is not written")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scalerun convert", description="Move a recipe of this or another trainer to another batch size."
+        prog="scalerun convert",
+        description="Move a recipe of this or another trainer to another batch size.",
+        argument_default=argparse.SUPPRESS,
     )
-    several: dict[str, Any] = {"action": "append", "default": []}
     add = parser.add_argument
     add("where", metavar="file", help="the base recipe; - is standard input")
     add("--from", dest="source", choices=list(FORMS), help="its form (default: the one that its keys say)")
     add("--to", dest="target", choices=list(FORMS), help="write a new file of another form (default: edit this one)")
     add("--batch", type=int, required=True, help="new global batch, in examples")
-    add(
-        "--with",
-        dest="partners",
-        metavar="FILE",
-        help="a file that belongs to it: DeepSpeed's, accelerate's",
-        **several,
-    )
+    add("--with", dest="partners", action="append", metavar="FILE", help="DeepSpeed's or accelerate's file beside it")
     add("--rule", help="default: the optimizer's own, see docs/rules.md")
-    add(
-        "--devices",
-        type=int,
-        help="all devices of the base run, where the file does not say; tensor, pipeline, context "
-        "and expert degrees that it names are divided out",
-    )
+    shared = "tensor, pipeline, context and expert degrees that it names are divided out"
+    add("--devices", type=int, help=f"all devices of the base run, where the file does not say; {shared}")
     add("--new-devices", type=int, help="those of the new run (default: as many)")
-    add("--duration", type=float, default=1.0, help="new budget / base budget in samples (default 1)")
+    add("--duration", type=float, help="new budget / base budget in samples (default 1)")
     add("--noise-scale", type=float, help="measured gradient-noise scale, in examples")
     add(
         "--beta-map",
         choices=["linear", "power"],
-        default="linear",
         help="linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is 10 for β1 = 0.9, is refused; power: β -> β^κ, for "
         "every κ (beta_map=power elsewhere; default linear)",
     )
     add(
         "--clip",
         choices=["keep", "rule"],
-        default="keep",
         help="the clipping threshold c: keep it, or move it to c/√κ, which keeps the share of clipped steps where "
         "noise dominates (one MLPerf benchmark prescribes exactly this; default keep)",
     )
-    add("--keep", metavar="KEY", help="a key that decides neither the batch nor the optimizer, by your word", **several)
+    add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--output", help="file to write (default: standard output)")
-    return parser  # fmt: skip
+    return parser
 
 
 def main(argv: Sequence[str]) -> int:
@@ -223,9 +191,9 @@ def main(argv: Sequence[str]) -> int:
         options = vars(_parser().parse_args(argv))
     except SystemExit as e:
         return int(e.code or 0)
-    output, where = options.pop("output"), options["where"]
+    output, where = options.pop("output", None), options["where"]
     try:
-        options["partners"] = [(read_file(name), name) for name in options["partners"]]
+        options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
         done = convert(read_file(where), **options)
         if output:
             File(output).write_bytes(done.text.encode())
@@ -240,18 +208,17 @@ def main(argv: Sequence[str]) -> int:
 
 def report(done: Conversion, name: str) -> list[str]:
     """What was done, line by line; the first says how the base batch came about."""
-    move, known = Move(done.base.batch, done.scaled.batch), done.coverage
-    lines = [
+    base, new, known = done.base.batch, done.scaled.batch, done.coverage
+    named = {
+        "understood, and kept": known.kept,
+        "not looked at, and by its name a rate, a clock or an average: yours to check": known.clocks,
+        "not looked at": known.rest,
+    }
+    return [
         done.sentence,
-        f"{name}: batch {done.base.batch} -> {done.scaled.batch}, κ = {move.kappa:g}, rule {done.rule.name}",
+        f"{name}: batch {base} -> {new}, κ = {new / base:g}, rule {done.rule.name}",
         *(f"  {c}" for c in done.changes),
         *(f"note: {n}" for n in done.notes),
+        *(f"{words}: {', '.join(keys)}" for words, keys in named.items() if keys),
+        *([f"{known.harmless} key(s) known to be harmless"] if known.harmless else []),
     ]
-    for words, keys in (
-        ("understood, and kept", known.kept),
-        ("not looked at, and by its name a rate, a clock or an average: yours to check", known.clocks),
-        ("not looked at", known.rest),
-    ):
-        if keys:
-            lines.append(f"{words}: {', '.join(keys)}")
-    return [*lines, f"{known.harmless} key(s) known to be harmless"] if known.harmless else lines

@@ -10,7 +10,6 @@ from typing import Any
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, Odd, Path, dotted, is_number, words
 from scaling_exps.convert.layout import Layout
-from scaling_exps.rules import RuleError
 
 
 def _words(name: str, rest: str = "") -> re.Pattern[str]:
@@ -70,8 +69,8 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
         else:
             rest.append(name)
     if refused:
-        raise RuleError(
-            f"{doc.where}: not understood as {layout.form}, and one wrong number in silence would cost more: "
+        raise doc.error(
+            f"not understood as {layout.form}, and one wrong number in silence would cost more: "
             f"{'; '.join(refused)}. Where such a key decides neither the batch nor the optimizer, say so with "
             "--keep KEY"
         )

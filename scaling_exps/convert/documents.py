@@ -1,8 +1,8 @@
 """Recipe files as text with addressable values: what is not set stays as it was, to the byte.
 
 A path is a tuple of keys and list indices: ("optimizer", "init_args", "lr"). `values` holds every leaf: numbers,
-strings, booleans, None, and lists of them. The libraries say where each value stands (ruamel.yaml's nodes, json's
-decoder, tomlkit's items, shlex's words, ast's nodes); only those places are replaced. What was written is read again
+strings, booleans, None, and lists of them. The libraries say where each value stands (ruamel.yaml's and ast's nodes,
+tomlkit's items, a shell's words); only those places are replaced. What was written is read again
 and compared, leaf by leaf, before anybody sees it.
 """
 
@@ -12,7 +12,6 @@ import importlib
 import os
 import re
 import stat
-import sys
 import tomllib
 from pathlib import Path as File
 from typing import Any
@@ -63,13 +62,10 @@ def read_file(name: str) -> str:
         RuleError: not a regular file, longer than LIMIT, or not UTF-8.
     """
     try:
-        if name == "-":
-            data = sys.stdin.buffer.read(LIMIT + 1) if hasattr(sys.stdin, "buffer") else sys.stdin.read().encode()
-        else:
-            if not stat.S_ISREG(os.stat(name).st_mode):  # a fifo would wait for ever, /dev/zero never ends
-                raise RuleError(f"{name} is not a regular file; give a recipe file, or - for standard input")
-            with open(name, "rb") as f:
-                data = f.read(LIMIT + 1)
+        if name != "-" and not stat.S_ISREG(os.stat(name).st_mode):  # a fifo would wait for ever, /dev/zero never ends
+            raise RuleError(f"{name} is not a regular file; give a recipe file, or - for standard input")
+        with open(0 if name == "-" else name, "rb", closefd=name != "-") as f:
+            data = f.read(LIMIT + 1)
         if len(data) > LIMIT:
             raise RuleError(
                 f"{name} is longer than {LIMIT // 1024} kB, and a recipe is a few pages: is it the right file?"
@@ -157,7 +153,7 @@ class Document:
         path = path_of(path)
         self.read.add(path)
         if path in self.twice:
-            raise RuleError(f"{self.where}: {dotted(path)} stands there twice; which one counts?")
+            raise self.error(f"{dotted(path)} stands there twice; which one counts?")
         return self.wanted.get(path, self.values.get(path))
 
     def set(self, path: Path, value: Any) -> None:
@@ -165,8 +161,7 @@ class Document:
         self.wanted[path] = value
         if path not in self.spans:
             return
-        old = self.values[path]
-        spots: list[tuple[Path, Any]] = [(path, value)]
+        old, spots = self.values[path], [(path, value)]
         if isinstance(value, list) and isinstance(old, list) and len(old) == len(value) and (*path, 0) in self.spans:
             spots = [((*path, i), v) for i, v in enumerate(value)]
         for spot, v in spots:
@@ -174,16 +169,14 @@ class Document:
             if span[0] == span[1] and self.text[span[0] - 1] == ":":  # an empty value of YAML
                 new = f" {new}"
             if self.edits.setdefault(span, new) != new:
-                raise RuleError(
-                    f"{self.where}: one place in the file is read as several values, and {dotted(path)} needs one of "
-                    "its own: write it out where it is used"
+                raise self.error(
+                    f"one place in the file is read as {dotted(path)} and as another value: write both out"
                 )
         for other, span in self.spans.items():  # an alias, a merge key, a variable
             if other != path and other in self.values and span == self.spans[path]:
                 if other[-1] != path[-1]:
-                    raise RuleError(
-                        f"{self.where}: {dotted(path)} and {dotted(other)} are one place in the file, and only the "
-                        "first must change: write both out"
+                    raise self.error(
+                        f"{dotted(path)}, which must change, and {dotted(other)} are one place in the file: write both out"
                     )
                 self.wanted.setdefault(other, value)
 
@@ -197,13 +190,12 @@ class Document:
             return self.text
         text = self.written()
         self.after = type(self)(text, self.where)
-        seen = self.after.values
-        for path in {*seen, *self.values, *self.wanted}:
-            want = self.wanted.get(path, self.values.get(path))
-            if seen.get(path) != want and not isinstance(want, Odd):
-                raise RuleError(
-                    f"{self.where}: {dotted(path)} would become {seen.get(path)!r} instead of {want!r}, because the "
-                    "file computes it from a value that changes, or says it in a way that is not known: write it out"
+        for path in {*self.after.values, *self.values, *self.wanted}:
+            want, seen = self.wanted.get(path, self.values.get(path)), self.after.values.get(path)
+            if seen != want and not isinstance(want, Odd):
+                raise self.error(
+                    f"{dotted(path)} would become {seen!r} instead of {want!r}, because the file computes it from a "
+                    "value that changes, or says it in a way that is not known: write it out"
                 )
         return text
 
@@ -226,9 +218,10 @@ class Document:
         raise NotImplementedError
 
     def missing(self, path: Path) -> RuleError:
-        return RuleError(
-            f"{self.where} has no {dotted(path)}, and no place for it: add `{path[-1]}` there so that it can be set"
-        )
+        return self.error(f"no {dotted(path)} is there, and no place for it: add `{path[-1]}` so that it can be set")
+
+    def error(self, text: str) -> RuleError:
+        return RuleError(f"{self.where}: {text}")
 
 
 class Toml(Document):
@@ -298,17 +291,15 @@ def open_document(text: str, where: str) -> Document:
 
     keyed = any_line(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)")
     flagged = any_line(r".*?(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
-    braced = text.lstrip("\ufeff \t\r\n")[:1] == "{"
-    if ending in (".yaml", ".yml"):
-        if braced and '"' in text and not keyed:
-            try:
-                return Json(text, where)
-            except RuleError:
-                return Yaml(text, where)
-    elif braced:
-        return Json(text, where)
-    elif any_line(r"\s*\[[\w.\s-]+\]\s*(#.*)?$") and not keyed:
+    named_yaml = ending in (".yaml", ".yml")
+    if text.lstrip("\ufeff \t\r\n")[:1] == "{" and not (named_yaml and keyed):
+        try:
+            return Json(text, where)
+        except RuleError:
+            if not named_yaml:
+                raise
+    if not named_yaml and not keyed and any_line(r"\s*\[[\w.\s-]+\]\s*(#.*)?$"):
         return Toml(text, where)
-    elif not flagged and not keyed and any_line(r"(\w+\s*=[^=]|def \w|from \w|import \w)"):
-        return Python(text, where)
-    return Flags(text, where) if flagged else Yaml(text, where)
+    if flagged or keyed or named_yaml:
+        return Flags(text, where) if flagged else Yaml(text, where)
+    return Python(text, where) if any_line(r"(\w+\s*=[^=]|def \w|from \w|import \w)") else Yaml(text, where)

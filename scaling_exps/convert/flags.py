@@ -52,7 +52,7 @@ class Flags(Document):
         for token in _TOKEN.finditer(text):
             word, start, end = token[0], base + token.start(), base + token.end()
             if token.lastgroup == "bad":
-                raise RuleError(f"{self.where}: a quote that does not end, at character {start}")
+                raise self.error(f"a quote that does not end, at character {start}")
             if token.lastgroup in ("gap", "comment"):
                 continue
             if token.lastgroup == "end":
@@ -161,7 +161,7 @@ class Flags(Document):
         if isinstance(value, list) and path in self.spans:
             text = self.text[slice(*self.spans[path])]
             if not re.search(r"\[", text) and (*path, 0) not in self.spans:
-                raise RuleError(f"{self.where}: --{dotted(path)} must be {len(value)} numbers; it is {text}")
+                raise self.error(f"--{dotted(path)} must be {len(value)} numbers; it is {text}")
         super().set(path, value)
 
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:

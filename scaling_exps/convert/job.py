@@ -41,8 +41,8 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     whole, micro, accumulation = map(layout.whole_number, (layout.whole, layout.micro, layout.accumulation))
     parallel = layout.parallel
     if whole is None and layout.unknown_degree:
-        raise RuleError(
-            f"{where}: {layout.unknown_degree} does not say how many devices share one replica: write a number"
+        raise layout.doc.error(
+            f"{layout.unknown_degree} does not say how many devices share one replica: write a number"
         )
     if devices is not None and not layout.together and not layout.unknown_degree:
         given = share(devices, layout)
@@ -65,8 +65,8 @@ def read(layout: Layout, devices: int | None) -> Recipe:
         )
     if whole is not None and micro and parallel and (whole % unit or (accumulation and unit != whole)):
         times = f" x {accumulation} accumulation" if accumulation else ", nor a multiple of it"
-        raise RuleError(
-            f"{where}: {_key(layout.whole)}={whole} is not {micro} per device x {parallel} data-parallel{times}"
+        raise layout.doc.error(
+            f"{_key(layout.whole)}={whole} is not {micro} per device x {parallel} data-parallel{times}"
         )
     batch = whole or unit
     values = {name: layout.number(slot) for name, slot in layout.fields.items()}
@@ -82,14 +82,14 @@ def read(layout: Layout, devices: int | None) -> Recipe:
         or len(betas) != 1 + two
         or any(isinstance(v, list) for v in (lr, eps, decay, *betas))
     ):
-        raise RuleError(f"{where}: betas={betas!r}, lr={lr!r}: two betas and single numbers are expected")
+        raise layout.doc.error(f"betas={betas!r}, lr={lr!r}: two betas and single numbers are expected")
     try:
         hyper = Hyper(float(lr), tuple(map(float, betas)), float(eps), float(decay))
     except RuleError as e:
-        raise RuleError(f"{where}: {e}") from None
+        raise layout.doc.error(f"{e}") from None
     lengths = [layout.number(slot) for slot in (layout.steps, layout.epochs, layout.warmup)]
     if any(isinstance(v, list) for v in lengths):
-        raise RuleError(f"{where}: a list stands where the steps, the epochs or the warm-up must be one number")
+        raise layout.doc.error("a list stands where the steps, the epochs or the warm-up must be one number")
     steps, epochs, warmup = lengths
     steps = steps if steps is not None and steps > 0 else None
     samples = any(layout.doc.get(key) for key in ("train_samples", "train_tokens"))
@@ -197,8 +197,8 @@ class Edit:
         if new == shown:
             return
         if not path:
-            raise RuleError(
-                f"{self.layout.doc.where}: {self.layout.form} has no key for what is {default} by its default, and "
+            raise self.layout.doc.error(
+                f"{self.layout.form} has no key for what is {default} by its default, and "
                 f"rule {self.rule.name} moves it to {new}: the recipe cannot be written whole. --rule lr_only moves lr "
                 "alone (a control)"
             )
@@ -236,9 +236,8 @@ class Edit:
             return max(1, round(exact))
         new = value * kappa
         if abs(new - round(new)) > 1e-9:
-            raise RuleError(
-                f"{self.layout.doc.where}: {dotted(path)}={value} would become {new:g}, which is no whole number of "
-                "examples"
+            raise self.layout.doc.error(
+                f"{dotted(path)}={value} would become {new:g}, which is no whole number of examples"
             )
         return round(new)
 

@@ -77,7 +77,7 @@ class Layout:
         path, default = slot or ((), None)
         value = self.get(path) if path else None
         if path and value is None and not self.packed and self.doc.has(path) and path not in self.doc.values:
-            raise RuleError(f"{self.doc.where}: {dotted(path)} holds keys or lists; it must be a number")
+            raise self.doc.error(f"{dotted(path)} holds keys or lists; it must be a number")
         for v in value if isinstance(value, list) else [] if value is None else [value]:
             check_number(v, self.doc.where, path)
         return default if value is None else value
@@ -87,7 +87,7 @@ class Layout:
         if slot is None or value is None or value == -1:
             return None
         if isinstance(value, list) or value != int(value) or value < 1:
-            raise RuleError(f"{self.doc.where}: {dotted(slot[0])}={value!r} must be a whole number >= 1")
+            raise self.doc.error(f"{dotted(slot[0])}={value!r} must be a whole number >= 1")
         return int(value)
 
     def law(self, law: str, *keys: Path | str, default: Any = None) -> None:
@@ -137,7 +137,7 @@ def unpack(doc: Document, path: Path) -> dict[str, Any]:
     if text in (None, ""):
         return {}
     if not isinstance(text, str) or not all("=" in part for part in text.split(",")):
-        raise RuleError(f"{doc.where}: {dotted(path)}={text!r} must be name=value,name=value")
+        raise doc.error(f"{dotted(path)}={text!r} must be name=value,name=value")
     return {k.strip(): number(v.strip()) for k, v in (part.split("=", 1) for part in text.split(","))}
 
 
@@ -192,7 +192,7 @@ def build(
     table: dict[str, Any] = {**table_of(form), **rows}
     for key, why in table.get("refused", {}).items():
         if value := doc.get((*root, *path_of(key))):
-            raise RuleError(f"{doc.where}: {key}={value}: {why}")
+            raise doc.error(f"{key}={value}: {why}")
     row, notes = "adamw", []
     if "optimizer" in table:
         key, default = slot_of(doc, table["optimizer"], root)
@@ -211,9 +211,9 @@ def build(
     betas = ("betas",) if "betas" in table else ("beta1", "beta2")
     names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
     if row == "muon" and form not in ("plain", "lightning"):
-        raise RuleError(f"{doc.where}: {optimizers.REFUSED['muon']}")
+        raise doc.error(f"{optimizers.REFUSED['muon']}")
     if missing := sorted(names - set(table)):
-        raise RuleError(f"{doc.where}: {form} has no known names for the numbers of {row}: {', '.join(missing)}")
+        raise doc.error(f"{form} has no known names for the numbers of {row}: {', '.join(missing)}")
     names |= {"eps"} if optimizer.family == "adaptive" else set()
     fields = {n: slot_of(doc, text, root) for n, text in table.items() if n in names}
     layout = Layout(doc, form, row, fields, notes, harmless=words("harmless", table.get("harmless", form)))
@@ -299,7 +299,7 @@ def _spread(layout: Layout, counts: Iterable[list[Path]], spread_experts: bool) 
     said = _data_parallel(doc)
     if said is not None:
         if total is not None and share(total, layout) != said:
-            raise RuleError(f"{doc.where}: {said} data-parallel, but {total} devices{words}")
+            raise doc.error(f"{said} data-parallel, but {total} devices{words}")
         layout.parallel, layout.parallel_fixed, layout.parallel_words, layout.unknown_degree = said, True, "", ""
     elif total is not None and not unknown:
         layout.parallel = share(total, layout)
@@ -307,8 +307,8 @@ def _spread(layout: Layout, counts: Iterable[list[Path]], spread_experts: bool) 
 
 def share(total: int, layout: Layout) -> int:
     if total % layout.model_parallel:
-        raise RuleError(
-            f"{layout.doc.where}: {total} devices cannot be shared by replicas of {layout.model_parallel} each "
+        raise layout.doc.error(
+            f"{total} devices cannot be shared by replicas of {layout.model_parallel} each "
             f"({layout.parallel_words.strip(' /')})"
         )
     return total // layout.model_parallel

@@ -31,20 +31,20 @@ class Yaml(Document):
         except (ruamel.error.YAMLError, ValueError, AttributeError) as e:  # the last two: impossible escapes
             raise RuleError(f"{self.where} cannot be read as YAML: {one_line(e)}") from None
         if root is None or root.id != "mapping":
-            raise RuleError(f"{self.where}: the top level must be keys and values, as in `lr: 0.001`")
+            raise self.error("the top level must be keys and values, as in `lr: 0.001`")
         self._maps: dict[Path, Any] = {}
         self._merges = 0
         self._walk(root, (), ())
 
     def _walk(self, node: Any, path: Path, above: tuple[int, ...], colon: int = 0) -> None:
         if id(node) in above:
-            raise RuleError(f"{self.where}: {dotted(path)} holds itself (an alias inside its own anchor)")
+            raise self.error(f"{dotted(path)} holds itself (an alias inside its own anchor)")
         if len(path) > DEPTH:
             raise RuleError(f"{self.where} is nested more than {DEPTH} deep; no recipe is")
         above = (*above, id(node))
         betas = node.tag == _CORE + "python/tuple" and node.id == "sequence"  # as Lightning saves them
         if node.tag not in _TAGS and node.id != "scalar" and not betas:
-            raise RuleError(f"{self.where}: {dotted(path)} has the tag {node.tag}, and what it makes is not known")
+            raise self.error(f"{dotted(path)} has the tag {node.tag}, and what it makes is not known")
         if node.id == "mapping":
             self._maps[path] = node
             for key, (value, end) in self._members(node, path).items():
@@ -73,15 +73,13 @@ class Yaml(Document):
                         raise RuleError(where.format("`<<` in", "must name a mapping"))
                     self._merges += 1
                     if self._merges > 1000:
-                        raise RuleError(f"{self.where}: too many merge keys, or one that holds itself")
+                        raise self.error("too many merge keys, or one that holds itself")
                     merged = {**self._members(part, path), **merged}
             elif key.id != "scalar":
                 raise RuleError(where.format("a key of", "is no word; recipes have words"))
             elif key.value in own:
                 line = key.start_mark.line + 1
-                raise RuleError(
-                    f"{self.where}: {dotted((*path, key.value))} stands there twice (line {line}); which one counts?"
-                )
+                raise self.error(f"{dotted((*path, key.value))} stands there twice (line {line}); which one counts?")
             else:
                 own[key.value] = (value, self.text.find(":", key.end_mark.index) + 1)
         return {**merged, **own}
@@ -136,7 +134,7 @@ class Json(Yaml):
         except ValueError as e:  # its own errors, and more digits than Python will read
             raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
         if not isinstance(tree, dict):
-            raise RuleError(f'{self.where}: the top level must be keys and values, as in {{"lr": 0.001}}')
+            raise self.error('the top level must be keys and values, as in {"lr": 0.001}')
         self._compose(self.text.replace("\t", " "))  # YAML wants no tabs; no string of JSON holds one
 
 

@@ -41,7 +41,7 @@ def guess(doc: Document) -> str:
     (best, name), (second, other) = scores[:2]
     if best < 2:
         looked = "; ".join(f"{n}: {', '.join(sorted(words(n, 'signs')))[:100]}" for n in FORMS)
-        raise RuleError(f"{doc.where}: no known form of recipe. Say which with --from; looked for {looked}")
+        raise doc.error(f"no known form of recipe. Say which with --from; looked for {looked}")
     if best == second:
         raise RuleError(f"{doc.where} could be {name} or {other}: say which with --from")
     return name

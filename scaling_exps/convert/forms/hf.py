@@ -12,17 +12,14 @@ from typing import Any
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, dotted
 from scaling_exps.convert.layout import Layout, build, unpack
-from scaling_exps.rules import RuleError
 
 
 def hf(doc: Document, form: str = "hf") -> Layout:
     if doc.get("adafactor"):
-        raise RuleError(f"{doc.where}: adafactor=True: {optimizers.REFUSED['adafactor']}")
+        raise doc.error(f"adafactor=True: {optimizers.REFUSED['adafactor']}")
     text = doc.get("lr_scheduler_kwargs")
     if isinstance(text, str) and re.search(r"lr|steps|timescale|T_", text):
-        raise RuleError(
-            f"{doc.where}: lr_scheduler_kwargs={text!r} is text; write its keys out in YAML, so that they can be read"
-        )
+        raise doc.error(f"lr_scheduler_kwargs={text!r} is text; write its keys out in YAML, so that they can be read")
     warm_up_as_share = doc.get("warmup_ratio") is not None and not any(
         doc.get(key) for key in ("warmup_steps", "num_warmup_steps", "lr_warmup_steps", "warmup_iters")
     )
@@ -52,16 +49,14 @@ def _optim_args(layout: Layout) -> None:
     if row not in ("sgd", "torch_rmsprop"):
         if wrong := {"lr", "learning_rate", "beta1", "beta2", "betas", "eps", "weight_decay"} & set(args):
             names = ", ".join(sorted(wrong))
-            raise RuleError(f"{doc.where}: optim_args holds {names}; write what is meant in its own key")
+            raise doc.error(f"optim_args holds {names}; write what is meant in its own key")
         return
     layout.packed = ("optim_args",)
     if row == "torch_rmsprop":
         if any("bnb" in str(doc.get(key)) for key in ("optim", "optimizer")):
-            raise RuleError(
-                f"{doc.where}: the Trainer hands optim_args to bitsandbytes' RMSprop as text: alpha cannot be set"
-            )
+            raise doc.error("the Trainer hands optim_args to bitsandbytes' RMSprop as text: alpha cannot be set")
         if args.get("momentum") or str(args.get("centered", "")).lower() in ("true", "1", "yes"):
-            raise RuleError(f"{doc.where}: RMSprop with momentum or centered: no rule covers that")
+            raise doc.error("RMSprop with momentum or centered: no rule covers that")
         layout.fields["eps"] = (("optim_args", "eps"), 1e-8)
         layout.notes.append(
             "RMSprop: torch's, with alpha 0.99 and eps 1e-8 unless optim_args says otherwise "
@@ -82,7 +77,7 @@ def accelerate(doc: Document) -> Layout:
     """Scripts around accelerate without a Trainer: diffusers' examples, transformers' `no_trainer` scripts."""
     for path, value in doc.values.items():
         if re.match(r"use_(?!8bit_adam)\w*(adam|prodigy|lion|came|adafactor)\w*$", str(path[-1])) and value:
-            raise RuleError(f"{doc.where}: {dotted(path)}={value}: {optimizers.switch_reason(str(path[-1]))}")
+            raise doc.error(f"{dotted(path)}={value}: {optimizers.switch_reason(str(path[-1]))}")
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
@@ -103,5 +98,5 @@ def llamafactory(doc: Document) -> Layout:
     """The second generation of LLaMA-Factory, which sets the learning rate of torch's AdamW alone."""
     if (name := doc.get("optim_config.name")) is not None:
         optimizers.find(name, "optim_config.name")
-        raise RuleError(f"{doc.where}: optim_config.name={name}: what its keys are is not known here")
+        raise doc.error(f"optim_config.name={name}: what its keys are is not known here")
     return build(doc, "llamafactory")

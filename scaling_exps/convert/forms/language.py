@@ -24,14 +24,12 @@ def torchtitan(doc: Document) -> Layout:
     root = _root(doc, "training", "local_batch_size", "batch_size", "global_batch_size", _TOKENS)
     t, scheduler = (*root, "training"), (*root, "lr_scheduler")
     if doc.has((*root, "optimizer", "param_groups")) or doc.has((*root, "optimizers")):
-        raise RuleError(f"{doc.where}: more than one parameter group, or optimizer: one recipe each, please")
+        raise doc.error("more than one parameter group, or optimizer: one recipe each, please")
     tokens = doc.get((*t, _TOKENS)) is not None
     whole = (*t, "num_tokens_per_train_step" if tokens else "global_batch_size")
     layout = build(doc, "torchtitan", root=root, rows={"whole": (whole, None)})
     if layout.optimizer not in ("adam", "adamw"):
-        raise RuleError(
-            f"{doc.where}: torchtitan's {layout.optimizer} is a fork's: the names of its numbers are unknown"
-        )
+        raise doc.error(f"torchtitan's {layout.optimizer} is a fork's: the names of its numbers are unknown")
     given = doc.get(whole)
     if layout.accumulation and doc.get(layout.accumulation[0]) is None:
         layout.accumulation = None
@@ -42,8 +40,8 @@ def torchtitan(doc: Document) -> Layout:
         )
     old = doc.get((*t, "batch_size")) is not None  # until the middle of 2025
     if old and not doc.has(scheduler) and doc.get((*t, "warmup_steps")) is None:
-        raise RuleError(
-            f"{doc.where}: the warm-up is not in the file, and its default stood in training.warmup_steps first, in "
+        raise doc.error(
+            "the warm-up is not in the file, and its default stood in training.warmup_steps first, in "
             "lr_scheduler.warmup_steps later: write it where your version keeps it"
         )
     if layout.accumulation or (old and given is None):
@@ -59,7 +57,7 @@ def torchtitan(doc: Document) -> Layout:
         layout.notes.append("lr_scheduler.lr_min is a share of lr: it stays")
     ramp = [p for p in layout.under(*root) if re.search("batch_?size_?(schedule|ramp|warmup)|ramp", str(p[-2:-1]))]
     for path in layout.sweep(ramp, KEYS["torchtitan"]["batch_ramp"]):
-        raise RuleError(f"{doc.where}: {dotted(path)} is part of a batch ramp, and what it does is not known")
+        raise doc.error(f"{dotted(path)} is part of a batch ramp, and what it does is not known")
     if any(law == "batch" for _, _, law in layout.laws):
         layout.notes.append("the batch ramps up: both of its ends are moved by κ, so that the rule holds all along it")
     return layout
@@ -90,7 +88,7 @@ def megatron(doc: Document) -> Layout:
         )
     if (ramp := doc.get("rampup_batch_size")) is not None:
         if not isinstance(ramp, list) or len(ramp) != 3 or not all(isinstance(v, int) for v in ramp):
-            raise RuleError(f"{doc.where}: rampup_batch_size={ramp!r} must be start, increment and samples")
+            raise doc.error(f"rampup_batch_size={ramp!r} must be start, increment and samples")
         layout.law("ramp", "rampup_batch_size")
         layout.notes.append("the batch ramps up: start and increment are moved by κ, its samples stay")
     return layout
@@ -100,5 +98,5 @@ def nemo(doc: Document) -> Layout:
     """NeMo's YAML and its Hydra overrides: model.micro_batch_size, model.optim, trainer.max_steps."""
     root = _root(doc, "model", "micro_batch_size", "global_batch_size")
     if doc.get((*root, "trainer", "accumulate_grad_batches")) not in (None, 1):
-        raise RuleError(f"{doc.where}: trainer.accumulate_grad_batches must be 1 where global_batch_size decides")
+        raise doc.error("trainer.accumulate_grad_batches must be 1 where global_batch_size decides")
     return build(doc, "nemo", root=root, decoupled=True)

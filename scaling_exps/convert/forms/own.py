@@ -15,8 +15,8 @@ _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumu
 
 def deepspeed(doc: Document) -> Layout:
     if autos := [dotted(p) for p, v in doc.values.items() if v == "auto" and p[0] not in _SECTIONS]:
-        raise RuleError(
-            f'{doc.where}: {", ".join(autos)} are "auto": the trainer\'s own file decides them. Give that one, and '
+        raise doc.error(
+            f'{", ".join(autos)} are "auto": the trainer\'s own file decides them. Give that one, and '
             f"this beside it: scalerun convert ARGS --with {doc.where}"
         )
     if doc.get("optimizer.type") is None:
@@ -31,9 +31,7 @@ def deepspeed(doc: Document) -> Layout:
     whole, *parts = map(doc.get, _SIZES)
     ints = [v for v in parts if isinstance(v, int)]
     if isinstance(whole, int) and ints and whole % math.prod(ints):
-        raise RuleError(
-            f"{doc.where}: train_batch_size={whole} is no multiple of micro-batch x accumulation = {math.prod(ints)}"
-        )
+        raise doc.error(f"train_batch_size={whole} is no multiple of micro-batch x accumulation = {math.prod(ints)}")
     if isinstance(whole, int):
         layout.parallel = whole // math.prod(ints) if len(ints) == 2 else None  # DeepSpeed insists that they agree
         layout.devices, layout.parallel_words, layout.model_parallel = None, "", 1
@@ -49,9 +47,7 @@ def deepspeed(doc: Document) -> Layout:
         )
     for section in ("curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity"):
         if doc.has(section) and doc.get((section, "enabled")) is not False:
-            raise RuleError(
-                f"{doc.where}: {section} changes the batch, or counts steps, along the run: not moved here; disable it"
-            )
+            raise doc.error(f"{section} changes the batch, or counts steps, along the run: not moved here; disable it")
         layout.sections |= {section}
     layout.law("kept", *((*params, k) for k in ("bias_correction", "amsgrad", "freeze_step")))
     kind = doc.get("scheduler.type")
@@ -60,8 +56,8 @@ def deepspeed(doc: Document) -> Layout:
         layout.warmup = slot_of(doc, "scheduler.params.warmup_num_steps=1000")
         layout.needs_length = "" if kind == "WarmupLR" else "scheduler.params.total_num_steps"
     elif kind not in (None, "OneCycle"):
-        raise RuleError(
-            f"{doc.where}: scheduler {kind!r} counts steps in ways that are not known here; known: WarmupLR, "
+        raise doc.error(
+            f"scheduler {kind!r} counts steps in ways that are not known here; known: WarmupLR, "
             "WarmupDecayLR, WarmupCosineLR, OneCycle, or none"
         )
     return layout
@@ -99,9 +95,8 @@ def _launch(layout: Layout, partner: Document) -> None:
     held = partner.get("deepspeed_config.gradient_accumulation_steps")
     accumulation = layout.doc.get("gradient_accumulation_steps") or 1
     if held not in (None, "auto") and not held == accumulation == 1:
-        raise RuleError(
-            f"{partner.where}: deepspeed_config.gradient_accumulation_steps={held} would have to change: "
-            'set it to "auto"'
+        raise partner.error(
+            f'deepspeed_config.gradient_accumulation_steps={held} would have to change: set it to "auto"'
         )
     layout.notes.append(f"{partner.where} was read for its processes; nothing in it changes")
 
@@ -112,9 +107,7 @@ def _engine(layout: Layout, partner: Document) -> None:
         mode = partner.get("optimizer.params.adam_w_mode")
         row, note = optimizers.find(name, f"{partner.where}: optimizer.type", decoupled=mode is not False)
         if row != layout.optimizer and not {row, layout.optimizer} <= {"adam", "adamw"}:
-            raise RuleError(
-                f"{partner.where}: optimizer.type={name}, and {doc.where} says {layout.optimizer}: which one counts?"
-            )
+            raise partner.error(f"optimizer.type={name}, and {doc.where} says {layout.optimizer}: which one counts?")
         layout.optimizer = row
         layout.notes += [note] if note else []
     fixed, wrong = [], []
@@ -132,7 +125,7 @@ def _engine(layout: Layout, partner: Document) -> None:
             f"{doc.where} decides them"
         )
     if wrong:
-        raise RuleError(f"{partner.where}: {', '.join(wrong)} is not what {doc.where} says: which one counts?")
+        raise partner.error(f"{', '.join(wrong)} is not what {doc.where} says: which one counts?")
     autos = sum(v == "auto" for v in partner.values.values())
     layout.notes.append(f'{partner.where}: its {autos} values "auto" follow this file; nothing in it changes')
 

@@ -22,7 +22,7 @@ def timm(doc: Document) -> Layout:
     alias = "sgd" if name in ("nesterov", "momentum") else ""
     layout = build(doc, "timm", name=alias, decoupled=None, rows=betas)
     if layout.optimizer == "torch_rmsprop":
-        raise RuleError(f"{doc.where}: opt={name}: timm gives RMSprop a momentum; no rule covers that")
+        raise doc.error(f"opt={name}: timm gives RMSprop a momentum; no rule covers that")
 
     def rate_at(batch: float) -> float:
         """What train.py makes of lr_base where lr is not given: a scaling of its own, by the optimizer's name."""
@@ -82,11 +82,11 @@ def lightning(doc: Document) -> Layout:
         )
     accumulation = ("trainer", "accumulate_grad_batches")
     if doc.has(accumulation) and accumulation not in doc.values:
-        raise RuleError(f"{doc.where}: {dotted(accumulation)} changes along the run: the batch has no one value")
+        raise doc.error(f"{dotted(accumulation)} changes along the run: the batch has no one value")
     layout = build(doc, "lightning", numbers=args, rows={"optimizer": (spot, None), "micro": (micro, None)})
     for key in ("momentum", "centered"):
         if layout.optimizer == "torch_rmsprop" and doc.get((*args, key)):
-            raise RuleError(f"{doc.where}: RMSprop with {key}: no rule covers that")
+            raise doc.error(f"RMSprop with {key}: no rule covers that")
     if optimizers.bare(name) == "nadamw":
         layout.fields["weight_decay"] = ((*args, "weight_decay"), 0.0)
     if optimizers.bare(name) == "nadam":
@@ -125,9 +125,8 @@ def _scheduler(layout: Layout, name: str, args: Path) -> None:
                 "max_momentum: those two are moved as beta1 is; cycle_momentum: false leaves beta1 to the optimizer"
             )
     if name == "CyclicLR":
-        raise RuleError(
-            f"{doc.where}: CyclicLR cycles lr and momentum by a count of calls: how often it is called the file does "
-            "not say"
+        raise doc.error(
+            "CyclicLR cycles lr and momentum by a count of calls: how often it is called the file does not say"
         )
     if name == "ExponentialLR":
         layout.notes.append("ExponentialLR.gamma stays: it is applied once an epoch; once a step it would need gamma^κ")
