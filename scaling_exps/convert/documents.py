@@ -176,7 +176,7 @@ class Document:
             if other != path and other in self.values and span == self.spans[path]:
                 if other[-1] != path[-1]:
                     raise self.error(
-                        f"{dotted(path)}, which must change, and {dotted(other)} are one place in the file: write both out"
+                        f"{dotted(path)} must change, and is one place in the file with {dotted(other)}: write both out"
                     )
                 self.wanted.setdefault(other, value)
 
