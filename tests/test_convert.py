@@ -475,7 +475,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
         (HF, {"partners": [(DEEPSPEED, "ds.json")]},
-         "ds.json decides itself what has to change .*warmup_num_steps=100"),
+         "ds.json: decides itself what has to change .*warmup_num_steps=100"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),

@@ -23,7 +23,6 @@ Slot = tuple[Path, Any]  # a key, and its default where it is not in the file; (
 #   per_step  a clock that ticks once a step: κ   ramp     [batch, batch, samples]
 #   kept      stays
 LAWS = ("rate", "count", "samples", "batch", "ema", "beta", "per_step", "ramp", "kept")
-_FIELDS = ("lr", "betas", "beta1", "beta2", "momentum", "alpha", "eps", "weight_decay")
 _SLOTS = ("micro", "accumulation", "whole", "steps", "epochs", "warmup", "clip", "group")
 
 
@@ -79,7 +78,7 @@ class Layout:
         if path and value is None and not self.packed and self.doc.has(path) and path not in self.doc.values:
             raise self.doc.error(f"{dotted(path)} holds keys or lists; it must be a number")
         for v in value if isinstance(value, list) else [] if value is None else [value]:
-            check_number(v, self.doc.where, path)
+            check_number(self.doc, path, v)
         return default if value is None else value
 
     def whole_number(self, slot: Slot | None) -> int | None:
@@ -118,18 +117,16 @@ class Layout:
         return [p for p in self.doc.values if p[: len(section)] == section and len(p) > len(section)]
 
 
-def check_number(value: Any, where: str, path: Path) -> None:
+def check_number(doc: Document, path: Path, value: Any) -> None:
     if isinstance(value, Odd):
-        raise RuleError(f"{where}: {dotted(path)} is {value[:80]}; it must be a number written out")
+        raise doc.error(f"{dotted(path)} is {value[:80]}; it must be a number written out")
     if not is_number(value):
-        hint = ""
+        hint = "; it is filled in later: write the value out" if re.search("[${]", str(value)) else ""
         if value == "auto":
             hint = "; set it in this file, or give the trainer's own file and this one as --with"
-        elif isinstance(value, str) and ("$" in value or "{" in value):
-            hint = "; it is filled in later: write the value out"
-        raise RuleError(f"{where}: {dotted(path)}={str(value)[:80]!r} must be a number{hint}")
+        raise doc.error(f"{dotted(path)}={str(value)[:80]!r} must be a number{hint}")
     if abs(value) > 1e15:
-        raise RuleError(f"{where}: {dotted(path)} is a number of {len(str(int(value)))} digits; that cannot be meant")
+        raise doc.error(f"{dotted(path)} is a number of {len(str(int(value)))} digits; that cannot be meant")
 
 
 def unpack(doc: Document, path: Path) -> dict[str, Any]:
@@ -193,7 +190,7 @@ def build(
     for key, why in table.get("refused", {}).items():
         if value := doc.get((*root, *path_of(key))):
             raise doc.error(f"{key}={value}: {why}")
-    row, notes = "adamw", []
+    row, notes = "adamw", [note for key, note in table.get("notes", {}).items() if doc.get((*root, *path_of(key)))]
     if "optimizer" in table:
         key, default = slot_of(doc, table["optimizer"], root)
         given = doc.get(key)

@@ -30,10 +30,8 @@ def hf(doc: Document, form: str = "hf") -> Layout:
         notes.append(
             "flags are read as TrainingArguments': a script's own parser may have other defaults, or lack them"
         )
-    if doc.get("loraplus_lr_ratio") is not None:
-        notes.append("loraplus_lr_ratio is relative to the learning rate: it stays")
-        if doc.get("loraplus_lr_embedding") is None:
-            notes.append("loraplus_lr_embedding is not in the file: its default, an absolute rate (1e-6), stays")
+    if doc.get("loraplus_lr_ratio") and doc.get("loraplus_lr_embedding") is None:
+        notes.append("loraplus_lr_embedding is not in the file: its default, an absolute rate (1e-6), stays")
     if doc.get("lr_scheduler_type") == "polynomial" and doc.get("lr_scheduler_kwargs.lr_end") is None:
         notes.append("lr_end of the polynomial schedule is not in the file: its default, 1e-7, stays")
     if isinstance(doc.get("deepspeed"), str) and not doc.partners:
@@ -68,8 +66,6 @@ def axolotl(doc: Document) -> Layout:
     layout = hf(doc, "axolotl")
     if layout.warmup and doc.get(layout.warmup[0]) is None:
         layout.notes.append("no warm-up is in the file: axolotl takes 3% of the run, at most 100 steps")
-    if doc.get("sample_packing"):
-        layout.notes.append("sample_packing: the batch counts packed sequences")
     return layout
 
 
@@ -81,16 +77,8 @@ def accelerate(doc: Document) -> Layout:
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
-    layout.notes.append(
-        "counts are read as optimizer steps: a scheduler prepared by accelerate ticks once a process, and a script "
-        "that does not multiply its counts by num_processes goes through them that much faster"
-    )
     if not diffusers:
         layout.notes.append("adam_beta1, adam_beta2, adam_epsilon are written as flags that your script must take")
-    if doc.get("use_ema"):
-        layout.notes.append(
-            "use_ema: the decay of the model average stands in the script, and needs rho -> rho^κ there"
-        )
     return layout
 
 

@@ -46,15 +46,6 @@ def torchtitan(doc: Document) -> Layout:
         )
     if layout.accumulation or (old and given is None):
         layout.whole = None
-    if tokens:
-        layout.notes.append("the batch counts tokens, per device and in all")
-    if old:
-        layout.notes.append(
-            "torchtitan of 2024 had betas (0.9, 0.95), eps 1e-8 and weight decay 0.1 in its code: see that your "
-            "version reads those keys of [optimizer]"
-        )
-    if doc.get((*scheduler, "lr_min")):
-        layout.notes.append("lr_scheduler.lr_min is a share of lr: it stays")
     ramp = [p for p in layout.under(*root) if re.search("batch_?size_?(schedule|ramp|warmup)|ramp", str(p[-2:-1]))]
     for path in layout.sweep(ramp, KEYS["torchtitan"]["batch_ramp"]):
         raise doc.error(f"{dotted(path)} is part of a batch ramp, and what it does is not known")
@@ -82,10 +73,6 @@ def megatron(doc: Document) -> Layout:
     layout = build(doc, "megatron", decoupled=not coupled, rows={"micro": "batch_size"} if old else {})
     if doc.get("lr_warmup_iters"):
         layout.needs_length = "train_iters, train_samples or train_tokens"
-    if any(doc.get(k) for k in ("train_tokens", "lr_decay_tokens", "lr_warmup_tokens")):
-        layout.notes.append(
-            "clocks in tokens stay; where the sequence length changes along the run, so does the batch in tokens"
-        )
     if (ramp := doc.get("rampup_batch_size")) is not None:
         if not isinstance(ramp, list) or len(ramp) != 3 or not all(isinstance(v, int) for v in ramp):
             raise doc.error(f"rampup_batch_size={ramp!r} must be start, increment and samples")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document, Path, dotted, words
+from scaling_exps.convert.documents import Document, Path, dotted, is_number, words
 from scaling_exps.convert.layout import Layout, build, slot_of
 from scaling_exps.rules import RuleError
 
@@ -42,8 +42,7 @@ def deepspeed(doc: Document) -> Layout:
     if dead:
         layout.law("kept", *dead)
         layout.notes.append(
-            f"DeepSpeed ignores keys beside params: {', '.join(map(dotted, dead))}; what counts is inside params, or "
-            "its default"
+            f"DeepSpeed ignores keys beside params: {', '.join(map(dotted, dead))}; what counts is inside params"
         )
     for section in ("curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity"):
         if doc.has(section) and doc.get((section, "enabled")) is not False:
@@ -56,17 +55,9 @@ def deepspeed(doc: Document) -> Layout:
         layout.warmup = slot_of(doc, "scheduler.params.warmup_num_steps=1000")
         layout.needs_length = "" if kind == "WarmupLR" else "scheduler.params.total_num_steps"
     elif kind not in (None, "OneCycle"):
-        raise doc.error(
-            f"scheduler {kind!r} counts steps in ways that are not known here; known: WarmupLR, "
-            "WarmupDecayLR, WarmupCosineLR, OneCycle, or none"
-        )
+        known_kinds = "WarmupLR, WarmupDecayLR, WarmupCosineLR, OneCycle, or none"
+        raise doc.error(f"scheduler {kind!r} counts steps in ways that are not known here; known: {known_kinds}")
     return layout
-
-
-_STAY = {  # keys of a DeepSpeed file that do not change, with the Trainer's name of each and its default
-    "train_micro_batch_size_per_gpu": ("per_device_train_batch_size", None),
-    "gradient_clipping": ("max_grad_norm", 1.0),
-}
 
 
 def pair(layout: Layout, partner: Document) -> None:
@@ -75,54 +66,39 @@ def pair(layout: Layout, partner: Document) -> None:
     Raises:
         RuleError: it decides a number itself that must change, or an optimizer of another kind.
     """
-    first = {p[0] for p in partner.values}
+    doc, first = layout.doc, {p[0] for p in partner.values}
     if first & {"distributed_type", "num_processes", "deepspeed_config", "fsdp_config"}:
-        _launch(layout, partner)
-    elif first & {*_SIZES, "zero_optimization", "optimizer", "scheduler", "fp16", "bf16"}:
-        _engine(layout, partner)
-    else:
-        raise RuleError(
-            f"{partner.where} is neither a DeepSpeed file nor an accelerate one: looked for zero_optimization, "
+        processes = partner.get("num_processes")
+        if isinstance(processes, int) and layout.parallel is None:
+            layout.parallel, layout.parallel_fixed = processes // layout.model_parallel, True
+            layout.parallel_words += f" (num_processes={processes} in {partner.where})"
+        key = "deepspeed_config.gradient_accumulation_steps"
+        if (held := partner.get(key)) not in (None, "auto") and not held == layout.number(layout.accumulation) == 1:
+            raise partner.error(f'{key}={held} would have to change: set it to "auto"')
+        layout.notes.append(f"{partner.where} was read for its processes; nothing in it changes")
+        return
+    if not first & {*_SIZES, "zero_optimization", "optimizer", "scheduler", "fp16", "bf16"}:
+        raise partner.error(
+            "neither a DeepSpeed file nor an accelerate one; looked for zero_optimization, "
             "train_micro_batch_size_per_gpu, optimizer.type, num_processes, distributed_type"
         )
-
-
-def _launch(layout: Layout, partner: Document) -> None:
-    processes = partner.get("num_processes")
-    if isinstance(processes, int) and layout.parallel is None:
-        layout.parallel, layout.parallel_fixed = processes // layout.model_parallel, True
-        layout.parallel_words += f" (num_processes={processes} in {partner.where})"
-    held = partner.get("deepspeed_config.gradient_accumulation_steps")
-    accumulation = layout.doc.get("gradient_accumulation_steps") or 1
-    if held not in (None, "auto") and not held == accumulation == 1:
-        raise partner.error(
-            f'deepspeed_config.gradient_accumulation_steps={held} would have to change: set it to "auto"'
-        )
-    layout.notes.append(f"{partner.where} was read for its processes; nothing in it changes")
-
-
-def _engine(layout: Layout, partner: Document) -> None:
-    doc, name = layout.doc, partner.get("optimizer.type")
-    if name is not None:
+    if (name := partner.get("optimizer.type")) is not None:
         mode = partner.get("optimizer.params.adam_w_mode")
         row, note = optimizers.find(name, f"{partner.where}: optimizer.type", decoupled=mode is not False)
         if row != layout.optimizer and not {row, layout.optimizer} <= {"adam", "adamw"}:
             raise partner.error(f"optimizer.type={name}, and {doc.where} says {layout.optimizer}: which one counts?")
         layout.optimizer = row
         layout.notes += [note] if note else []
+    stay = {"train_micro_batch_size_per_gpu": layout.micro, "gradient_clipping": layout.clip}
     fixed, wrong = [], []
     for path, value in partner.values.items():
-        key, default = _STAY.get(str(path[0]), ("", None))
-        if key:
-            here = default if doc.get(key) is None else doc.get(key)
-            wrong += [f"{dotted(path)}={value}"] if value not in ("auto", here) else []
-        elif path[0] in _SIZES or path[1:2] == ("params",):
-            number = isinstance(value, int | float | list) and not isinstance(value, bool)
-            fixed += [f"{dotted(path)}={value}"] if number and value else []
+        if path[0] in stay:
+            wrong += [f"{dotted(path)}={value}"] if value not in ("auto", layout.number(stay[str(path[0])])) else []
+        elif value and (path[0] in _SIZES or path[1:2] == ("params",)):
+            fixed += [f"{dotted(path)}={value}"] if is_number(value) or isinstance(value, list) else []
     if fixed:
-        raise RuleError(
-            f'{partner.where} decides itself what has to change ({", ".join(fixed)}): set those to "auto", so that '
-            f"{doc.where} decides them"
+        raise partner.error(
+            f'decides itself what has to change ({", ".join(fixed)}): set those to "auto", so that {doc.where} decides'
         )
     if wrong:
         raise partner.error(f"{', '.join(wrong)} is not what {doc.where} says: which one counts?")

@@ -33,8 +33,6 @@ def timm(doc: Document) -> Layout:
     layout.rate_at = rate_at
     if doc.get("model_ema"):
         layout.law("ema", "model_ema_decay", default=0.9998)
-        if doc.get("model_ema_warmup"):
-            layout.notes.append("model_ema_warmup: the decay's own warm-up counts updates in train.py; it is not moved")
     return layout
 
 
