@@ -56,7 +56,7 @@ def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Re
         elif value is not None:
             edit.notes.append(f"{name}, {value}, has no place in {target}")
     for path, default, law in edit.layout.laws:
-        value = edit.by(law, path, edit.layout.number((path, default)))
+        value = edit.by(law, path, edit.layout.number((path, default), many=True))
         if law == "ema" and target in ("plain", "timm"):
             tree |= {("ema",): value} if target == "plain" else {("model_ema",): True, ("model_ema_decay",): value}
         else:

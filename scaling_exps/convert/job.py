@@ -11,6 +11,7 @@ from scaling_exps.convert.layout import Layout, Slot, share
 from scaling_exps.rules import Hyper, Move, Rule, RuleError
 
 Clip = Literal["keep", "rule"]
+_NORMALISE = "a network that normalises over the micro-batch sees another number of examples"
 
 
 @dataclass(frozen=True)
@@ -37,84 +38,68 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     Raises:
         RuleError: what is missing, or no number, or says two things at once.
     """
-    where = layout.doc.where
+    error = layout.doc.error
     whole, micro, accumulation = map(layout.whole_number, (layout.whole, layout.micro, layout.accumulation))
     parallel = layout.parallel
     if whole is None and layout.unknown_degree:
-        raise layout.doc.error(
-            f"{layout.unknown_degree} does not say how many devices share one replica: write a number"
-        )
+        raise error(f"{layout.unknown_degree} does not say how many devices share one replica: write a number")
     if devices is not None and not layout.together and not layout.unknown_degree:
         given = share(devices, layout)
         if parallel not in (None, given):
-            raise RuleError(
-                f"{where} says {parallel} data-parallel, and --devices {devices} makes {given}: which one counts?"
-            )
+            raise error(f"it says {parallel} data-parallel, and --devices {devices} makes {given}: which one counts?")
         parallel = given
-    if whole is None and micro is None:
-        named = " or ".join(dotted(s[0]) for s in (layout.whole, layout.micro) if s)
-        raise RuleError(
-            f"{where} has no batch size, and a recipe cannot be scaled without the one it was tuned at: set {named}"
-        )
     unit = (micro or 1) * (accumulation or 1) * (parallel or 1)
+    if whole is None and micro is None:
+        named = " or ".join(_key(s) for s in (layout.whole, layout.micro) if s)
+        raise error(
+            f"no batch size is there, and the rule starts from the one that the recipe was tuned at: set {named}"
+        )
     if whole is None and parallel is None:
         shared = f", of which {layout.model_parallel} share a replica ({layout.parallel_words.strip(' /')})"
-        raise RuleError(
-            f"{where} counts its batch per device ({_key(layout.micro)}={micro}), and the data-parallel degree is not "
-            f"in it: give --devices N, all devices of the base run{shared if layout.model_parallel > 1 else ''}"
+        raise error(
+            f"the batch counts per device ({_key(layout.micro)}={micro}), and the data-parallel degree is not in it: "
+            f"give --devices N, all devices of the base run{shared if layout.model_parallel > 1 else ''}"
         )
     if whole is not None and micro and parallel and (whole % unit or (accumulation and unit != whole)):
         times = f" x {accumulation} accumulation" if accumulation else ", nor a multiple of it"
-        raise layout.doc.error(
-            f"{_key(layout.whole)}={whole} is not {micro} per device x {parallel} data-parallel{times}"
-        )
+        raise error(f"{_key(layout.whole)}={whole} is not {micro} per device x {parallel} data-parallel{times}")
     batch = whole or unit
-    values = {name: layout.number(slot) for name, slot in layout.fields.items()}
-    if values["lr"] is None and layout.rate_at is not None:
-        values["lr"] = layout.rate_at(batch)
-    if missing := [dotted(layout.fields[n][0]) for n, v in values.items() if v is None]:
-        raise RuleError(f"{where} has no {', '.join(missing)}: add what is missing")
-    lr, eps, decay = (values.pop(name, 0) for name in ("lr", "eps", "weight_decay"))
+    if layout.rate_at is not None and layout.number(layout.fields["lr"]) is None:
+        layout.fields["lr"] = key, rate = layout.fields["lr"][0], layout.rate_at(batch)
+        layout.notes.append(f"{dotted(key)} is not in the file: {rate:g} is the trainer's, at this batch")
+    values = {name: layout.number(slot, many=name == "betas") for name, slot in layout.fields.items()}
+    if missing := [_key(layout.fields[n]) for n, v in values.items() if v is None]:
+        raise error(f"no {', '.join(missing)} is there: add what is missing")
+    lr, eps, decay = (float(values.pop(name, 0)) for name in ("lr", "eps", "weight_decay"))
     betas = values.get("betas", list(values.values()))
-    two = "betas" in values or len(values) == 2
-    if (
-        not isinstance(betas, list)
-        or len(betas) != 1 + two
-        or any(isinstance(v, list) for v in (lr, eps, decay, *betas))
-    ):
-        raise layout.doc.error(f"betas={betas!r}, lr={lr!r}: two betas and single numbers are expected")
+    if "betas" in values and (not isinstance(betas, list) or len(betas) != 2):
+        raise error(f"betas={betas!r}: two betas are expected")
     try:
-        hyper = Hyper(float(lr), tuple(map(float, betas)), float(eps), float(decay))
+        hyper = Hyper(lr, tuple(map(float, betas)), eps, decay)
     except RuleError as e:
-        raise layout.doc.error(f"{e}") from None
-    lengths = [layout.number(slot) for slot in (layout.steps, layout.epochs, layout.warmup)]
-    if any(isinstance(v, list) for v in lengths):
-        raise layout.doc.error("a list stands where the steps, the epochs or the warm-up must be one number")
-    steps, epochs, warmup = lengths
+        raise error(str(e)) from None
+    steps, epochs, warmup = map(layout.number, (layout.steps, layout.epochs, layout.warmup))
     steps = steps if steps is not None and steps > 0 else None
     samples = any(layout.doc.get(key) for key in ("train_samples", "train_tokens"))
     if layout.needs_length and steps is None and epochs is None and not samples:
-        raise RuleError(
-            f"{where} has a schedule in steps without its length: set {layout.needs_length}, so that it ends with "
-            "the data"
+        raise error(
+            f"a schedule in steps is there without its length: set {layout.needs_length}, so that it ends with the data"
         )
     return Recipe(layout.optimizer, batch, micro, accumulation, parallel, hyper, epochs, steps, warmup)
 
 
 def sentence(layout: Layout, base: Recipe) -> str:
     """How the base batch came about: "base: 4 per device × 8 data-parallel × 2 accumulation = 64"."""
-    words = layout.parallel_words.strip()
     if base.micro is None or base.parallel is None:
         rest = f", {base.micro} per device a micro-batch" if base.micro else ""
         return f"base: {base.batch} ({_key(layout.whole)}{rest})"
-    accumulation = base.accumulation or base.batch // (base.micro * base.parallel)
-    if layout.together:
-        return f"base: {base.micro} per device × {accumulation} accumulation ({words}) = {base.batch}"
+    words = layout.parallel_words.strip(" ()")
     if layout.model_parallel > 1 and words.startswith("/"):
         words = f"{base.parallel * layout.model_parallel} devices {words}"
-    how = f" ({words.strip(' ()')})" if words else ""
-    shares = f"{base.micro} per device × {base.parallel} data-parallel{how} × {accumulation} accumulation"
-    return f"base: {shares} = {base.batch}"
+    how = f" ({words})" if words else ""
+    accumulation = f"{base.accumulation or base.batch // (base.micro * base.parallel)} accumulation"
+    parts = [accumulation + how] if layout.together else [f"{base.parallel} data-parallel{how}", accumulation]
+    return " × ".join((f"base: {base.micro} per device", *parts)) + f" = {base.batch}"
 
 
 class Edit:
@@ -148,11 +133,7 @@ class Edit:
     def in_place(self, new_devices: int | None) -> Recipe:
         layout, base, moved = self.layout, self.base, self.moved(new_devices)
         for name, value in self.named(layout.fields).items():
-            slot = layout.fields[name]
-            if name == "lr" and layout.get(slot[0]) is None and layout.rate_at is not None:
-                self.put((slot[0], base.hyper.lr), value, "the trainer's, at this batch")
-            else:
-                self.put(slot, value)
+            self.put(layout.fields[name], value)
         count, whole = layout.accumulation, layout.whole
         if layout.micro and moved.micro is not None:
             self.put((layout.micro[0], base.micro), moved.micro)
@@ -164,33 +145,20 @@ class Edit:
         if new_devices is not None and layout.devices is not None:
             self.put(layout.devices, new_devices // layout.nodes)
         elif layout.parallel_fixed and moved.parallel != layout.parallel:
-            raise RuleError(
-                f"{layout.doc.where} names its data-parallel degrees: change those in the file, then convert"
-            )
+            raise layout.doc.error("it names its data-parallel degrees: change those in the file, then convert")
         for path, default, law in layout.laws:
-            self.put((path, default), self.by(law, path, layout.number((path, default))))
-        if layout.group is not None:
-            self.notes.append(
-                "the batch counts completions; advantages are taken within a group of num_generations, which stays: no "
-                "rule for the optimizer makes groups of another size, or another number of prompts a step, equal"
-            )
-        for length, value in (
-            (layout.epochs, moved.epochs),
-            (layout.steps, moved.steps),
-            (layout.warmup, moved.warmup),
-        ):
-            if length is not None and value is not None:
-                self.put(length, value)
+            self.put((path, default), self.by(law, path, layout.number((path, default), many=True)))
+        for name in ("epochs", "steps", "warmup"):
+            if getattr(layout, name) is not None and getattr(moved, name) is not None:
+                self.put(getattr(layout, name), getattr(moved, name))
         self._clip()
-        changed = {c.split(": ", 1)[0] for c in self.changes}
-        for path, value in layout.doc.wanted.items():
+        changed, doc = {c.split(": ", 1)[0] for c in self.changes}, layout.doc
+        for path, value in doc.wanted.items():
             if dotted(path) not in changed and path != layout.packed:
-                self.changes.append(
-                    f"{dotted(path)}: {layout.doc.values[path]} -> {value} (the same place in the file)"
-                )
+                self.changes.append(f"{dotted(path)}: {doc.values[path]} -> {value} (the same place in the file)")
         return moved
 
-    def put(self, slot: Slot, new: Any, why: str = "default") -> None:
+    def put(self, slot: Slot, new: Any) -> None:
         path, default = slot
         old = self.layout.get(path) if path else None
         shown = default if old is None else old
@@ -198,12 +166,11 @@ class Edit:
             return
         if not path:
             raise self.layout.doc.error(
-                f"{self.layout.form} has no key for what is {default} by its default, and "
-                f"rule {self.rule.name} moves it to {new}: the recipe cannot be written whole. --rule lr_only moves lr "
-                "alone (a control)"
+                f"{self.layout.form} has no key for what is {default} by its default, and {self.rule.name} moves it to "
+                f"{new}: the recipe cannot be written whole. --rule lr_only moves lr alone (a control)"
             )
         self.layout.put(path, new)
-        was = "(not there)" if shown is None else f"{shown}" + (f" ({why})" if old is None else "")
+        was = "(not there)" if shown is None else f"{shown}" + (" (default)" if old is None else "")
         self.changes.append(f"{dotted(path)}: {was} -> {new}")
 
     def by(self, law: str, path: Path, value: Any) -> Any:
@@ -248,26 +215,21 @@ class Edit:
             return
         new = value / math.sqrt(self.move.kappa)
         if self.clip == "rule":
-            self.put(slot, new)
-        else:
-            self.notes.append(
-                f"{_key(slot)}={value:g} is kept: clipping is outside the rule. Where noise dominates, the gradient's "
-                f"norm goes as 1/√κ and the same clip rate needs {new:.4g}; --clip rule writes that, as one MLPerf "
-                "benchmark prescribes"
-            )
+            return self.put(slot, new)
+        self.notes.append(
+            f"{_key(slot)}={value:g} is kept: clipping is outside the rule. Where noise dominates, the gradient's norm "
+            f"goes as 1/√κ and the same clip rate needs {new:.4g}; --clip rule writes it, as one MLPerf benchmark does"
+        )
 
     def _split(self, parallel: int | None) -> tuple[int | None, int | None]:
         """(micro-batch, accumulation): the micro-batch stays, because a network may normalise over it."""
-        layout, micro, batch = self.layout, self.base.micro, int(self.move.batch)
+        layout, micro, batch, name = self.layout, self.base.micro, int(self.move.batch), _key(self.layout.micro)
         if micro is None:
             accumulation = (self.base.accumulation or 1) * self.move.kappa
             if layout.micro and layout.accumulation and accumulation >= 1 and accumulation == int(accumulation):
                 return None, int(accumulation)
             if layout.micro:
-                self.notes.append(
-                    f"{_key(layout.micro)} is not in the file: the micro-batch changes with the batch; a network that "
-                    "normalises over it sees another number of examples"
-                )
+                self.notes.append(f"{name} is not in the file: the micro-batch changes with the batch; {_NORMALISE}")
             return None, None
         if parallel is None:
             if batch % micro:
@@ -279,24 +241,18 @@ class Edit:
             if batch % parallel:
                 raise RuleError(f"batch {batch} is no multiple of {parallel} data-parallel devices")
             if batch != unit:
-                self.notes.append(
-                    f"this layout has no accumulation: {_key(layout.micro)} {micro} -> {batch // parallel} per device; "
-                    "more devices (--new-devices) would leave it"
-                )
+                change = f"{name} {micro} -> {batch // parallel} per device"
+                self.notes.append(f"no accumulation is known: {change}; more devices (--new-devices) would leave it")
             return batch // parallel, None
         if batch % unit == 0:
             return micro, batch // unit
         if batch < unit and batch % parallel == 0:
-            self.notes.append(
-                f"micro-batch {micro} -> {batch // parallel}: the new batch is smaller than one micro-batch on every "
-                "device; a network that normalises over the micro-batch now sees fewer examples"
-            )
+            change = f"micro-batch {micro} -> {batch // parallel}"
+            self.notes.append(f"{change}: the new batch is smaller than one of them on every device; {_NORMALISE}")
             return batch // parallel, 1
         nearest = " and ".join(str(b) for b in (batch // unit * unit, (batch // unit + 1) * unit) if b)
-        raise RuleError(
-            f"batch {batch} is no multiple of micro-batch {micro} x {parallel} data-parallel = {unit}; nearest that "
-            f"fit: {nearest}"
-        )
+        shape = f"micro-batch {micro} x {parallel} data-parallel = {unit}"
+        raise RuleError(f"batch {batch} is no multiple of {shape}; nearest that fit: {nearest}")
 
     def named(self, fields: dict[str, Slot]) -> dict[str, Any]:
         """The moved hyperparameters by the names of a layout's fields."""

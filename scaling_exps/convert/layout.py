@@ -67,8 +67,8 @@ class Layout:
             path, value = self.packed, ",".join(f"{k}={v}" for k, v in held.items())
         self.doc.set(path, value)
 
-    def number(self, slot: Slot | None) -> Any:
-        """The number there, its default, or None.
+    def number(self, slot: Slot | None, many: bool = False) -> Any:
+        """The number there (or a list of `many`), its default, or None.
 
         Raises:
             RuleError: something else is there.
@@ -77,6 +77,8 @@ class Layout:
         value = self.get(path) if path else None
         if path and value is None and not self.packed and self.doc.has(path) and path not in self.doc.values:
             raise self.doc.error(f"{dotted(path)} holds keys or lists; it must be a number")
+        if isinstance(value, list) and not many:
+            raise self.doc.error(f"{dotted(path)} is a list; single numbers are expected")
         for v in value if isinstance(value, list) else [] if value is None else [value]:
             check_number(self.doc, path, v)
         return default if value is None else value
@@ -85,7 +87,7 @@ class Layout:
         value = self.number(slot)
         if slot is None or value is None or value == -1:
             return None
-        if isinstance(value, list) or value != int(value) or value < 1:
+        if value != int(value) or value < 1:
             raise self.doc.error(f"{dotted(slot[0])}={value!r} must be a whole number >= 1")
         return int(value)
 
@@ -98,14 +100,11 @@ class Layout:
 
     def sweep(self, paths: Iterable[Path], laws: Mapping[str, str]) -> list[Path]:
         """Each of `paths` goes by the law whose pattern its last key fits; return the others."""
-        others = []
-        for path in paths:
-            law = next((law for law, pattern in laws.items() if re.fullmatch(pattern, str(path[-1]))), None)
-            if law in LAWS:
-                self.law(law, path)
-            else:
-                others.append(path)
-        return others
+        found = {p: [law for law in LAWS if law in laws and re.fullmatch(laws[law], str(p[-1]))] for p in paths}
+        for path, fit in found.items():
+            if fit:
+                self.law(fit[0], path)
+        return [path for path, fit in found.items() if not fit]
 
     def look(self) -> None:
         """Ask for every number of the layout, so that its key counts as read."""
@@ -190,7 +189,8 @@ def build(
     for key, why in table.get("refused", {}).items():
         if value := doc.get((*root, *path_of(key))):
             raise doc.error(f"{key}={value}: {why}")
-    row, notes = "adamw", [note for key, note in table.get("notes", {}).items() if doc.get((*root, *path_of(key)))]
+    row = "adamw"
+    notes = [note for key, note in table.get("notes", {}).items() if doc.get(slot_of(doc, key, root)[0])]
     if "optimizer" in table:
         key, default = slot_of(doc, table["optimizer"], root)
         given = doc.get(key)
@@ -209,8 +209,8 @@ def build(
     names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
     if row == "muon" and form not in ("plain", "lightning"):
         raise doc.error(f"{optimizers.REFUSED['muon']}")
-    if missing := sorted(names - set(table)):
-        raise doc.error(f"{form} has no known names for the numbers of {row}: {', '.join(missing)}")
+    if row not in table.get("only", row).split() or not names <= set(table):
+        raise doc.error(f"{form} has no known names for the numbers of {row}: {', '.join(sorted(names))}")
     names |= {"eps"} if optimizer.family == "adaptive" else set()
     fields = {n: slot_of(doc, text, root) for n, text in table.items() if n in names}
     layout = Layout(doc, form, row, fields, notes, harmless=words("harmless", table.get("harmless", form)))

@@ -10,16 +10,11 @@ from scaling_exps.rules import RuleError
 KNOWN: dict[str, tuple[str, str]] = {  # bare name -> (row of rules.OPTIMIZERS, what to say)
     "adamw": ("adamw", ""),
     "adam": ("adam", ""),
-    "nadam": (
-        "adam",
-        "NAdam: the rule is Adam's, whose average NAdam reads one step ahead (derived here, checked by nobody); "
-        "momentum_decay counts steps and goes as κ",
-    ),
+    "nadam": ("adam", "NAdam: the rule is Adam's, whose average it reads one step ahead (derived here, not checked)"),
     "nadamw": ("adamw", "NAdamW: the rule is AdamW's, whose average it reads one step ahead (derived here)"),
     "radam": (
         "adam",
-        "RAdam: the rule is Adam's; its rectification is a function of (1 - β2) x steps, which the rule keeps (derived "
-        "here); its first five steps without v are not covered",
+        "RAdam: the rule is Adam's and keeps its rectification (derived here) but for the first steps",
     ),
     "rmsprop": ("torch_rmsprop", ""),
     "sgd": ("sgd", ""),

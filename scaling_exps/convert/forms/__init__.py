@@ -9,20 +9,9 @@ from scaling_exps.convert.forms import hf, language, own, vision
 from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import RuleError
 
-FORMS: dict[str, Callable[[Document], Layout]] = {
-    "plain": own.plain,
-    "hf": hf.hf,
-    "axolotl": hf.axolotl,
-    "llamafactory": hf.llamafactory,
-    "accelerate": hf.accelerate,
-    "lightning": vision.lightning,
-    "timm": vision.timm,
-    "torchtitan": language.torchtitan,
-    "nanogpt": language.nanogpt,
-    "megatron": language.megatron,
-    "nemo": language.nemo,
-    "deepspeed": own.deepspeed,
-}
+_TRAINERS = (own.plain, hf.hf, hf.axolotl, hf.llamafactory, hf.accelerate, vision.lightning, vision.timm)
+_SCRIPTS = (language.torchtitan, language.nanogpt, language.megatron, language.nemo, own.deepspeed)
+FORMS: dict[str, Callable[[Document], Layout]] = {read.__name__: read for read in (*_TRAINERS, *_SCRIPTS)}
 
 
 def guess(doc: Document) -> str:

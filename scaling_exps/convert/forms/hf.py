@@ -10,7 +10,7 @@ import re
 from typing import Any
 
 from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document, dotted
+from scaling_exps.convert.documents import Document
 from scaling_exps.convert.layout import Layout, build, unpack
 
 
@@ -71,9 +71,6 @@ def axolotl(doc: Document) -> Layout:
 
 def accelerate(doc: Document) -> Layout:
     """Scripts around accelerate without a Trainer: diffusers' examples, transformers' `no_trainer` scripts."""
-    for path, value in doc.values.items():
-        if re.match(r"use_(?!8bit_adam)\w*(adam|prodigy|lion|came|adafactor)\w*$", str(path[-1])) and value:
-            raise doc.error(f"{dotted(path)}={value}: {optimizers.switch_reason(str(path[-1]))}")
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})

@@ -28,8 +28,6 @@ def torchtitan(doc: Document) -> Layout:
     tokens = doc.get((*t, _TOKENS)) is not None
     whole = (*t, "num_tokens_per_train_step" if tokens else "global_batch_size")
     layout = build(doc, "torchtitan", root=root, rows={"whole": (whole, None)})
-    if layout.optimizer not in ("adam", "adamw"):
-        raise doc.error(f"torchtitan's {layout.optimizer} is a fork's: the names of its numbers are unknown")
     given = doc.get(whole)
     if layout.accumulation and doc.get(layout.accumulation[0]) is None:
         layout.accumulation = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import KEYS, Document, Path, dotted, is_number
@@ -36,9 +37,8 @@ def timm(doc: Document) -> Layout:
     return layout
 
 
-def _homes(doc: Document) -> tuple[list[tuple[str, Path, Path]], list[tuple[str, Path, Path]]]:
-    """(class, key of the class, where its arguments are) of the optimizers, and of the schedulers, of a file."""
-    found: tuple[list[tuple[str, Path, Path]], ...] = ([], [])
+def _homes(doc: Document) -> Iterator[tuple[str, str, Path, Path]]:
+    """("optimizer" | "scheduler", class, key of the class, where its arguments are) of each that the file builds."""
     for path, value in doc.values.items():
         last, above = path[-1], [str(k) for k in path[-3:-1]]
         if not isinstance(value, str) or "callbacks" in path:
@@ -52,32 +52,28 @@ def _homes(doc: Document) -> tuple[list[tuple[str, Path, Path]], list[tuple[str,
             continue
         name = value.rsplit(".", 1)[-1]
         if re.search(r"sched", near, re.I) or re.search(r"(LR|Scheduler|Plateau|WarmRestarts)$", name):
-            found[1].append((value, path, args))
+            yield "scheduler", name, path, args
         elif re.search(r"(^|_)optim", near, re.I) or optimizers.bare(value) in optimizers.KNOWN:
-            found[0].append((value, path, args))
-    return found[0], found[1]
+            yield "optimizer", name, path, args
 
 
 def lightning(doc: Document) -> Layout:
-    built, schedulers = _homes(doc)
+    homes = list(_homes(doc))
+    built = [home for home in homes if home[0] == "optimizer"]
     if not built:
-        raise RuleError(
-            f"{doc.where} names no optimizer. Looked for: optimizer.class_path, model.init_args.optimizer.class_path, "
-            "a pair [AdamW, {lr: ...}], `_target_: torch.optim....`. Where the model builds it in code, give its "
-            "numbers to `scaling_exps.scale` there"
+        raise doc.error(
+            "no optimizer is there. Looked for: optimizer.class_path, model.init_args.optimizer.class_path, a pair "
+            "[AdamW, {lr: ...}], `_target_: torch.optim....`. If the model builds it in code, use scaling_exps.scale"
         )
     if len(built) > 1:
-        names = ", ".join(dotted(p) for _, p, _ in built)
-        raise RuleError(f"{doc.where} builds {len(built)} optimizers ({names}): one recipe each, please")
-    name, spot, args = built[0]
+        names = ", ".join(dotted(home[2]) for home in built)
+        raise doc.error(f"it builds {len(built)} optimizers ({names}): one recipe each, please")
+    _, name, spot, args = built[0]
     keys, sections = (KEYS["lightning"][k].split() for k in ("batch_keys", "batch_sections"))
-    places = [f"{section}.{key}" for section in sections for key in keys] + keys
-    micro, _ = slot_of(doc, "|".join(places))
+    micro, _ = slot_of(doc, "|".join([f"{section}.{key}" for section in sections for key in keys] + keys))
     if doc.get(micro) is None:
-        raise RuleError(
-            f"{doc.where} has no batch size, and a recipe cannot be scaled without the one it was tuned at. Looked "
-            f"for: {', '.join(keys)} in {', '.join(sections)} and the top"
-        )
+        places = f"{', '.join(keys)} in {', '.join(sections)} and the top"
+        raise doc.error(f"no batch size is there, and a recipe cannot be scaled without it. Looked for: {places}")
     accumulation = ("trainer", "accumulate_grad_batches")
     if doc.has(accumulation) and accumulation not in doc.values:
         raise doc.error(f"{dotted(accumulation)} changes along the run: the batch has no one value")
@@ -92,17 +88,19 @@ def lightning(doc: Document) -> Layout:
     if doc.get((*args, "decoupled_weight_decay")) and layout.optimizer == "adam":
         layout.optimizer = "adamw"
     layout.law("kept", *((*args, key) for key in ("amsgrad", "nesterov", "dampening")))
-    for scheduler, spot, where in schedulers:
+    for kind, name, spot, where in homes:
         doc.get(spot)
-        _scheduler(layout, scheduler.rsplit(".", 1)[-1], where)
-    averages = layout.sweep(
-        [p for p in doc.values if "callbacks" in p], {"count": KEYS["lightning"]["callbacks_count"]}
-    )
-    for path in averages:
-        if re.fullmatch("(ema_)?decay", str(path[-1])) and isinstance(doc.values[path], float):
-            layout.law("ema", path)
+        if kind == "scheduler":
+            _scheduler(layout, name, where)
     for path, value in doc.values.items():
-        if str(path[-1]) in ("ema_decay", "ema_rate") and isinstance(value, float) and 0.5 < value < 1:
+        last, callback = str(path[-1]), "callbacks" in path
+        if callback and re.search("every_n_(train_)?steps|update_every", last):
+            layout.law("count", path)
+        elif (
+            isinstance(value, float)
+            and 0 < value < 1
+            and last in ("ema_decay", "ema_rate", *(["decay"] if callback else []))
+        ):
             layout.law("ema", path)
     check = doc.get("trainer.val_check_interval")
     if is_number(check) and isinstance(check, int) and check > 1:
@@ -132,7 +130,7 @@ def _scheduler(layout: Layout, name: str, args: Path) -> None:
     for path in others:
         if not re.fullmatch(laws["either"], str(path[-1])) or (value := doc.get(path)) is None:
             continue
-        number = layout.number((path, None))
+        number = layout.number((path, None), many=True)
         largest = max(number) if isinstance(number, list) else number
         if isinstance(epochs, int) and epochs > 0:
             per_step = largest > 2 * epochs
