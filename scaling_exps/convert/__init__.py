@@ -133,12 +133,9 @@ def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> La
     layout = FORMS[form](doc)
     doc.near = layout.fields["lr"][0]
     if partners and form not in ("hf", "axolotl", "accelerate"):
-        raise doc.error(
-            f"--with goes with a Trainer's file (hf, axolotl, accelerate), and this one is of the form {form}"
-        )
+        raise doc.error(f"--with goes with a Trainer's file (hf, axolotl, accelerate); this one is of the form {form}")
     for text, name in partners:
         pair(layout, open_document(text, name))
-    layout.look()
     return layout
 
 

@@ -50,9 +50,7 @@ def library(name: str) -> Any:
     try:
         return importlib.import_module(name)
     except ImportError:
-        raise RuleError(
-            f"{name} is not installed, and `convert` reads this kind of file with it: pip install 'scalerun[convert]'"
-        ) from None
+        raise RuleError(f"{name} is not installed, and this file needs it: pip install 'scalerun[convert]'") from None
 
 
 def read_file(name: str) -> str:
@@ -67,9 +65,7 @@ def read_file(name: str) -> str:
         with open(0 if name == "-" else name, "rb", closefd=name != "-") as f:
             data = f.read(LIMIT + 1)
         if len(data) > LIMIT:
-            raise RuleError(
-                f"{name} is longer than {LIMIT // 1024} kB, and a recipe is a few pages: is it the right file?"
-            )
+            raise RuleError(f"{name} is longer than {LIMIT // 1024} kB: is it the right file? A recipe is a few pages")
         return data.decode()
     except OSError as e:
         raise RuleError(f"{name}: {e.strerror}") from None
@@ -169,15 +165,11 @@ class Document:
             if span[0] == span[1] and self.text[span[0] - 1] == ":":  # an empty value of YAML
                 new = f" {new}"
             if self.edits.setdefault(span, new) != new:
-                raise self.error(
-                    f"one place in the file is read as {dotted(path)} and as another value: write both out"
-                )
+                raise self.error(f"one place in the file is read as {dotted(path)} and as another: write both out")
         for other, span in self.spans.items():  # an alias, a merge key, a variable
             if other != path and other in self.values and span == self.spans[path]:
                 if other[-1] != path[-1]:
-                    raise self.error(
-                        f"{dotted(path)} must change, and is one place in the file with {dotted(other)}: write both out"
-                    )
+                    raise self.error(f"{dotted(path)} and {dotted(other)} are one place in the file: write both out")
                 self.wanted.setdefault(other, value)
 
     def render(self) -> str:

@@ -51,9 +51,7 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     unit = (micro or 1) * (accumulation or 1) * (parallel or 1)
     if whole is None and micro is None:
         named = " or ".join(_key(s) for s in (layout.whole, layout.micro) if s)
-        raise error(
-            f"no batch size is there, and the rule starts from the one that the recipe was tuned at: set {named}"
-        )
+        raise error(f"no batch size is there, and the rule starts from the one it was tuned at: set {named}")
     if whole is None and parallel is None:
         shared = f", of which {layout.model_parallel} share a replica ({layout.parallel_words.strip(' /')})"
         raise error(
@@ -82,9 +80,7 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     steps = steps if steps is not None and steps > 0 else None
     samples = any(layout.doc.get(key) for key in ("train_samples", "train_tokens"))
     if layout.needs_length and steps is None and epochs is None and not samples:
-        raise error(
-            f"a schedule in steps is there without its length: set {layout.needs_length}, so that it ends with the data"
-        )
+        raise error(f"a schedule in steps is there without its length: set {layout.needs_length}")
     return Recipe(layout.optimizer, batch, micro, accumulation, parallel, hyper, epochs, steps, warmup)
 
 
@@ -203,9 +199,7 @@ class Edit:
             return max(1, round(exact))
         new = value * kappa
         if abs(new - round(new)) > 1e-9:
-            raise self.layout.doc.error(
-                f"{dotted(path)}={value} would become {new:g}, which is no whole number of examples"
-            )
+            raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
 
     def _clip(self) -> None:

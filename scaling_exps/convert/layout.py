@@ -106,12 +106,6 @@ class Layout:
                 self.law(fit[0], path)
         return [path for path, fit in found.items() if not fit]
 
-    def look(self) -> None:
-        """Ask for every number of the layout, so that its key counts as read."""
-        slots = (getattr(self, name) for name in (*_SLOTS, "devices"))
-        for path in (s[0] for s in (*self.fields.values(), *filter(None, slots), *self.laws)):
-            self.get(path)
-
     def under(self, *section: str | int) -> list[Path]:
         return [p for p in self.doc.values if p[: len(section)] == section and len(p) > len(section)]
 
@@ -144,10 +138,11 @@ def slot_of(doc: Document, text: str | Slot, root: Path = ()) -> Slot:
         RuleError: it uses two.
     """
     if not isinstance(text, str):
+        doc.get(text[0])
         return text
     names, _, default = text.partition("=")
     paths = [(*root, *path_of(name)) for name in names.split("|")] if names else [()]
-    there = [p for p in paths if len(paths) > 1 and doc.get(p) is not None]
+    there = [p for p in paths if doc.get(p) is not None]
     if len(there) > 1:
         raise RuleError(f"{doc.where} has {' and '.join(map(dotted, there))}: which one counts? Take the other out")
     try:
@@ -195,9 +190,7 @@ def build(
         key, default = slot_of(doc, table["optimizer"], root)
         given = doc.get(key)
         if given is None and default is None:
-            raise RuleError(
-                f"{doc.where} names no optimizer: set {dotted(key)} to one of {', '.join(optimizers.KNOWN)}"
-            )
+            raise doc.error(f"no optimizer is named: set {dotted(key)} to one of {', '.join(optimizers.KNOWN)}")
         row, note = optimizers.find(name or given or default, dotted(key), decoupled)
         if given is None:
             notes.append(f"{dotted(key)} is not in the file: {default}, the trainer's default")
@@ -304,8 +297,6 @@ def _spread(layout: Layout, counts: Iterable[list[Path]], spread_experts: bool) 
 
 def share(total: int, layout: Layout) -> int:
     if total % layout.model_parallel:
-        raise layout.doc.error(
-            f"{total} devices cannot be shared by replicas of {layout.model_parallel} each "
-            f"({layout.parallel_words.strip(' /')})"
-        )
+        size, words = layout.model_parallel, layout.parallel_words.strip(" /")
+        raise layout.doc.error(f"{total} devices cannot be shared by replicas of {size} each ({words})")
     return total // layout.model_parallel

@@ -90,10 +90,8 @@ def find(name: object, at: str, decoupled: bool | None = False) -> tuple[str, st
     for part, reason in REFUSED.items():
         if part in word:
             raise RuleError(f"{at}={name}: {reason}")
-    raise RuleError(
-        f"unknown optimizer class {name!r} at {at}; known: {', '.join(KNOWN)} and their 8-bit, paged, fused forms; for "
-        "others no rule is known here"
-    )
+    known = f"{', '.join(KNOWN)} and their 8-bit, paged, fused forms"
+    raise RuleError(f"unknown optimizer class {name!r} at {at}: no rule is known here; known: {known}")
 
 
 def switch_reason(key: str) -> str:

@@ -9,7 +9,7 @@ import json
 import re
 from typing import Any
 
-from scaling_exps.convert.documents import DEPTH, Document, Odd, Path, dotted, library, number, one_line, spell
+from scaling_exps.convert.documents import LEAVES, Document, Odd, Path, dotted, library, number, one_line, spell
 from scaling_exps.rules import RuleError
 
 _CORE = "tag:yaml.org,2002:"
@@ -33,14 +33,13 @@ class Yaml(Document):
         if root is None or root.id != "mapping":
             raise self.error("the top level must be keys and values, as in `lr: 0.001`")
         self._maps: dict[Path, Any] = {}
-        self._merges = 0
+        self._visits = 0
         self._walk(root, (), ())
 
     def _walk(self, node: Any, path: Path, above: tuple[int, ...], colon: int = 0) -> None:
         if id(node) in above:
             raise self.error(f"{dotted(path)} holds itself (an alias inside its own anchor)")
-        if len(path) > DEPTH:
-            raise RuleError(f"{self.where} is nested more than {DEPTH} deep; no recipe is")
+        self._visit()
         above = (*above, id(node))
         betas = node.tag == _CORE + "python/tuple" and node.id == "sequence"  # as Lightning saves them
         if node.tag not in _TAGS and node.id != "scalar" and not betas:
@@ -63,26 +62,30 @@ class Yaml(Document):
 
     def _members(self, node: Any, path: Path) -> dict[str, tuple[Any, int]]:
         """Values and the ends of their colons, those that come in by `<<` included; the mapping's own go first."""
-        where = f"{self.where}: {{}} {dotted(path) or 'the file'} {{}}"
+        self._visit()
+        where = dotted(path) or "the file"
         own: dict[str, tuple[Any, int]] = {}
         merged: dict[str, tuple[Any, int]] = {}
         for key, value in node.value:
             if key.tag == _CORE + "merge":
-                for part in [value] if value.id == "mapping" else value.value:
+                for part in value.value if value.id == "sequence" else [value]:
                     if part.id != "mapping" or part is node:
-                        raise RuleError(where.format("`<<` in", "must name a mapping"))
-                    self._merges += 1
-                    if self._merges > 1000:
-                        raise self.error("too many merge keys, or one that holds itself")
+                        raise self.error(f"`<<` in {where} must name a mapping")
                     merged = {**self._members(part, path), **merged}
             elif key.id != "scalar":
-                raise RuleError(where.format("a key of", "is no word; recipes have words"))
+                raise self.error(f"a key of {where} is no word; recipes have words")
             elif key.value in own:
                 line = key.start_mark.line + 1
                 raise self.error(f"{dotted((*path, key.value))} stands there twice (line {line}); which one counts?")
             else:
                 own[key.value] = (value, self.text.find(":", key.end_mark.index) + 1)
         return {**merged, **own}
+
+    def _visit(self) -> None:
+        """Count a node, or a mapping that is merged in: aliases can make many of few."""
+        self._visits += 1
+        if self._visits > 2 * LEAVES:
+            raise self.error(f"more than {2 * LEAVES} values, mappings and merge keys, or one that holds itself")
 
     def _scalar(self, node: Any) -> Any:
         kind, text = node.tag.removeprefix(_CORE), node.value

@@ -27,9 +27,7 @@ def hf(doc: Document, form: str = "hf") -> Layout:
     _optim_args(layout)
     notes = layout.notes
     if doc.syntax == "flags" and form == "hf":
-        notes.append(
-            "flags are read as TrainingArguments': a script's own parser may have other defaults, or lack them"
-        )
+        notes.append("flags are read as TrainingArguments', and a script's own parser may have other defaults")
     if doc.get("loraplus_lr_ratio") and doc.get("loraplus_lr_embedding") is None:
         notes.append("loraplus_lr_embedding is not in the file: its default, an absolute rate (1e-6), stays")
     if doc.get("lr_scheduler_type") == "polynomial" and doc.get("lr_scheduler_kwargs.lr_end") is None:

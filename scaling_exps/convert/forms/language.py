@@ -32,16 +32,12 @@ def torchtitan(doc: Document) -> Layout:
     if layout.accumulation and doc.get(layout.accumulation[0]) is None:
         layout.accumulation = None
     elif layout.accumulation and given not in (None, -1):
-        raise RuleError(
-            f"{doc.where} has {dotted(layout.accumulation[0])} and global_batch_size: a fork's accumulation beside "
-            "torchtitan's own; which one counts?"
-        )
+        both = f"{dotted(layout.accumulation[0])}, a fork's, and global_batch_size"
+        raise doc.error(f"it has {both}: which one counts?")
     old = doc.get((*t, "batch_size")) is not None  # until the middle of 2025
     if old and not doc.has(scheduler) and doc.get((*t, "warmup_steps")) is None:
-        raise doc.error(
-            "the warm-up is not in the file, and its default stood in training.warmup_steps first, in "
-            "lr_scheduler.warmup_steps later: write it where your version keeps it"
-        )
+        places = "training.warmup_steps first, in lr_scheduler.warmup_steps later"
+        raise doc.error(f"no warm-up is in the file, and its default stood in {places}: write it out")
     if layout.accumulation or (old and given is None):
         layout.whole = None
     ramp = [p for p in layout.under(*root) if re.search("batch_?size_?(schedule|ramp|warmup)|ramp", str(p[-2:-1]))]

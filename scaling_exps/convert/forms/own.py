@@ -7,7 +7,6 @@ import math
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, Path, dotted, is_number, words
 from scaling_exps.convert.layout import Layout, build, slot_of
-from scaling_exps.rules import RuleError
 
 _SECTIONS = words("harmless", "deepspeed")
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -20,9 +19,7 @@ def deepspeed(doc: Document) -> Layout:
             f"this beside it: scalerun convert ARGS --with {doc.where}"
         )
     if doc.get("optimizer.type") is None:
-        raise RuleError(
-            f"{doc.where} names no optimizer: set optimizer.type, or give the trainer's file and this as --with"
-        )
+        raise doc.error("no optimizer is named: set optimizer.type, or give the trainer's file and this as --with")
     params: Path = ("optimizer", "params")
     layout = build(doc, "deepspeed", numbers=params, decoupled=doc.get((*params, "adam_w_mode")) is not False)
     if not doc.get((*params, "torch_adam")):
@@ -41,9 +38,7 @@ def deepspeed(doc: Document) -> Layout:
     dead = [p for p in doc.values if p[0] in ("optimizer", "scheduler") and p[1:2] and p[1] not in known]
     if dead:
         layout.law("kept", *dead)
-        layout.notes.append(
-            f"DeepSpeed ignores keys beside params: {', '.join(map(dotted, dead))}; what counts is inside params"
-        )
+        layout.notes.append(f"DeepSpeed ignores keys beside params: {', '.join(map(dotted, dead))}")
     for section in ("curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity"):
         if doc.has(section) and doc.get((section, "enabled")) is not False:
             raise doc.error(f"{section} changes the batch, or counts steps, along the run: not moved here; disable it")
@@ -78,10 +73,7 @@ def pair(layout: Layout, partner: Document) -> None:
         layout.notes.append(f"{partner.where} was read for its processes; nothing in it changes")
         return
     if not first & {*_SIZES, "zero_optimization", "optimizer", "scheduler", "fp16", "bf16"}:
-        raise partner.error(
-            "neither a DeepSpeed file nor an accelerate one; looked for zero_optimization, "
-            "train_micro_batch_size_per_gpu, optimizer.type, num_processes, distributed_type"
-        )
+        raise partner.error("neither DeepSpeed's file nor accelerate's: no zero_optimization, optimizer, num_processes")
     if (name := partner.get("optimizer.type")) is not None:
         mode = partner.get("optimizer.params.adam_w_mode")
         row, note = optimizers.find(name, f"{partner.where}: optimizer.type", decoupled=mode is not False)
@@ -97,9 +89,7 @@ def pair(layout: Layout, partner: Document) -> None:
         elif value and (path[0] in _SIZES or path[1:2] == ("params",)):
             fixed += [f"{dotted(path)}={value}"] if is_number(value) or isinstance(value, list) else []
     if fixed:
-        raise partner.error(
-            f'decides itself what has to change ({", ".join(fixed)}): set those to "auto", so that {doc.where} decides'
-        )
+        raise partner.error(f'decides itself what has to change ({", ".join(fixed)}): set those to "auto"')
     if wrong:
         raise partner.error(f"{', '.join(wrong)} is not what {doc.where} says: which one counts?")
     autos = sum(v == "auto" for v in partner.values.values())

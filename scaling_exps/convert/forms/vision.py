@@ -8,22 +8,16 @@ from collections.abc import Iterator
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import KEYS, Document, Path, dotted, is_number
 from scaling_exps.convert.layout import Layout, build, slot_of
-from scaling_exps.rules import RuleError
 
 
 def timm(doc: Document) -> Layout:
     """train.py of timm 1.0."""
     name = str(doc.get("opt") or "sgd").lower()
     if doc.get("opt") is None and doc.guessed:
-        raise RuleError(
-            f"{doc.where} names no optimizer (opt); its keys look like timm's, whose default is SGD: say --from timm "
-            "if so"
-        )
+        raise doc.error("no optimizer (opt) is named; if the keys are timm's, whose default is SGD, say --from timm")
     betas = {"betas": "opt_betas=[0.9, 0.99]"} if "lion" in name else {}
     alias = "sgd" if name in ("nesterov", "momentum") else ""
     layout = build(doc, "timm", name=alias, decoupled=None, rows=betas)
-    if layout.optimizer == "torch_rmsprop":
-        raise doc.error(f"opt={name}: timm gives RMSprop a momentum; no rule covers that")
 
     def rate_at(batch: float) -> float:
         """What train.py makes of lr_base where lr is not given: a scaling of its own, by the optimizer's name."""
@@ -121,9 +115,7 @@ def _scheduler(layout: Layout, name: str, args: Path) -> None:
                 "max_momentum: those two are moved as beta1 is; cycle_momentum: false leaves beta1 to the optimizer"
             )
     if name == "CyclicLR":
-        raise doc.error(
-            "CyclicLR cycles lr and momentum by a count of calls: how often it is called the file does not say"
-        )
+        raise doc.error("CyclicLR counts calls, and how often it is called the file does not say")
     if name == "ExponentialLR":
         layout.notes.append("ExponentialLR.gamma stays: it is applied once an epoch; once a step it would need gamma^κ")
     epochs, steps = (doc.get(("trainer", key)) or 0 for key in ("max_epochs", "max_steps"))
@@ -137,9 +129,7 @@ def _scheduler(layout: Layout, name: str, args: Path) -> None:
         else:
             per_step = isinstance(steps, int) and 0 < steps < 20 * largest
         layout.law("count" if per_step else "samples", path)
-        layout.notes.append(
-            f"{dotted(path)}={value} is more than the run has epochs: read as optimizer steps"
-            if per_step
-            else f"{dotted(path)}={value} is read as epochs, because Lightning's CLI steps a scheduler once an epoch: "
-            "where yours steps at every optimizer step, divide it by κ"
-        )
+        how = "is read as epochs, as Lightning's CLI steps: where yours steps with the optimizer, divide it by κ"
+        if per_step:
+            how = "is more than the run has epochs: read as optimizer steps"
+        layout.notes.append(f"{dotted(path)}={value} {how}")
