@@ -165,18 +165,10 @@ def _parser() -> argparse.ArgumentParser:
     add("--new-devices", type=int, help="those of the new run (default: as many)")
     add("--duration", type=float, help="new budget / base budget in samples (default 1)")
     add("--noise-scale", type=float, help="measured gradient-noise scale, in examples")
-    add(
-        "--beta-map",
-        choices=["linear", "power"],
-        help="linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is 10 for β1 = 0.9, is refused; power: β -> β^κ, for "
-        "every κ (beta_map=power elsewhere; default linear)",
-    )
-    add(
-        "--clip",
-        choices=["keep", "rule"],
-        help="the clipping threshold c: keep it, or move it to c/√κ, which keeps the share of clipped steps where "
-        "noise dominates (one MLPerf benchmark prescribes exactly this; default keep)",
-    )
+    linear = "linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is 10 for β1 = 0.9, is refused (default)"
+    add("--beta-map", choices=["linear", "power"], help=f"{linear}; power: β -> β^κ, for every κ (beta_map=power)")
+    share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
+    add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
     add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--output", help="file to write (default: standard output)")
     return parser

@@ -5,14 +5,11 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scaling_exps.convert.documents import KEYS, Document, Path, Toml, dotted, library, spell
+from scaling_exps.convert.documents import KEYS, Document, Path, dotted, library, open_document, path_of, spell
 from scaling_exps.convert.forms import FORMS
 from scaling_exps.convert.job import Edit, Recipe
 from scaling_exps.convert.layout import slot_of
-from scaling_exps.convert.yaml import Json, Yaml
 from scaling_exps.rules import RuleError
-
-_KINDS: dict[str, type[Document]] = {"yaml": Yaml, "toml": Toml, "json": Json}
 
 
 def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Recipe]:
@@ -22,14 +19,12 @@ def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Re
         allowed = ", ".join(new["optimizers"]) or "none"
         raise RuleError(f"no new {target} file is written for {base.optimizer}; there is: {allowed}")
     moved = edit.moved(new_devices)
-    kind = _KINDS[new["syntax"]]
-    tree: dict[Path, Any] = {
-        tuple(KEYS[target]["optimizer"].split("=")[0].split(".")): new["optimizers"][base.optimizer]
-    }
+    optimizer = path_of(KEYS[target]["optimizer"].partition("=")[0])
+    tree: dict[Path, Any] = {optimizer: new["optimizers"][base.optimizer]}
     micro = moved.micro or moved.batch // (moved.parallel or 1)
     if target == "lightning":
         tree["data", "batch_size"] = micro
-    there = FORMS[target](kind(_dump(tree, kind.syntax), "what is written"))
+    there = FORMS[target](open_document(_dump(tree, new["syntax"]), "what is written"))
     named = {there.fields[name][0]: value for name, value in edit.named(there.fields).items()}
     if there.packed:
         packed = {p[-1]: named.pop(p) for p in list(named) if p[:-1] == there.packed}
@@ -45,9 +40,8 @@ def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Re
         warmup = max(1, round(warmup * moved.steps))
     elif warmup and warmup < 1:
         place, called = None, "the warm-up as a share of the run"
-    epochs = moved.epochs if moved.epochs and moved.epochs > 0 else None
     for name, value, slot in (
-        ("the length in epochs", epochs, there.epochs),
+        ("the length in epochs", moved.epochs, there.epochs),
         ("the length in steps", moved.steps, there.steps),
         (called, warmup or None, place),
     ):
@@ -65,7 +59,7 @@ def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Re
         edit.notes.append(f"the new file is meant for {moved.parallel} data-parallel")
     edit.notes.append(f"{target} cannot express: {new['cannot']}")
     edit.changes = [f"{dotted(p)}: {v}" for p, v in tree.items()]
-    return kind(_dump(tree, kind.syntax), "what is written"), moved
+    return open_document(_dump(tree, new["syntax"]), "what is written"), moved
 
 
 def _dump(tree: dict[Path, Any], syntax: str) -> str:

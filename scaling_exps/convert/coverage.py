@@ -12,19 +12,21 @@ from scaling_exps.convert.documents import Document, Odd, Path, dotted, is_numbe
 from scaling_exps.convert.layout import Layout
 
 
+def _any(name: str) -> str:
+    return f"({'|'.join(words('patterns', name))})"
+
+
 def _words(name: str, rest: str = "") -> re.Pattern[str]:
     """A pattern of keys that hold one of the words, between underscores."""
-    return re.compile(rf"(^|_)({'|'.join(sorted(words('patterns', name)))})(_|$){rest}", re.I)
+    return re.compile(rf"(^|_){_any(name)}(_|$){rest}", re.I)
 
 
 _COUNTED = _words("devices")
 _BATCH = _words("batch", "|batch_?size|parallel(ism)?_(size|degree)")
 _EVALUATION = _words("evaluation")
 _CLOCK = _words("clock", "|_lr|lr_|learning_rate")
-_HARMLESS = re.compile(
-    f"({'|'.join(words('patterns', 'harmless'))})$|({'|'.join(words('patterns', 'harmless_start'))})", re.I
-)
-_COUPLED = re.compile("|".join(words("patterns", "coupled")), re.I)
+_HARMLESS = re.compile(f"{_any('harmless')}$|{_any('harmless_start')}", re.I)
+_COUPLED = re.compile(_any("coupled"), re.I)
 _PLACEMENT = words("harmless", "placement")  # where and how, not what
 _FILES = ("config", "config_file", "config_path", "config_name", "cfg", "deepspeed_config", "deepspeed")
 
@@ -111,7 +113,7 @@ def _batch(last: str, value: Any) -> bool:
 def coupled(doc: Document) -> str | None:
     """The first word of the file that names a loss or a layer in which the examples of a batch meet."""
     for path, value in doc.values.items():
-        for word in (str(path[-1]), value if isinstance(value, str) else ""):
-            if _COUPLED.search(word) and not inactive(value) and len(word) < 80:
-                return f"{dotted(path)}={str(value)[:40]}"
+        words = (str(path[-1]), value if isinstance(value, str) else "")
+        if not inactive(value) and any(_COUPLED.search(word) and len(word) < 80 for word in words):
+            return f"{dotted(path)}={str(value)[:40]}"
     return None

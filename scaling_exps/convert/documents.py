@@ -23,8 +23,6 @@ LIMIT = 64 * 1024  # bytes of a recipe
 LINES = 1_500
 LEAVES = 2_000  # values in one recipe, aliases written out
 DEPTH = 40
-
-
 KEYS: dict[str, Any] = tomllib.loads(File(__file__).with_name("keys.toml").read_text())
 
 
@@ -127,7 +125,7 @@ class Document:
         except RecursionError:
             raise RuleError(f"{where} is nested too deep; no recipe is") from None
         if not self.values:
-            raise RuleError(f"{where}: the top level must be keys and values, as in `lr: 0.001`; there are none")
+            raise self.error("keys and values must be there, as in `lr: 0.001` or `--lr 0.001`; there are none")
 
     def parse(self) -> None:
         raise NotImplementedError
@@ -284,12 +282,8 @@ def open_document(text: str, where: str) -> Document:
     keyed = any_line(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)")
     flagged = any_line(r".*?(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
     named_yaml = ending in (".yaml", ".yml")
-    if text.lstrip("\ufeff \t\r\n")[:1] == "{" and not (named_yaml and keyed):
-        try:
-            return Json(text, where)
-        except RuleError:
-            if not named_yaml:
-                raise
+    if text.lstrip("\ufeff \t\r\n")[:1] == "{" and not named_yaml:
+        return Json(text, where)
     if not named_yaml and not keyed and any_line(r"\s*\[[\w.\s-]+\]\s*(#.*)?$"):
         return Toml(text, where)
     if flagged or keyed or named_yaml:

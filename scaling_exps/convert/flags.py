@@ -47,8 +47,6 @@ class Flags(Document):
             elif isinstance(value, str) and re.match(r"\[.*\]$", value):
                 value = [number(x.strip()) for x in value[1:-1].split(",")]
             self.leaf(path, value, span)
-        if not self.values:
-            raise self.error("no flags are there: expected something like `--opt adamw --lr 1e-3 --batch-size 128`")
 
     def _scan(self, text: str, base: int) -> None:
         self._groups += 1

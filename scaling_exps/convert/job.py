@@ -77,7 +77,7 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     except RuleError as e:
         raise error(str(e)) from None
     steps, epochs, warmup = map(layout.number, (layout.steps, layout.epochs, layout.warmup))
-    steps = steps if steps is not None and steps > 0 else None
+    steps, epochs = (v if v and v > 0 else None for v in (steps, epochs))
     samples = any(layout.doc.get(key) for key in ("train_samples", "train_tokens"))
     if layout.needs_length and steps is None and epochs is None and not samples:
         raise error(f"a schedule in steps is there without its length: set {layout.needs_length}")
@@ -250,10 +250,9 @@ class Edit:
 
     def named(self, fields: dict[str, Slot]) -> dict[str, Any]:
         """The moved hyperparameters by the names of a layout's fields."""
-        h = self.hyper
-        values: dict[str, Any] = {"lr": h.lr, "eps": h.eps, "weight_decay": h.weight_decay, "betas": list(h.betas)}
-        values |= dict(zip(("beta1", "beta2") if len(h.betas) == 2 else ("momentum",), h.betas, strict=True))
-        values |= {"alpha": h.betas[-1]}
+        betas = list(self.hyper.betas)
+        values = {**vars(self.hyper), "betas": betas}
+        values |= {"beta1": betas[0], "momentum": betas[0], "beta2": betas[-1], "alpha": betas[-1]}
         return {n: values[n] for n in fields}
 
 

@@ -7,7 +7,6 @@ import math
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
-from types import MappingProxyType
 from typing import Any
 
 from scaling_exps.convert import optimizers
@@ -166,7 +165,7 @@ def build(
     root: Path = (),
     numbers: Path | None = None,
     decoupled: bool | None = False,
-    rows: Mapping[str, str | Slot] = MappingProxyType({}),
+    rows: Mapping[str, str | Slot] | None = None,
 ) -> Layout:
     """The layout that keys.toml says, with what the file says of devices.
 
@@ -180,7 +179,7 @@ def build(
     Raises:
         RuleError: an optimizer without a rule, or without names for its numbers; a key that stops the conversion.
     """
-    table: dict[str, Any] = {**table_of(form), **rows}
+    table: dict[str, Any] = {**table_of(form), **(rows or {})}
     for key, why in table.get("refused", {}).items():
         if value := doc.get((*root, *path_of(key))):
             raise doc.error(f"{key}={value}: {why}")

@@ -104,10 +104,11 @@ class Python(Document):
         call = self._calls.get(path[:-1])
         if call is None:
             raise self.missing(path)
-        is_call = isinstance(call, ast.Call)
-        members = [*call.args, *(k.value for k in call.keywords)] if isinstance(call, ast.Call) else call.values
+        if isinstance(call, ast.Call):
+            members, key = [*call.args, *(k.value for k in call.keywords)], f"{path[-1]}="
+        else:
+            members, key = call.values, f"{path[-1]!r}: "
         end = max((self._span(e)[1] for e in members), default=self._span(call)[1] - 1)
-        key = f"{path[-1]}=" if is_call else f"{path[-1]!r}: "
         return end, f"{', ' if members else ''}{key}{self.literal(value)}"
 
 

@@ -10,7 +10,6 @@ import re
 from typing import Any
 
 from scaling_exps.convert.documents import LEAVES, Document, Odd, Path, dotted, library, number, one_line, spell
-from scaling_exps.rules import RuleError
 
 _CORE = "tag:yaml.org,2002:"
 _TAGS = {_CORE + t for t in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
@@ -21,20 +20,16 @@ class Yaml(Document):
     syntax = "yaml"
     _quote = ""  # around a new key
 
-    def parse(self) -> None:
-        self._compose(self.text)
-
-    def _compose(self, text: str) -> None:
+    def parse(self, text: str = "") -> None:
         ruamel = library("ruamel.yaml")
         try:
-            root = ruamel.YAML(typ="safe", pure=True).compose(text)
+            root = ruamel.YAML(typ="safe", pure=True).compose(text or self.text)
         except (ruamel.error.YAMLError, ValueError, AttributeError) as e:  # the last two: impossible escapes
-            raise RuleError(f"{self.where} cannot be read as YAML: {one_line(e)}") from None
-        if root is None or root.id != "mapping":
-            raise self.error("the top level must be keys and values, as in `lr: 0.001`")
+            raise self.error(f"it cannot be read as YAML: {one_line(e)}") from None
         self._maps: dict[Path, Any] = {}
         self._visits = 0
-        self._walk(root, (), ())
+        if root is not None and root.id == "mapping":
+            self._walk(root, (), ())
 
     def _walk(self, node: Any, path: Path, above: tuple[int, ...], colon: int = 0) -> None:
         if id(node) in above:
@@ -131,14 +126,12 @@ class Json(Yaml):
     syntax = "json"
     _quote = '"'
 
-    def parse(self) -> None:
+    def parse(self, text: str = "") -> None:
         try:
-            tree = json.loads(self.text.removeprefix("\ufeff"))
+            json.loads(self.text.removeprefix("\ufeff"))
         except ValueError as e:  # its own errors, and more digits than Python will read
-            raise RuleError(f"{self.where} cannot be read as JSON: {e}") from None
-        if not isinstance(tree, dict):
-            raise self.error('the top level must be keys and values, as in {"lr": 0.001}')
-        self._compose(self.text.replace("\t", " "))  # YAML wants no tabs; no string of JSON holds one
+            raise self.error(f"it cannot be read as JSON: {e}") from None
+        super().parse(self.text.replace("\t", " "))  # YAML wants no tabs; no string of JSON holds one
 
 
 def _span(node: Any) -> tuple[int, int]:

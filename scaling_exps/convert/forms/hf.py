@@ -15,8 +15,6 @@ from scaling_exps.convert.layout import Layout, build, unpack
 
 
 def hf(doc: Document, form: str = "hf") -> Layout:
-    if doc.get("adafactor"):
-        raise doc.error(f"adafactor=True: {optimizers.REFUSED['adafactor']}")
     text = doc.get("lr_scheduler_kwargs")
     if isinstance(text, str) and re.search(r"lr|steps|timescale|T_", text):
         raise doc.error(f"lr_scheduler_kwargs={text!r} is text; write its keys out in YAML, so that they can be read")
