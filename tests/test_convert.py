@@ -493,6 +493,9 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
          "one place in the file"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
+        (HF.replace("adamw_torch", "muon"), {}, "Muon hands part of the parameters"),
+        (AXOLOTL + "dp_shard_size: 4\n", {"devices": None, "new_devices": 8}, "names its data-parallel degrees"),
+        (ACCELERATE.replace("--use_8bit_adam", "--optimizer lion"), {"devices": None}, "no known names"),
         (HF, {"source": "keras"}, "unknown form"),
         (HF, {"batch": 0}, "batch=0"),
     ],
@@ -539,6 +542,15 @@ def test_into_every_other_form(target: str) -> None:
     assert (again.base.hyper, again.base.batch) == (done.scaled.hyper, 512)
     if target in ("plain", "lightning", "torchtitan"):
         assert again.base.steps == 1250
+
+
+def test_a_new_file_counts_by_the_degree_of_the_old() -> None:
+    """8 devices of which 2 share a replica are 4 data-parallel, also for a form without such degrees."""
+    done = convert(MEGATRON, "megatron", "hf", batch=2048)
+    assert values(done.text)["gradient_accumulation_steps"] == 2048 // (4 * 4)
+    assert "the new file is meant for 4 data-parallel" in done.notes
+    text, partner = AXOLOTL, ('{"train_micro_batch_size_per_gpu": 2, "fp16": {"enabled": true}}', "ds.json")
+    assert convert(text, batch=128, devices=4, partners=[partner]).base.batch == 64
 
 
 # --- hostile files: a refusal within two seconds, nothing written, no traceback ---
