@@ -18,7 +18,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from scaling_exps.convert import Conversion, convert, main, optimizers, report
-from scaling_exps.convert.documents import Odd, number, open_document, spell
+from scaling_exps.convert.documents import KEYS, Odd, number, open_document, spell
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
 
@@ -475,7 +475,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
         (HF, {"partners": [(DEEPSPEED, "ds.json")]},
-         "ds.json decides itself what has to change .*warmup_num_steps=100"),
+         "ds.json: decides itself what has to change .*warmup_num_steps=100"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
@@ -489,10 +489,13 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
          {}, "config_file=.*the values in that file count too"),
         ("trainer: {devices: 1}\ndata: {batch_size: 32}\nmodel: {opt: [Adam, {lr: 1}], opt2: [SGD, {lr: 1}]}\n",
          {"devices": None}, "builds 2 optimizers"),
-        (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr multiplies"),
+        (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr=True: it multiplies"),
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
          "one place in the file"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
+        (HF.replace("adamw_torch", "muon"), {}, "Muon hands part of the parameters"),
+        (AXOLOTL + "dp_shard_size: 4\n", {"devices": None, "new_devices": 8}, "names its data-parallel degrees"),
+        (ACCELERATE.replace("--use_8bit_adam", "--optimizer lion"), {"devices": None}, "no known names"),
         (HF, {"source": "keras"}, "unknown form"),
         (HF, {"batch": 0}, "batch=0"),
     ],
@@ -531,7 +534,7 @@ def test_names_of_optimizers() -> None:
             optimizers.find(name, "optim")
 
 
-@pytest.mark.parametrize("target", [n for n, f in FORMS.items() if f.syntax])
+@pytest.mark.parametrize("target", [n for n in FORMS if "new" in KEYS[n]])
 def test_into_every_other_form(target: str) -> None:
     """One recipe, six languages: each is read back as the same batch and hyperparameters."""
     done = convert(HF, "hf", target, batch=512, devices=1)
@@ -539,6 +542,15 @@ def test_into_every_other_form(target: str) -> None:
     assert (again.base.hyper, again.base.batch) == (done.scaled.hyper, 512)
     if target in ("plain", "lightning", "torchtitan"):
         assert again.base.steps == 1250
+
+
+def test_a_new_file_counts_by_the_degree_of_the_old() -> None:
+    """8 devices of which 2 share a replica are 4 data-parallel, also for a form without such degrees."""
+    done = convert(MEGATRON, "megatron", "hf", batch=2048)
+    assert values(done.text)["gradient_accumulation_steps"] == 2048 // (4 * 4)
+    assert "the new file is meant for 4 data-parallel" in done.notes
+    text, partner = AXOLOTL, ('{"train_micro_batch_size_per_gpu": 2, "fp16": {"enabled": true}}', "ds.json")
+    assert convert(text, batch=128, devices=4, partners=[partner]).base.batch == 64
 
 
 # --- hostile files: a refusal within two seconds, nothing written, no traceback ---
@@ -551,7 +563,7 @@ _MERGES = "a: &m0 {x: 1}\n" + "".join(f"b{i}: &m{i + 1}\n  <<: [{', '.join([f'*m
 HOSTILE = {
     "alias.yaml": ("a: &a\n  b: *a\n" + BASE, "holds itself"),
     "twice.yaml": (BASE + "learning_rate: 2e-4\n", "stands there twice"),
-    "twice.json": ('{"train_batch_size": 1, "train_batch_size": 2}', "stands twice"),
+    "twice.json": ('{"train_batch_size": 1, "train_batch_size": 2}', "stands there twice"),
     "date.yaml": (BASE.replace("1e-4", "2020-01-01"), "the date"),
     "date.toml": ("[optimizer]\nlr = 1979-05-27\n[training]\nlocal_batch_size = 8\nsteps = 10\n", "a date"),
     "tag.yaml": (BASE.replace("1e-4", "!!python/object/apply:os.system ['ls']"), "tag"),
@@ -564,6 +576,9 @@ HOSTILE = {
     "octal.yaml": (BASE.replace("8", "010"), "octal"),
     "maps.yaml": (_MAPS + BASE, "more than"),
     "merges.yaml": (_MERGES + BASE, "merge keys"),
+    "hollow.yaml": (_MAPS.replace("{x: 1, y: 2}", "{}") + BASE, "more than"),
+    "merge.yaml": ("<<: word\n" + BASE, "must name a mapping"),
+    "steps.yaml": (BASE.replace("100", "[1, 2]"), "is a list"),
     "deep.yaml": ("a: " + "[" * 5000, "nested"),
     "deep.json": ('{"a":' * 9000, "nested"),
     "deep.toml": ("a = " + "[" * 9000, "nested"),

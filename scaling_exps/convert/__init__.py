@@ -2,11 +2,10 @@
 
     scalerun convert in.yaml --batch 8192 --devices 8
 
-The file is edited in place of its values: what the rule does not move stays as it was, to the byte. A recipe is
-converted only where every key that could decide the optimizer, the batch, a rate, a clock or an average is understood
-or named in the report: what could change the batch or the optimizer and is not understood is refused. The
-recipe goes to standard output (or -o FILE), the report to standard error; its first line says how the base batch came
-about.
+Only values that the rule moves change; the rest of the file stays, to the byte. Every key that could decide the
+optimizer, the batch, a rate, a clock or an average is understood or named in the report; one that could change the
+batch or the optimizer and is not understood is refused. The recipe goes to standard output, the report to standard
+error.
 """
 
 from __future__ import annotations
@@ -17,12 +16,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path as File
 
-from scaling_exps.convert.anew import anew, new_document
+from scaling_exps.convert.anew import anew
+from scaling_exps.convert.coverage import Coverage, coupled, coverage
 from scaling_exps.convert.documents import Document, open_document, read_file
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Clip, Edit, Recipe, read, sentence
-from scaling_exps.convert.layout import Coverage, Layout, coupled, coverage
+from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find
 
 
@@ -82,175 +82,94 @@ def convert(
         if value is not None and not 1 <= value <= 10**12:
             raise RuleError(f"{name}={value} must be a whole number from 1 to 10^12")
     doc = open_document(text, where)
-    guessed = source is None
+    doc.guessed = source is None
     source = source or guess(doc)
-    doc.guessed = guessed
     layout = _layout(doc, source, partners)
-    refuse_unknown(layout, keep)
+    coverage(layout, keep)
     base = read(layout, devices)
-    optimizer = OPTIMIZERS[layout.optimizer]
-    chosen = find(
-        rule or optimizer.match or optimizer.default("best"),
-        optimizer.family,
-        l2=not optimizer.decoupled and base.hyper.weight_decay > 0,
-    )
+    optimizer, family = OPTIMIZERS[layout.optimizer], OPTIMIZERS[layout.optimizer].family
+    l2 = not optimizer.decoupled and base.hyper.weight_decay > 0
+    chosen = find(rule or optimizer.match or optimizer.default("best"), family, l2=l2)
     move = Move(base.batch, batch, duration, noise_scale, beta_map)
     try:
         edit = Edit(layout, base, move, chosen, clip)
     except RuleError as e:
         raise RuleError(str(e).replace("beta_map=power", "beta_map=power (here: --beta-map power)")) from None
-    if target in (None, source):
-        target = source
-        if move.kappa == move.duration == 1 and new_devices in (None, devices):
-            out, scaled = text, base
-        else:
-            scaled = edit.in_place(new_devices)
-            out = layout.doc.render()
-    else:
-        out, scaled = anew(edit, target, new_devices)
-    if out != text:
-        written = doc.after if target == source and doc.after else new_document(out, FORMS[target].syntax)
-        _check(written, target, scaled, partners, devices if new_devices is None else new_devices)
-    goal = chosen.goals[optimizer.family]
+    out, scaled = text, base
+    if target not in (None, source):
+        written, scaled = anew(edit, target, new_devices)
+        out = written.text
+        _check(written, target, scaled, (), scaled.parallel)
+    elif not move.kappa == move.duration == 1 or new_devices not in (None, devices):
+        scaled = edit.in_place(new_devices)
+        out = doc.render()
+        _check(doc.after or doc, source, scaled, partners, new_devices or devices)
     formulas = chosen.formulas()
     notes = [
-        *([f"form {source}, by its keys; --from says otherwise"] if guessed else []),
-        chosen.answers(optimizer.family),
-        f"beside the clocks, which keep their samples, the rule moves: lr {formulas['lr']}; betas "
-        f"{formulas['betas']}; "
-        f"eps {formulas['eps']}; weight decay {formulas['weight_decay']}",
+        f"form {source}, by its keys; --from says otherwise" if doc.guessed else "",
+        chosen.answers(family),
+        "beside the clocks, which keep their samples, the rule moves: "
+        + "; ".join(f"{key.replace('_', ' ')} {formulas[key]}" for key in ("lr", "betas", "eps", "weight_decay")),
         f"rule {chosen.name} leaves alone: {chosen.leaves_alone}",
         *doc.notes,
         *layout.notes,
         *edit.notes,
     ]
-    if goal != "match":
-        notes.append(
-            f"no rule is known that makes {layout.optimizer} at another batch the same run; this one answers "
-            f"goal={goal}"
-        )
-    if target != source:
-        notes.append(f"{target} cannot express: {FORMS[target].cannot}")
+    if (goal := chosen.goals[family]) != "match":
+        notes.append(f"no rule makes {layout.optimizer} at another batch the same run; this one answers goal={goal}")
     if duration != 1 and not chosen.moves_duration:
         notes.append(f"rule {chosen.name} does not know of a changed duration; `completed` and `adamw_timescale` do")
     if (word := coupled(doc)) is not None:
         notes.append(
             f"warning: {word}: where the loss or the network joins the examples of a batch (contrastive losses, "
-            "in-batch "
-            "negatives, BatchNorm), another batch is another problem, and no rule for the optimizer makes the runs "
-            "equal"
+            "in-batch negatives, BatchNorm), another batch is another problem, and no rule makes the runs equal"
         )
-    return Conversion(
-        out,
-        sentence(layout, base),
-        source,
-        base,
-        scaled,
-        chosen,
-        tuple(edit.changes),
-        tuple(notes),
-        coverage(layout, keep),
-    )
+    said = sentence(layout, base), source, base, scaled, chosen, tuple(edit.changes), tuple(filter(None, notes))
+    return Conversion(out, *said, coverage(layout, keep))
 
 
 def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> Layout:
     doc.partners = tuple(name for _, name in partners)
-    layout = FORMS[form].read(doc)
+    layout = FORMS[form](doc)
     doc.near = layout.fields["lr"][0]
+    if partners and form not in ("hf", "axolotl", "accelerate"):
+        raise doc.error(f"--with goes with a Trainer's file (hf, axolotl, accelerate); this one is of the form {form}")
     for text, name in partners:
-        if form not in ("hf", "axolotl", "accelerate"):
-            raise RuleError(
-                f"--with {name}: {doc.where} is of the form {form}; partners go with a Trainer's file (hf, axolotl, "
-                "accelerate)"
-            )
         pair(layout, open_document(text, name))
-    slots = (
-        *layout.fields.values(),
-        layout.micro,
-        layout.accumulation,
-        layout.whole,
-        layout.devices,
-        layout.steps,
-        layout.epochs,
-        layout.warmup,
-        layout.clip,
-        layout.group,
-    )
-    for slot in slots:
-        if slot is not None:
-            layout.get(slot[0])
-    for path, _, _ in layout.laws:
-        layout.get(path)
     return layout
 
 
-def refuse_unknown(layout: Layout, keep: Sequence[str]) -> None:
-    if refused := coverage(layout, keep).refused:
-        raise RuleError(
-            f"{layout.doc.where}: not understood as {layout.form}, and one wrong number in silence would cost more: "
-            f"{'; '.join(refused)}. Where such a key decides neither the batch nor the optimizer, say so with --keep "
-            "KEY"
-        )
-
-
-def _check(
-    doc: Document, target: str, scaled: Recipe, partners: Sequence[tuple[str, str]], devices: int | None
-) -> None:
-    """Read what was written: it must hold what was meant. A difference is a bug of ours."""
-    layout = _layout(doc, target, partners)
+def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[str, str]], devices: int | None) -> None:
+    """Read what was written: it must hold what was meant."""
+    layout = _layout(doc, form, partners)
     again = read(layout, devices if layout.parallel is None else None)
-    assert (again.batch, again.hyper) == (scaled.batch, scaled.hyper), (again, scaled)
+    if (again.batch, again.hyper) != (scaled.batch, scaled.hyper):
+        raise doc.error(f"the new file would be read as {again} instead of {scaled}; it is not written")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        prog="scalerun convert", description="Move a recipe of this or another trainer to another batch size."
+        prog="scalerun convert",
+        description="Move a recipe of this or another trainer to another batch size.",
+        argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
-    add("file", help="the base recipe; - is standard input")
+    add("where", metavar="file", help="the base recipe; - is standard input")
     add("--from", dest="source", choices=list(FORMS), help="its form (default: the one that its keys say)")
     add("--to", dest="target", choices=list(FORMS), help="write a new file of another form (default: edit this one)")
     add("--batch", type=int, required=True, help="new global batch, in examples")
-    add(
-        "--with",
-        dest="partners",
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="a file that belongs to it: DeepSpeed's, accelerate's",
-    )
+    add("--with", dest="partners", action="append", metavar="FILE", help="DeepSpeed's or accelerate's file beside it")
     add("--rule", help="default: the optimizer's own, see docs/rules.md")
-    add(
-        "--devices",
-        type=int,
-        help="all devices of the base run, where the file does not say; tensor, pipeline, context and "
-        "expert degrees that it names are divided out",
-    )
+    shared = "tensor, pipeline, context and expert degrees that it names are divided out"
+    add("--devices", type=int, help=f"all devices of the base run, where the file does not say; {shared}")
     add("--new-devices", type=int, help="those of the new run (default: as many)")
-    add("--duration", type=float, default=1.0, help="new budget / base budget in samples (default 1)")
+    add("--duration", type=float, help="new budget / base budget in samples (default 1)")
     add("--noise-scale", type=float, help="measured gradient-noise scale, in examples")
-    add(
-        "--beta-map",
-        choices=["linear", "power"],
-        default="linear",
-        help="linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is "
-        "10 for β1 = 0.9, is refused; power: β -> β^κ, for every κ (beta_map=power elsewhere; default linear)",
-    )
-    add(
-        "--clip",
-        choices=["keep", "rule"],
-        default="keep",
-        help="the clipping threshold c: keep it, or move it to c/√κ, which keeps "
-        "the share of clipped steps where noise dominates (one MLPerf benchmark prescribes exactly this; default "
-        "keep)",
-    )
-    add(
-        "--keep",
-        action="append",
-        default=[],
-        metavar="KEY",
-        help="a key that decides neither the batch nor the optimizer, by your word",
-    )
+    linear = "linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is 10 for β1 = 0.9, is refused (default)"
+    add("--beta-map", choices=["linear", "power"], help=f"{linear}; power: β -> β^κ, for every κ (beta_map=power)")
+    share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
+    add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
+    add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--output", help="file to write (default: standard output)")
     return parser
 
@@ -258,51 +177,37 @@ def _parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """`scalerun convert`: 0; or 2, one message and nothing written, where the recipe or the request is at fault."""
     try:
-        a = _parser().parse_args(argv)
+        options = vars(_parser().parse_args(argv))
     except SystemExit as e:
         return int(e.code or 0)
+    output, where = options.pop("output", None), options["where"]
     try:
-        done = convert(
-            read_file(a.file),
-            a.source,
-            a.target,
-            batch=a.batch,
-            rule=a.rule,
-            devices=a.devices,
-            new_devices=a.new_devices,
-            duration=a.duration,
-            noise_scale=a.noise_scale,
-            beta_map=a.beta_map,
-            clip=a.clip,
-            keep=a.keep,
-            partners=[(read_file(p), p) for p in a.partners],
-            where=a.file,
-        )
-        if a.output:
-            File(a.output).write_bytes(done.text.encode())
+        options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
+        done = convert(read_file(where), **options)
+        if output:
+            File(output).write_bytes(done.text.encode())
         else:
             sys.stdout.write(done.text)
     except (RuleError, OSError) as e:
         print(f"scalerun convert: {e}", file=sys.stderr)
         return 2
-    print(*report(done, a.file), sep="\n", file=sys.stderr)
+    print(*report(done, where), sep="\n", file=sys.stderr)
     return 0
 
 
 def report(done: Conversion, name: str) -> list[str]:
     """What was done, line by line; the first says how the base batch came about."""
-    move, known = Move(done.base.batch, done.scaled.batch), done.coverage
-    lines = [
+    base, new, known = done.base.batch, done.scaled.batch, done.coverage
+    named = {
+        "understood, and kept": known.kept,
+        "not looked at, and by its name a rate, a clock or an average: yours to check": known.clocks,
+        "not looked at": known.rest,
+    }
+    return [
         done.sentence,
-        f"{name}: batch {done.base.batch} -> {done.scaled.batch}, κ = {move.kappa:g}, rule {done.rule.name}",
+        f"{name}: batch {base} -> {new}, κ = {new / base:g}, rule {done.rule.name}",
         *(f"  {c}" for c in done.changes),
         *(f"note: {n}" for n in done.notes),
+        *(f"{words}: {', '.join(keys)}" for words, keys in named.items() if keys),
+        *([f"{known.harmless} key(s) known to be harmless"] if known.harmless else []),
     ]
-    for words, keys in (
-        ("understood, and kept", known.kept),
-        ("not looked at, and by its name a rate, a clock or an average: yours to check", known.clocks),
-        ("not looked at", known.rest),
-    ):
-        if keys:
-            lines.append(f"{words}: {', '.join(keys)}")
-    return [*lines, f"{known.harmless} key(s) known to be harmless"] if known.harmless else lines

@@ -5,76 +5,61 @@ from __future__ import annotations
 import json
 from typing import Any
 
-from scaling_exps.convert.documents import Document, Json, Path, Toml, dotted, spell
+from scaling_exps.convert.documents import KEYS, Document, Path, dotted, library, open_document, path_of, spell
 from scaling_exps.convert.forms import FORMS
-from scaling_exps.convert.job import Edit, Recipe, whole
-from scaling_exps.convert.yaml import Yaml
+from scaling_exps.convert.job import Edit, Recipe
+from scaling_exps.convert.layout import slot_of
 from scaling_exps.rules import RuleError
 
 
-def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[str, Recipe]:
+def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Recipe]:
     """The moved recipe in another trainer's words; what it has no words for is noted."""
-    form, base, source = FORMS[target], edit.base, edit.layout
-    if base.optimizer not in form.optimizers:
-        raise RuleError(
-            f"no new {target} file is written for {base.optimizer}; there is: {', '.join(form.optimizers) or 'none'}"
-        )
-    parallel = base.parallel if new_devices is None else new_devices
-    micro, accumulation = edit.split(parallel)
-    batch = int(edit.move.batch)
-    tree: dict[Path, Any] = {form.optimizer_path: form.optimizers[base.optimizer]}
+    base, new = edit.base, KEYS[target].get("new", {"optimizers": {}})
+    if base.optimizer not in new["optimizers"]:
+        allowed = ", ".join(new["optimizers"]) or "none"
+        raise RuleError(f"no new {target} file is written for {base.optimizer}; there is: {allowed}")
+    moved = edit.moved(new_devices)
+    optimizer = path_of(KEYS[target]["optimizer"].partition("=")[0])
+    tree: dict[Path, Any] = {optimizer: new["optimizers"][base.optimizer]}
+    micro = moved.micro or moved.batch // (moved.parallel or 1)
     if target == "lightning":
-        tree["data", "batch_size"] = micro or batch
-    there = form.read(new_document(_dump(tree, form.syntax), form.syntax))
-    packed: list[str] = []
-    for name, value in edit.named(there.fields).items():
-        path = there.fields[name][0]
-        if there.packed and path[:-1] == there.packed:
-            packed.append(f"{path[-1]}={value!r}")
-        else:
-            tree[path] = value
-    if packed:
-        tree[there.packed] = ",".join(packed)
-    for slot, number in (
-        (there.micro, micro or batch // (parallel or 1)),
-        (there.accumulation, accumulation or 1),
-        (there.whole, batch),
-    ):
-        if slot is not None:
-            tree[slot[0]] = number
-    steps = None if base.steps is None else edit.by("count", ("the length",), base.steps)
-    epochs = None if base.epochs is None or base.epochs <= 0 else whole(base.epochs * edit.move.duration)
-    warmup, place, called = base.warmup, there.warmup and there.warmup[0], "the warm-up in steps"
-    if warmup is not None and warmup >= 1:
-        warmup = edit.by("count", ("the warm-up",), warmup)
-    elif warmup:
-        place, called = (place, called) if steps else (None, "the warm-up as a share of the run")
-        warmup = max(1, round(warmup * steps)) if steps and target != "hf" else warmup
-        place = ("warmup_ratio",) if target == "hf" else place
-    for called_, value, key in (
-        ("the length in epochs", epochs, there.epochs and there.epochs[0]),
-        ("the length in steps", steps, there.steps and there.steps[0]),
+        tree["data", "batch_size"] = micro
+    there = FORMS[target](open_document(_dump(tree, new["syntax"]), "what is written"))
+    named = {there.fields[name][0]: value for name, value in edit.named(there.fields).items()}
+    if there.packed:
+        packed = {p[-1]: named.pop(p) for p in list(named) if p[:-1] == there.packed}
+        named[there.packed] = ",".join(f"{k}={v!r}" for k, v in packed.items())
+    tree |= named
+    accumulation = (moved.micro and moved.accumulation) or 1
+    sizes = ((there.micro, micro), (there.accumulation, accumulation), (there.whole, moved.batch))
+    tree |= {slot[0]: number for slot, number in sizes if slot}
+    warmup, place, called = moved.warmup, there.warmup, "the warm-up in steps"
+    if warmup and warmup < 1 and target == "hf":
+        place = slot_of(there.doc, "warmup_ratio")
+    elif warmup and warmup < 1 and moved.steps:
+        warmup = max(1, round(warmup * moved.steps))
+    elif warmup and warmup < 1:
+        place, called = None, "the warm-up as a share of the run"
+    for name, value, slot in (
+        ("the length in epochs", moved.epochs, there.epochs),
+        ("the length in steps", moved.steps, there.steps),
         (called, warmup or None, place),
     ):
-        if value is not None and key:
-            tree[key] = value
+        if value is not None and slot:
+            tree[slot[0]] = value
         elif value is not None:
-            edit.notes.append(f"{called_}, {value}, has no place in {target}")
-    for path, default, law in source.laws:
-        value = edit.by(law, path, source.number((path, default)))
+            edit.notes.append(f"{name}, {value}, has no place in {target}")
+    for path, default, law in edit.layout.laws:
+        value = edit.by(law, path, edit.layout.number((path, default), many=True))
         if law == "ema" and target in ("plain", "timm"):
             tree |= {("ema",): value} if target == "plain" else {("model_ema",): True, ("model_ema_decay",): value}
         else:
             edit.notes.append(f"{dotted(path)}, {value} after the move, has no place in a new {target} file")
+    if there.whole is None and moved.parallel:
+        edit.notes.append(f"the new file is meant for {moved.parallel} data-parallel")
+    edit.notes.append(f"{target} cannot express: {new['cannot']}")
     edit.changes = [f"{dotted(p)}: {v}" for p, v in tree.items()]
-    return _dump(tree, form.syntax), Recipe(
-        base.optimizer, batch, micro, accumulation, parallel, edit.hyper, epochs, steps, warmup
-    )
-
-
-def new_document(text: str, syntax: str) -> Document:
-    kinds: dict[str, type[Document]] = {"yaml": Yaml, "toml": Toml, "json": Json}
-    return kinds[syntax](text, "what is written")
+    return open_document(_dump(tree, new["syntax"]), "what is written"), moved
 
 
 def _dump(tree: dict[Path, Any], syntax: str) -> str:
@@ -85,19 +70,14 @@ def _dump(tree: dict[Path, Any], syntax: str) -> str:
             at = at.setdefault(key, {})
         at[path[-1]] = value
 
-    def say(value: Any) -> str:
-        return json.dumps(value) if isinstance(value, str) else spell(value)
-
     def yaml(part: dict[Any, Any], indent: str) -> str:
         return "".join(
-            f"{indent}{k}:\n{yaml(v, indent + '  ')}" if isinstance(v, dict) else f"{indent}{k}: {say(v)}\n"
+            f"{indent}{k}:\n{yaml(v, indent + '  ')}"
+            if isinstance(v, dict)
+            else f"{indent}{k}: {json.dumps(v) if isinstance(v, str) else spell(v)}\n"
             for k, v in part.items()
         )
 
-    if syntax == "json":
-        return json.dumps(nested, indent=2) + "\n"
-    if syntax == "yaml":
-        return yaml(nested, "")
-    return "\n".join(
-        f"[{s}]\n" + "".join(f"{k} = {say(v)}\n" for k, v in values.items()) for s, values in nested.items()
-    )
+    if syntax == "toml":
+        return str(library("tomlkit").dumps(nested))
+    return yaml(nested, "") if syntax == "yaml" else json.dumps(nested, indent=2) + "\n"

@@ -1,25 +1,28 @@
-"""One recipe as a form reads it: where its numbers are, how each goes with the batch, which keys nobody looked at."""
+"""One recipe as a form reads it: where its numbers are, and how each goes with the batch."""
 
 from __future__ import annotations
 
+import json
 import math
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document, Odd, Path, as_path, dotted, number, words
-from scaling_exps.rules import RuleError
+from scaling_exps.convert.documents import KEYS, Document, Odd, Path, dotted, is_number, number, path_of, words
+from scaling_exps.rules import OPTIMIZERS, RuleError
 
-Slot = tuple[Path, Any]  # a key, and its default where it is not in the file
+Slot = tuple[Path, Any]  # a key, and its default where it is not in the file; () is a number without a key
 
 # How a number beside the optimizer's goes with the batch, at κ and duration δ:
 #   rate      as lr goes                          count    steps: δ/κ, rounded
 #   samples   epochs, samples, tokens: δ          batch    examples in a step: κ, whole
 #   ema       decay a step: the rule's ema        beta     as beta1 goes
-#   per_step  a clock that ticks once a step: κ
-LAWS = ("rate", "count", "samples", "batch", "ema", "beta", "per_step")
+#   per_step  a clock that ticks once a step: κ   ramp     [batch, batch, samples]
+#   kept      stays
+LAWS = ("rate", "count", "samples", "batch", "ema", "beta", "per_step", "ramp", "kept")
+_SLOTS = ("micro", "accumulation", "whole", "steps", "epochs", "warmup", "clip", "group")
 
 
 @dataclass
@@ -28,12 +31,15 @@ class Layout:
     form: str
     optimizer: str  # row of rules.OPTIMIZERS
     fields: dict[str, Slot]  # lr, betas | beta1, beta2 | momentum | alpha, eps, weight_decay
+    notes: list[str]
     micro: Slot | None = None  # examples a device a micro-batch
     accumulation: Slot | None = None
     whole: Slot | None = None  # the global batch itself
+    together: bool = False  # accumulation counts that of all processes
     devices: Slot | None = None  # the key that --new-devices changes
     nodes: int = 1  # by which it is multiplied
     parallel: int | None = None  # data-parallel degree, where the file says it
+    parallel_fixed: bool = False  # it says so by keys that are not written
     parallel_words: str = ""  # how it came about
     model_parallel: int = 1  # devices that hold one replica
     unknown_degree: str = ""  # the key of a parallel degree that is no number
@@ -43,75 +49,76 @@ class Layout:
     warmup: Slot | None = None
     needs_length: str = ""  # keys of which one must be there, because the schedule counts steps
     clip: Slot | None = None
+    group: Slot | None = None  # samples that belong together (GRPO)
     packed: Path = ()  # a string "alpha=0.9,eps=1e-8" that holds some of the fields
     rate_at: Callable[[float], float] | None = None  # the learning rate at a batch, where the file gives none
     harmless: frozenset[str] = frozenset()  # last keys known to decide nothing
     sections: frozenset[str] = frozenset()  # first keys of which the same is known
-    group: Slot | None = None  # samples that belong together (GRPO)
-    notes: list[str] = field(default_factory=list)
 
     def get(self, path: Path) -> Any:
         if self.packed and path[:-1] == self.packed:
             return unpack(self.doc, self.packed).get(str(path[-1]))
         return self.doc.get(path)
 
-    def put(self, path: Path, value: Any) -> Path:
-        """Set it; return the key that changes."""
+    def put(self, path: Path, value: Any) -> None:
         if self.packed and path[:-1] == self.packed:
             held = {**unpack(self.doc, self.packed), str(path[-1]): value}
-            self.doc.set(
-                self.packed, ",".join(f"{k}={v!r}" if isinstance(v, float) else f"{k}={v}" for k, v in held.items())
-            )
-            return self.packed
+            path, value = self.packed, ",".join(f"{k}={v}" for k, v in held.items())
         self.doc.set(path, value)
-        return path
 
-    def number(self, slot: Slot | None) -> Any:
-        """The number there, its default, or None.
+    def number(self, slot: Slot | None, many: bool = False) -> Any:
+        """The number there (or a list of `many`), its default, or None.
 
         Raises:
             RuleError: something else is there.
         """
-        if slot is None:
-            return None
-        if not slot[0]:  # the trainer has no key for it
-            return slot[1]
-        value = self.get(slot[0])
-        if value is None and not self.packed and self.doc.has(slot[0]) and slot[0] not in self.doc.values:
-            raise RuleError(f"{self.doc.where}: {dotted(slot[0])} holds keys or lists; it must be a number")
-        return slot[1] if value is None else check_number(value, self.doc.where, slot[0])
+        path, default = slot or ((), None)
+        value = self.get(path) if path else None
+        if path and value is None and not self.packed and self.doc.has(path) and path not in self.doc.values:
+            raise self.doc.error(f"{dotted(path)} holds keys or lists; it must be a number")
+        if isinstance(value, list) and not many:
+            raise self.doc.error(f"{dotted(path)} is a list; single numbers are expected")
+        for v in value if isinstance(value, list) else [] if value is None else [value]:
+            check_number(self.doc, path, v)
+        return default if value is None else value
 
     def whole_number(self, slot: Slot | None) -> int | None:
         value = self.number(slot)
-        if value is None or value == -1:
+        if slot is None or value is None or value == -1:
             return None
-        if isinstance(value, list) or value != int(value) or value < 1:
-            raise RuleError(f"{self.doc.where}: {dotted(slot[0])}={value!r} must be a whole number >= 1")  # type: ignore[index]
+        if value != int(value) or value < 1:
+            raise self.doc.error(f"{dotted(slot[0])}={value!r} must be a whole number >= 1")
         return int(value)
 
     def law(self, law: str, *keys: Path | str, default: Any = None) -> None:
         """Each of `keys` that is in the file, or has a default, goes by `law`."""
         assert law in LAWS
-        for key in map(as_path, keys):
-            if self.doc.get(key) is not None or default is not None:
+        for key in map(path_of, keys):
+            if (self.doc.get(key) is not None or default is not None) and law != "kept":
                 self.laws.append((key, default, law))
 
+    def sweep(self, paths: Iterable[Path], laws: Mapping[str, str]) -> list[Path]:
+        """Each of `paths` goes by the law whose pattern its last key fits; return the others."""
+        found = {p: [law for law in LAWS if law in laws and re.fullmatch(laws[law], str(p[-1]))] for p in paths}
+        for path, fit in found.items():
+            if fit:
+                self.law(fit[0], path)
+        return [path for path, fit in found.items() if not fit]
 
-def check_number(value: Any, where: str, path: Path) -> Any:
-    many: list[Any] = value if isinstance(value, list) else [value]
-    for v in many:
-        if isinstance(v, Odd):
-            raise RuleError(f"{where}: {dotted(path)} is {v[:80]}; it must be a number written out")
-        if isinstance(v, bool) or not isinstance(v, int | float):
-            hint = ""
-            if v == "auto":
-                hint = "; set it in this file, or give the trainer's own file and this one as --with"
-            elif isinstance(v, str) and ("$" in v or "{" in v):
-                hint = "; it is filled in later: write the value out"
-            raise RuleError(f"{where}: {dotted(path)}={str(v)[:80]!r} must be a number{hint}")
-        if not math.isfinite(v) or abs(v) > 1e15:
-            raise RuleError(f"{where}: {dotted(path)} is a number of {len(str(int(v)))} digits; that cannot be meant")
-    return value
+    def under(self, *section: str | int) -> list[Path]:
+        return [p for p in self.doc.values if p[: len(section)] == section and len(p) > len(section)]
+
+
+def check_number(doc: Document, path: Path, value: Any) -> None:
+    if isinstance(value, Odd):
+        raise doc.error(f"{dotted(path)} is {value[:80]}; it must be a number written out")
+    if not is_number(value):
+        hint = "; it is filled in later: write the value out" if re.search("[${]", str(value)) else ""
+        if value == "auto":
+            hint = "; set it in this file, or give the trainer's own file and this one as --with"
+        raise doc.error(f"{dotted(path)}={str(value)[:80]!r} must be a number{hint}")
+    if abs(value) > 1e15:
+        raise doc.error(f"{dotted(path)} is a number of {len(str(int(value)))} digits; that cannot be meant")
 
 
 def unpack(doc: Document, path: Path) -> dict[str, Any]:
@@ -119,25 +126,101 @@ def unpack(doc: Document, path: Path) -> dict[str, Any]:
     if text in (None, ""):
         return {}
     if not isinstance(text, str) or not all("=" in part for part in text.split(",")):
-        raise RuleError(f"{doc.where}: {dotted(path)}={text!r} must be name=value,name=value")
+        raise doc.error(f"{dotted(path)}={text!r} must be name=value,name=value")
     return {k.strip(): number(v.strip()) for k, v in (part.split("=", 1) for part in text.split(","))}
 
 
-def at(key: Path | str, default: Any = None) -> Slot:
-    """A key and its default."""
-    return as_path(key), default
-
-
-def one_of(doc: Document, *paths: Path | str) -> Path | None:
-    """The one of several names that the file uses.
+def slot_of(doc: Document, text: str | Slot, root: Path = ()) -> Slot:
+    """The slot "key|another name=default" of keys.toml: the name that the file uses, or the first.
 
     Raises:
         RuleError: it uses two.
     """
-    there = [p for p in map(as_path, paths) if doc.get(p) is not None]
+    if not isinstance(text, str):
+        doc.get(text[0])
+        return text
+    names, _, default = text.partition("=")
+    paths = [(*root, *path_of(name)) for name in names.split("|")] if names else [()]
+    there = [p for p in paths if doc.get(p) is not None]
     if len(there) > 1:
         raise RuleError(f"{doc.where} has {' and '.join(map(dotted, there))}: which one counts? Take the other out")
-    return there[0] if there else None
+    try:
+        return (there or paths)[0], json.loads(default) if default else None
+    except ValueError:
+        return (there or paths)[0], default
+
+
+def table_of(form: str) -> dict[str, Any]:
+    """The rows of a form, with those of the form that it is like."""
+    table: dict[str, Any] = KEYS[form]
+    base = table_of(table["like"]) if "like" in table else {}
+    return {**base, **{k: {**base.get(k, {}), **v} if isinstance(v, dict) else v for k, v in table.items()}}
+
+
+def build(
+    doc: Document,
+    form: str,
+    *,
+    name: str = "",
+    root: Path = (),
+    numbers: Path | None = None,
+    decoupled: bool | None = False,
+    rows: Mapping[str, str | Slot] | None = None,
+) -> Layout:
+    """The layout that keys.toml says, with what the file says of devices.
+
+    Args:
+        name: the optimizer's, where the trainer's own word for it is another.
+        root: the section in which the recipe stands.
+        numbers: the section with the optimizer's numbers, where they have torch's names and defaults.
+        decoupled: as in `optimizers.find`.
+        rows: of the table, in place of its own.
+
+    Raises:
+        RuleError: an optimizer without a rule, or without names for its numbers; a key that stops the conversion.
+    """
+    table: dict[str, Any] = {**table_of(form), **(rows or {})}
+    for key, why in table.get("refused", {}).items():
+        if value := doc.get((*root, *path_of(key))):
+            raise doc.error(f"{key}={value}: {why}")
+    row = "adamw"
+    notes = [note for key, note in table.get("notes", {}).items() if doc.get(slot_of(doc, key, root)[0])]
+    if "optimizer" in table:
+        key, default = slot_of(doc, table["optimizer"], root)
+        given = doc.get(key)
+        if given is None and default is None:
+            raise doc.error(f"no optimizer is named: set {dotted(key)} to one of {', '.join(optimizers.KNOWN)}")
+        row, note = optimizers.find(name or given or default, dotted(key), decoupled)
+        if given is None:
+            notes.append(f"{dotted(key)} is not in the file: {default}, the trainer's default")
+        notes += [note] if note else []
+    if numbers is not None:
+        table |= {n: ((*numbers, n), default) for n, default in KEYS["torch"][row].items()}
+    optimizer = OPTIMIZERS[row]
+    betas = ("betas",) if "betas" in table else ("beta1", "beta2")
+    names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
+    if row == "muon" and form not in ("plain", "lightning"):
+        raise doc.error(f"{optimizers.REFUSED['muon']}")
+    if row not in table.get("only", row).split() or not names <= set(table):
+        raise doc.error(f"{form} has no known names for the numbers of {row}: {', '.join(sorted(names))}")
+    names |= {"eps"} if optimizer.family == "adaptive" else set()
+    fields = {n: slot_of(doc, text, root) for n, text in table.items() if n in names}
+    layout = Layout(doc, form, row, fields, notes, harmless=words("harmless", table.get("harmless", form)))
+    for n in _SLOTS:
+        setattr(layout, n, slot_of(doc, table[n], root) if n in table else None)
+    layout.needs_length, layout.together = table.get("needs_length", ""), table.get("together", False)
+    if layout.group and doc.get(layout.group[0]) is None:
+        layout.group = None
+    for law in LAWS:
+        for text in table.get(law, "").split():
+            key, default = slot_of(doc, text, root)
+            layout.law(law, key, default=default)
+    for section, laws in table.get("under", {}).items():
+        layout.sweep(layout.under(*path_of(section)), laws)
+    counts = [[(*root, *path_of(k)) for k in pair.split("*")] for pair in table.get("devices", "").split()]
+    counts += [[path_of(k) for k in pair.split("*")] for pair in _COUNTS.split()]
+    _spread(layout, counts, table.get("spread_experts", False))
+    return layout
 
 
 # --- devices ---
@@ -146,219 +229,73 @@ _PARALLEL = re.compile(
     r"(tensor|pipeline|context|expert_tensor|expert|sequence|ulysses_sequence|ulysses|ring_attention|tp|pp|cp|ep|sp)"
     r"(_model)?(_parallel(ism)?)?(_size|_degree|_world_size)?$"
 )
-_COUNTS = (  # (processes on a node | in all, nodes)
-    ("nproc_per_node", "nnodes"),
-    ("NPROC_PER_NODE", "NNODES"),
-    ("NGPU", "NNODE"),
-    ("num_gpus", "num_nodes"),
-    ("num_processes", None),
-    ("world_size", None),
-)
+_KINDS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
+_COUNTS = "nproc_per_node*nnodes NPROC_PER_NODE*NNODES NGPU*NNODE num_gpus*num_nodes num_processes world_size"
 
 
-def degrees(doc: Document) -> tuple[dict[str, int], str]:
+def _degrees(doc: Document) -> tuple[dict[str, int], str]:
     """(devices that share one replica, by the kind of parallelism that the file names; the key that does not say)."""
     found: dict[str, int] = {}
     unknown = ""
-    for path, value in list(doc.values.items()):
-        key = str(path[-1])
-        hit = _PARALLEL.match(key)
+    for path, value in doc.values.items():
+        hit = _PARALLEL.match(str(path[-1]))
         if not hit or not (hit[3] or hit[5]) or isinstance(value, bool):
             continue
         doc.get(path)
+        kind = _KINDS.get(hit[1], hit[1])
         if value in (None, 0, -1, 1):
             continue
         if not isinstance(value, int):
             unknown = f"{dotted(path)}={value}"
-            continue
-        kind = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}.get(hit[1], hit[1])
-        if found.setdefault(kind, value) != value:
+        elif found.setdefault(kind, value) != value:
             unknown = f"{dotted(path)}={value}, and elsewhere {found[kind]}"
     return found, unknown
 
 
-def launcher(doc: Document, extra: Iterable[tuple[Path, Path | None]] = ()) -> tuple[int | None, Slot | None, int]:
+def _launcher(doc: Document, counts: Iterable[list[Path]]) -> tuple[int | None, Slot | None, int]:
     """(devices of the run, the key that says so, nodes); None where the file does not say."""
-    pairs = [*extra, *(((a,), (b,) if b else None) for a, b in _COUNTS)]
-    for each, nodes in pairs:
-        count, number_of_nodes = doc.get(each), doc.get(nodes) if nodes else 1
+    for each, *by in counts:
+        count, nodes = doc.get(each), doc.get(by[0]) if by else None
+        nodes = 1 if nodes is None else nodes
         if isinstance(count, list) and each[-1] == "devices":  # Lightning's list of indices
-            return len(count) * int(number_of_nodes or 1), None, 1
-        if isinstance(count, int) and not isinstance(count, bool) and count > 0:
-            if number_of_nodes is None:
-                number_of_nodes = 1
-            if not isinstance(number_of_nodes, int):
-                return None, None, 1
-            return count * number_of_nodes, (each, None), number_of_nodes
+            return len(count) * int(nodes), None, 1
+        if is_number(count) and isinstance(count, int) and count > 0:
+            return (count * nodes, (each, None), nodes) if isinstance(nodes, int) else (None, None, 1)
     return None, None, 1
 
 
-def spread(layout: Layout, extra: Iterable[tuple[Path, Path | None]] = (), ignore: tuple[str, ...] = ()) -> None:
+def _data_parallel(doc: Document) -> int | None:
+    """The data-parallel degree, where keys say it outright."""
+    found: dict[str | None, int] = {}
+    for path in doc.values:
+        if hit := re.match(r"(?:data_parallel|dp)_?(shard|replicate)?_(size|degree|world_size)$", str(path[-1])):
+            value = doc.get(path)
+            if isinstance(value, int) and value > 0:
+                found[hit[1]] = value
+    return found["shard"] * found.get("replicate", 1) if "shard" in found else found.get(None)
+
+
+def _spread(layout: Layout, counts: Iterable[list[Path]], spread_experts: bool) -> None:
     """Fill in the data-parallel degree from launcher counts and parallel degrees in the file."""
-    named, layout.unknown_degree = degrees(layout.doc)
-    parts = {k: v for k, v in named.items() if k not in ignore}
+    doc = layout.doc
+    parts, unknown = _degrees(doc)
+    if spread_experts:  # over data-parallel ranks
+        parts = {k: v for k, v in parts.items() if k not in ("expert", "expert_tensor")}
     layout.model_parallel = math.prod(parts.values())
-    layout.parallel_words = "".join(f" / {kind} {n}" for kind, n in parts.items())
-    total, layout.devices, layout.nodes = launcher(layout.doc, extra)
-    said = data_parallel(layout.doc)
-    if said is not None and total is not None and share(total, layout) != said:
-        raise RuleError(f"{layout.doc.where}: {said} data-parallel, but {total} devices{layout.parallel_words}")
+    words = "".join(f" / {kind} {n}" for kind, n in parts.items())
+    layout.parallel_words, layout.unknown_degree = words, unknown
+    total, layout.devices, layout.nodes = _launcher(doc, counts)
+    said = _data_parallel(doc)
     if said is not None:
-        layout.parallel, layout.parallel_words, layout.unknown_degree = said, "", ""
-    elif total is not None and not layout.unknown_degree:
+        if total is not None and share(total, layout) != said:
+            raise doc.error(f"{said} data-parallel, but {total} devices{words}")
+        layout.parallel, layout.parallel_fixed, layout.parallel_words, layout.unknown_degree = said, True, "", ""
+    elif total is not None and not unknown:
         layout.parallel = share(total, layout)
 
 
-def data_parallel(doc: Document) -> int | None:
-    """The data-parallel degree, where a key says it outright."""
-    for path, value in list(doc.values.items()):
-        if re.match(r"(data_parallel|dp)(_size|_degree|_world_size)$", str(path[-1])) and isinstance(
-            doc.get(path), int
-        ):
-            return int(value) if value > 0 else None
-    return None
-
-
 def share(total: int, layout: Layout) -> int:
-    if total < 1 or total % layout.model_parallel:
-        raise RuleError(
-            f"{layout.doc.where}: {total} devices cannot be shared by replicas of {layout.model_parallel} each "
-            f"({layout.parallel_words.strip(' /')})"
-        )
+    if total % layout.model_parallel:
+        size, words = layout.model_parallel, layout.parallel_words.strip(" /")
+        raise layout.doc.error(f"{total} devices cannot be shared by replicas of {size} each ({words})")
     return total // layout.model_parallel
-
-
-# --- keys that nobody asked for ---
-
-_BATCH = re.compile(
-    r"(^|_)(batch|batches|batchsize|bs|bsz|mbs|gbs|minibatch\w*|microbatch\w*|accum\w*|ramp|rampup|replicas?|dp|"
-    r"update_freq|iter_size|n?gpus?|nproc\w*|nodes|nnodes|machines|processes|world_size|devices)(_|$)"
-    r"|batch_?size|parallel(ism)?_(size|degree)",
-    re.I,
-)
-_COUNTED = re.compile(
-    r"(^|_)(n?gpus?|nproc\w*|nodes|nnodes|machines|processes|world_size|devices|replicas?|dp)(_|$)", re.I
-)
-_EVALUATION = re.compile(
-    r"(^|_)(eval|evaluation|val|valid|validation|test|predict|prediction|infer|inference)(_|$)", re.I
-)
-_CLOCK = re.compile(
-    r"(^|_)(lr|lrs|rate|warm\w*|decay\w*|steps?|iters?|iterations?|updates?|interval|every|freq\w*|frequency|epochs?|"
-    r"beta\d?|betas|momentum|ema\w*|half_?life|tau|gamma|cooldown|milestones|clip\w*|max_norm|duration|tokens|samples|"
-    r"optim\w*|eta|eps|epsilon|sched\w*|total)(_|$)|_lr|lr_|learning_rate",
-    re.I,
-)
-_HARMLESS = re.compile(
-    r"(seed|bf16|fp16|tf32|fp8|fp32|dtype|torch_dtype|precision|amp|device|accelerator|compile|verbose|debug|resume\w*|"
-    r"output|name|run_name|project|notes|tags|logger|log_dir|path|workers|num_workers|pin_mem\w*|shuffle|drop_last|"
-    r"class_path|_target_|_partial_|type|id|local_rank|node_rank|rank|dropout|dropout_rate|drop_path|drop_path_rate|drop_rate|"
-    r"sample_rate|master_addr|master_port|rdzv_\w+|standalone|foreach|fused|capturable|differentiable|maximize|amsgrad|"
-    r"do_train|do_eval|do_predict|trust_remote_code|sync_batchnorm|sync_bn|deterministic|benchmark)$"
-    r"|(wandb|hub|push_to_hub|mlflow|trackio|swanlab|comet|tensorboard|dataloader|dataset|datasets|data_path|tokenizer|"
-    r"model_name|model_type|base_model|save_total|gradient_checkpointing|activation_checkpoint\w*|torch_compile|ddp|"
-    r"report_to|logging_dir|logging_first|log_level|output_dir|load_best|metric_for|greater_is|remove_unused|"
-    r"attn|flash|liger|lora|qlora|peft|rope|bnb|quantization|load_in|vllm|overwrite|cache_dir|hf_|wrap_)",
-    re.I,
-)
-
-
-def inactive(value: Any) -> bool:
-    return value is None or value is False or value in ("", "none", "null", "false", "no") or value == [] or value == 0
-
-
-@dataclass(frozen=True)
-class Coverage:
-    refused: tuple[str, ...]
-    clocks: tuple[str, ...]  # not looked at, and a rate, a clock or an average by its name
-    rest: tuple[str, ...]
-    kept: tuple[str, ...]  # understood, and left as it is
-    harmless: int
-
-
-def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
-    """What becomes of every key of the file that was not asked for.
-
-    Args:
-        keep: keys of which the user says that they decide neither the batch nor the optimizer.
-    """
-    doc, said = layout.doc, set(keep)
-    refused, clocks, rest, kept = [], [], [], []
-    harmless = 0
-    for path, value in doc.values.items():
-        name, last = dotted(path), next((str(k) for k in reversed(path) if isinstance(k, str)), "")
-        if path in doc.wanted:
-            continue
-        if path in doc.read:
-            kept.append(name)
-        elif last in layout.harmless or path[0] in layout.sections:
-            harmless += 1
-        elif name in said or inactive(value):
-            rest.append(name)
-        elif _matters(path, last, value, doc):
-            refused.append(f"{name}={str(value)[:60]} ({_reason(last, value)})")
-        elif _HARMLESS.match(last) or (_BATCH.search(last) and _EVALUATION.search(last)):
-            harmless += 1
-        elif _CLOCK.search(last) and (
-            isinstance(value, Odd) or not isinstance(value[0] if isinstance(value, list) else value, str)
-        ):
-            clocks.append(f"{name}={str(value)[:40]}")
-        else:
-            rest.append(name)
-    return Coverage(tuple(refused), tuple(clocks), tuple(rest), tuple(kept), harmless)
-
-
-def _batch(last: str, value: Any) -> bool:
-    if not _BATCH.search(last) or _EVALUATION.search(last):
-        return False
-    if isinstance(value, bool):
-        return not _COUNTED.search(last)
-    if _COUNTED.search(last) and (value == 1 or isinstance(value, float | Odd)):
-        return False
-    return isinstance(value, int | float | list | Odd) or value == "auto"
-
-
-_PLACEMENT = words("harmless", "placement")  # where and how, not what
-_FILES = ("config", "config_file", "config_path", "config_name", "cfg", "deepspeed_config", "deepspeed")
-
-
-def _names_a_file(path: Path, last: str, value: Any, doc: Document) -> bool:
-    """A file whose values count beside, or before, those of this one."""
-    value = value[0] if isinstance(value, list) else value  # `--config_file zero3.yaml train.py`
-    if last not in _FILES or not isinstance(value, str) or (doc.syntax != "flags" and last != "deepspeed_config"):
-        return False
-    return path[0] != "model" and not any(name.endswith(value.rsplit("/", 1)[-1]) for name in doc.partners)
-
-
-def _matters(path: Path, last: str, value: Any, doc: Document) -> bool:
-    if last in _PLACEMENT:
-        return False
-    if _batch(last, value) or _names_a_file(path, last, value, doc):
-        return True
-    if not optimizers.SWITCHES.search(last):
-        return False
-    family = last.split("_")[0]
-    return not (family != "use" and doc.values.get((*path[:-1], f"use_{family}")) is False)
-
-
-def _reason(last: str, value: Any) -> str:
-    if _batch(last, value):
-        return "it may change the batch"
-    if last in _FILES:
-        return "the values in that file count too: convert it, or give it as --with"
-    return optimizers.switch_reason(last)
-
-
-_COUPLED = re.compile(
-    r"contrastive|infonce|info_nce|simclr|moco|nt_?xent|triplet|(^|[^a-z])in_?batch|multiplenegatives|siglip|clip_loss|"
-    r"barlow|vicreg|byol|swav|dino|supcon|batch_?norm|sync_?bn",
-    re.I,
-)
-
-
-def coupled(doc: Document) -> str | None:
-    """The first word of the file that names a loss or a layer in which the examples of a batch meet."""
-    for path, value in doc.values.items():
-        for word in (str(path[-1]), value if isinstance(value, str) else ""):
-            if _COUPLED.search(word) and not inactive(value) and len(word) < 80:
-                return f"{dotted(path)}={str(value)[:40]}"
-    return None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
 
 from scaling_exps.convert.documents import words
 from scaling_exps.rules import RuleError
@@ -11,17 +10,11 @@ from scaling_exps.rules import RuleError
 KNOWN: dict[str, tuple[str, str]] = {  # bare name -> (row of rules.OPTIMIZERS, what to say)
     "adamw": ("adamw", ""),
     "adam": ("adam", ""),
-    "nadam": (
-        "adam",
-        "NAdam: the rule is Adam's, whose average NAdam reads one step ahead (derived here, checked by nobody); "
-        "momentum_decay counts steps and goes as κ",
-    ),
+    "nadam": ("adam", "NAdam: the rule is Adam's, whose average it reads one step ahead (derived here, not checked)"),
     "nadamw": ("adamw", "NAdamW: the rule is AdamW's, whose average it reads one step ahead (derived here)"),
     "radam": (
         "adam",
-        "RAdam: the rule is Adam's; its rectification is a function of (1 - β2) x steps, which the rule keeps "
-        "(derived "
-        "here); its first five steps without v are not covered",
+        "RAdam: the rule is Adam's and keeps its rectification (derived here) but for the first steps",
     ),
     "rmsprop": ("torch_rmsprop", ""),
     "sgd": ("sgd", ""),
@@ -31,21 +24,20 @@ KNOWN: dict[str, tuple[str, str]] = {  # bare name -> (row of rules.OPTIMIZERS, 
 
 _NO = "no batch-size rule is known for it"
 REFUSED: dict[str, str] = {  # part of a name -> the reason
-    "adafactor": "Adafactor clips its update and lets the decay of its factored v grow with the step count: " + _NO,
-    "lamb": "LAMB divides each layer's step by its norm, so the SDE of the square-root rule does not describe it. "
-    "Known is an experiment: √κ on lr, with a warm-up that grows by κ in epochs (You et al. 2020), good to 32k on BERT",
-    "lars": "LARS divides each layer's step by its norm, so the SDE of the linear rule does not describe it. Known is "
-    "an experiment: κ on lr with a long warm-up (You et al. 2017)",
+    "adafactor": "Adafactor clips its update and lets the decay of v grow with the step count: " + _NO,
+    "lamb": "LAMB divides each layer's step by its norm: the square-root rule's SDE does not describe it. Known is an "
+    "experiment: √κ on lr, with a warm-up that grows by κ in epochs (You et al. 2020), good to 32k on BERT",
+    "lars": "LARS divides each layer's step by its norm: the linear rule's SDE does not describe it. Known is an "
+    "experiment: κ on lr with a long warm-up (You et al. 2017)",
     "galore": "GaLore keeps its moments in a subspace that it changes every so many steps: " + _NO,
-    "apollo": "APOLLO scales the gradient by norms in a random subspace that it changes every so many steps: " + _NO,
+    "apollo": "APOLLO scales the gradient by norms in a random subspace that changes with the steps: " + _NO,
     "badam": "BAdam trains one block of layers for so many steps, then the next: " + _NO,
-    "adammini": "Adam-mini shares v over blocks of parameters, and which blocks those are the file does not say: "
-    + _NO,
+    "adammini": "Adam-mini shares v over blocks of parameters that the file does not name: " + _NO,
     "ademamix": "AdEMAMix has a second slow average with schedules of its own in steps: " + _NO,
     "lomo": "LOMO updates inside the backward pass and normalises by group: " + _NO,
     "schedulefree": "schedule-free optimizers average the weights by their step count: " + _NO,
-    "adamax": "Adamax divides by the largest gradient of the last 1/(1 - β2) steps, whose expectation depends on how "
-    "many steps those are: the square-root rule does not hold",
+    "adamax": "Adamax divides by the largest gradient of the last 1/(1 - β2) steps, which grows with their number: the "
+    "square-root rule does not hold",
     "adagrad": "Adagrad sums squares over the whole run; of the rules only √κ on lr follows: none is checked here",
     "rmsproptf": "TensorFlow's RMSprop adds ε inside the root, where its factor is 1/κ: no rule here does that",
     "prodigy": "Prodigy estimates its own learning rate: " + _NO,
@@ -59,12 +51,7 @@ REFUSED: dict[str, str] = {  # part of a name -> the reason
 REFUSED |= dict.fromkeys(words("optimizers", "unknown"), _NO)
 
 # A key with one of these words, switched on, may choose the optimizer.
-SWITCHES = re.compile(
-    r"(^|_)(optim|optims|optimizers?|optimiser|opt|muon|galore|apollo|badam|adam_?mini|lomo|adalomo|lion|lamb|"
-    r"lars|adafactor|sophia|shampoo|soap|"
-    r"came|adopt|prodigy|dadapt\w*|dion|ademamix|schedule_?free|sam|lookahead|8bit_adam)(_|$)",
-    re.I,
-)
+SWITCHES = re.compile(f"(^|_)({'|'.join(words('optimizers', 'switches'))})(_|$)", re.I)
 
 
 def bare(name: str) -> str:
@@ -84,37 +71,30 @@ def bare(name: str) -> str:
     return word
 
 
-def find(name: object, at: str, decoupled: bool | None = False, also: Iterable[str] = ()) -> tuple[str, str]:
+def find(name: object, at: str, decoupled: bool | None = False) -> tuple[str, str]:
     """(row of rules.OPTIMIZERS, what to say) of the optimizer called `name` at the key `at`.
 
     Args:
         decoupled: this trainer's "adam" has AdamW's decay; None: whatever its implementation (FusedAdam of apex and
             DeepSpeed, DeepSpeed's CPU Adam have it unless told otherwise).
-        also: names that this trainer reads in ways of its own; they are refused with `REFUSED`'s words.
 
     Raises:
         RuleError: no rule for it, with the reason; or not known at all.
     """
     word = bare(str(name))
+    if word in KNOWN:
+        fused = decoupled is False and re.search("fused_?adam|cpu_?adam", str(name).lower())
+        if word == "adam" and (decoupled or fused):
+            return "adamw", f"{at}={name} has a decoupled weight decay here, so this is AdamW"
+        return KNOWN[word]
     for part, reason in REFUSED.items():
-        if (part in word and word not in KNOWN) or (word in also and part == word):
+        if part in word:
             raise RuleError(f"{at}={name}: {reason}")
-    if word not in KNOWN:
-        raise RuleError(
-            f"unknown optimizer class {name!r} at {at}; known: {', '.join(KNOWN)} and their 8-bit, paged, "
-            "fused forms; for others no rule is known here"
-        )
-    row, note = KNOWN[word]
-    if word == "adam" and decoupled is False and re.search("fused_?adam|cpu_?adam", str(name).lower()):
-        decoupled = True
-    if word == "adam" and decoupled:
-        return "adamw", f"{at}={name} has a decoupled weight decay here, so this is AdamW"
-    return row, note
+    known = f"{', '.join(KNOWN)} and their 8-bit, paged, fused forms"
+    raise RuleError(f"unknown optimizer class {name!r} at {at}: no rule is known here; known: {known}")
 
 
 def switch_reason(key: str) -> str:
     """Why a key that may choose the optimizer stops the conversion."""
     word = re.sub(r"[^a-z0-9]", "", key.lower())
-    return next(
-        (reason for part, reason in REFUSED.items() if part in word), "what it does to the optimizer is not known"
-    )
+    return next((why for part, why in REFUSED.items() if part in word), "what it does to the optimizer is not known")

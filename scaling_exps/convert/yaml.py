@@ -1,4 +1,7 @@
-"""YAML through ruamel.yaml's nodes: each knows where it stands, so comments, anchors and quotes are never touched."""
+"""YAML through ruamel.yaml's nodes, which know where they stand: comments, anchors and quotes are never touched.
+
+JSON is read as the YAML that it is, after json has found it right.
+"""
 
 from __future__ import annotations
 
@@ -6,131 +9,133 @@ import json
 import re
 from typing import Any
 
-from scaling_exps.convert.documents import DEPTH, Document, Odd, Path, dotted, library, number, one_line, spell
-from scaling_exps.rules import RuleError
+from scaling_exps.convert.documents import LEAVES, Document, Odd, Path, dotted, library, number, one_line, spell
 
 _CORE = "tag:yaml.org,2002:"
+_TAGS = {_CORE + t for t in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}
 _WORDS = {"yes": True, "on": True, "no": False, "off": False, "y": True, "n": False}  # booleans of YAML 1.1
 
 
 class Yaml(Document):
     syntax = "yaml"
+    _quote = ""  # around a new key
 
-    def parse(self) -> None:
+    def parse(self, text: str = "") -> None:
         ruamel = library("ruamel.yaml")
         try:
-            root = ruamel.YAML(typ="safe", pure=True).compose(self.text)
-        except ruamel.error.YAMLError as e:
-            raise RuleError(f"{self.where} cannot be read as YAML: {one_line(e)}") from None
-        except (ValueError, AttributeError) as e:  # what ruamel says of impossible escapes and characters
-            raise RuleError(f"{self.where} cannot be read as YAML: {one_line(e)}") from None
-        if root is None or root.id != "mapping":
-            raise RuleError(f"{self.where}: the top level must be keys and values, as in `lr: 0.001`")
+            root = ruamel.YAML(typ="safe", pure=True).compose(text or self.text)
+        except (ruamel.error.YAMLError, ValueError, AttributeError) as e:  # the last two: impossible escapes
+            raise self.error(f"it cannot be read as YAML: {one_line(e)}") from None
         self._maps: dict[Path, Any] = {}
-        self._walk(root, (), ())
+        self._visits = 0
+        if root is not None and root.id == "mapping":
+            self._walk(root, (), ())
 
     def _walk(self, node: Any, path: Path, above: tuple[int, ...], colon: int = 0) -> None:
         if id(node) in above:
-            raise RuleError(f"{self.where}: {dotted(path)} holds itself (an alias inside its own anchor)")
-        if len(path) > DEPTH:
-            raise RuleError(f"{self.where} is nested more than {DEPTH} deep; no recipe is")
+            raise self.error(f"{dotted(path)} holds itself (an alias inside its own anchor)")
+        self._visit()
         above = (*above, id(node))
-        if node.tag not in {_CORE + t for t in ("map", "seq", "str", "int", "float", "bool", "null", "timestamp")}:
-            if node.tag == _CORE + "python/tuple" and node.id == "sequence":  # how Lightning saves betas
-                pass
-            elif node.id != "scalar":
-                raise RuleError(f"{self.where}: {dotted(path)} has the tag {node.tag}, and what it makes is not known")
-        span = (node.start_mark.index, node.end_mark.index)
-        if span[0] == span[1]:  # an empty value: its own marks stand at the next key
-            span = (colon, colon)
+        betas = node.tag == _CORE + "python/tuple" and node.id == "sequence"  # as Lightning saves them
+        if node.tag not in _TAGS and node.id != "scalar" and not betas:
+            raise self.error(f"{dotted(path)} has the tag {node.tag}, and what it makes is not known")
         if node.id == "mapping":
             self._maps[path] = node
-            for key, value, colon in self._members(node, path):
-                self._walk(value, (*path, key), above, colon)
+            for key, (value, end) in self._members(node, path).items():
+                self._walk(value, (*path, key), above, end)
         elif node.id == "sequence" and any(v.id != "scalar" for v in node.value):
             for i, value in enumerate(node.value):
                 self._walk(value, (*path, i), above)
-        elif node.id == "sequence":
-            self.leaf(path, [self._scalar(v) for v in node.value], span)
-            for i, value in enumerate(node.value):
-                self.spans[(*path, i)] = _bare(value)
         else:
-            self.leaf(path, self._scalar(node), span)
+            start, end = span = _span(node)
+            many = node.id == "sequence"
+            value = [self._scalar(v) for v in node.value] if many else self._scalar(node)
+            # an empty value's own marks stand at the next key
+            self.leaf(path, value, span if start < end else (colon, colon))
+            if many:
+                self.spans |= {(*path, i): _span(v) for i, v in enumerate(node.value)}
 
-    def _members(self, node: Any, path: Path) -> list[tuple[str, Any, int]]:
-        """Keys, values and the ends of colons, those that come in by `<<` included; the mapping's own go first."""
+    def _members(self, node: Any, path: Path) -> dict[str, tuple[Any, int]]:
+        """Values and the ends of their colons, those that come in by `<<` included; the mapping's own go first."""
+        self._visit()
+        where = dotted(path) or "the file"
         own: dict[str, tuple[Any, int]] = {}
         merged: dict[str, tuple[Any, int]] = {}
         for key, value in node.value:
             if key.tag == _CORE + "merge":
-                for part in [value] if value.id == "mapping" else value.value:
+                for part in value.value if value.id == "sequence" else [value]:
                     if part.id != "mapping" or part is node:
-                        raise RuleError(f"{self.where}: `<<` in {dotted(path) or 'the file'} must name a mapping")
-                    self._depth = getattr(self, "_depth", 0) + 1
-                    if self._depth > 1000:
-                        raise RuleError(f"{self.where}: too many merge keys, or one that holds itself")
-                    for k, v, colon in self._members(part, path):
-                        merged.setdefault(k, (v, colon))
+                        raise self.error(f"`<<` in {where} must name a mapping")
+                    merged = {**self._members(part, path), **merged}
             elif key.id != "scalar":
-                raise RuleError(f"{self.where}: a key of {dotted(path) or 'the file'} is no word; recipes have words")
+                raise self.error(f"a key of {where} is no word; recipes have words")
             elif key.value in own:
-                raise RuleError(
-                    f"{self.where}: {dotted((*path, key.value))} stands there twice (line "
-                    f"{key.start_mark.line + 1}); "
-                    "which one counts?"
-                )
+                line = key.start_mark.line + 1
+                raise self.error(f"{dotted((*path, key.value))} stands there twice (line {line}); which one counts?")
             else:
                 own[key.value] = (value, self.text.find(":", key.end_mark.index) + 1)
-        return [(k, v, colon) for k, (v, colon) in {**merged, **own}.items()]
+        return {**merged, **own}
+
+    def _visit(self) -> None:
+        """Count a node, or a mapping that is merged in: aliases can make many of few."""
+        self._visits += 1
+        if self._visits > 2 * LEAVES:
+            raise self.error(f"more than {2 * LEAVES} values, mappings and merge keys, or one that holds itself")
 
     def _scalar(self, node: Any) -> Any:
         kind, text = node.tag.removeprefix(_CORE), node.value
-        plain = node.style in (None, "")
         if kind == "null":
             return None
         if kind == "bool":
             return text.lower() == "true"
         if kind == "timestamp":
             return Odd(f"the date {text}")
-        if kind in ("str", "int", "float"):
-            if plain and text.lower() in _WORDS:
-                return _WORDS[text.lower()]
-            value = number(text)
-            if kind == "str" or isinstance(value, int | float | Odd):
-                return value
-            return Odd(f"{text} ({kind})")  # .inf, 0x10
-        return Odd(f"{text} with the tag {node.tag}")
+        if kind not in ("str", "int", "float"):
+            return Odd(f"{text} with the tag {node.tag}")
+        if node.style in (None, "") and text.lower() in _WORDS:
+            return _WORDS[text.lower()]
+        value = number(text)
+        return value if kind == "str" or value is not text else Odd(f"{text} ({kind})")  # .inf, 0x10
 
     def literal(self, value: Any) -> str:
-        return (
-            json.dumps(value)
-            if isinstance(value, str) and not re.match(r"[\w=.,+/-]+$", value)
-            else (value if isinstance(value, str) else spell(value))
-        )
+        if not isinstance(value, str):
+            return spell(value)
+        return value if not self._quote and re.match(r"[\w=.,+/-]+$", value) else json.dumps(value)
 
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:
-        parent = path[:-1]
-        key = f"{path[-1]}: {self.literal(value)}"
+        parent, quote = path[:-1], self._quote
+        key = f"{quote}{path[-1]}{quote}: {self.literal(value)}"
         while parent not in self._maps:  # a section of its own, in braces
             if not parent or parent in self.spans:
                 raise self.missing(path)
-            key, parent = f"{parent[-1]}: {{{key}}}", parent[:-1]
+            key, parent = f"{quote}{parent[-1]}{quote}: {{{key}}}", parent[:-1]
         node = self._maps[parent]
-        own = [(k, v) for k, v in node.value]
-        if not own:
+        if not node.value:
             return node.start_mark.index + 1, key
-        end = max(_end(v) if _end(v) > k.end_mark.index else k.end_mark.index for k, v in own)
+        end = max(_end(v) if _end(v) > k.end_mark.index else k.end_mark.index for k, v in node.value)
         if node.flow_style:
-            return end, f", {key}"
+            _, broken, indent = self.text[: node.value[-1][0].start_mark.index].rpartition("\n")
+            gap = self.newline + indent if broken and not indent.strip() else " "
+            return end, f",{gap}{key}"
         at = self.text.find("\n", max(end - 1, 0))
-        if at > 0 and self.text[at - 1] == "\r":
-            at -= 1
-        at = len(self.text) if at < 0 else at
-        return at, f"{self.newline}{' ' * min(k.start_mark.column for k, _ in own)}{key}"
+        at = len(self.text) if at < 0 else at - (self.text[at - 1] == "\r")
+        return at, f"{self.newline}{' ' * min(k.start_mark.column for k, _ in node.value)}{key}"
 
 
-def _bare(node: Any) -> tuple[int, int]:
-    return (node.start_mark.index, node.end_mark.index)
+class Json(Yaml):
+    syntax = "json"
+    _quote = '"'
+
+    def parse(self, text: str = "") -> None:
+        try:
+            json.loads(self.text.removeprefix("\ufeff"))
+        except ValueError as e:  # its own errors, and more digits than Python will read
+            raise self.error(f"it cannot be read as JSON: {e}") from None
+        super().parse(self.text.replace("\t", " "))  # YAML wants no tabs; no string of JSON holds one
+
+
+def _span(node: Any) -> tuple[int, int]:
+    return node.start_mark.index, node.end_mark.index
 
 
 def _end(node: Any) -> int:
@@ -138,4 +143,4 @@ def _end(node: Any) -> int:
     if node.id == "scalar" or node.flow_style or not node.value:
         return int(node.end_mark.index)
     last = node.value[-1]
-    return _end(last[1]) if isinstance(last, tuple) else _end(last)
+    return _end(last[1] if isinstance(last, tuple) else last)
