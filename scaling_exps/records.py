@@ -30,14 +30,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal
 
 import msgspec
 
 from scaling_exps.plan import PlanError, RunSpec
 
 State = Literal["finished", "failed", "running", "interrupted", "waiting"]
+RUNS = Path(os.environ.get("SCALERUN_RUNS", "runs"))  # where runs lie when nobody says otherwise
 TAIL = 8192  # bytes of records or log that are read to see how far a run is
 
 
@@ -191,12 +191,10 @@ class RunDir:
 
         None: it has not ended, or the file says neither.
         """
-        value = _object(self.path / "result.json")
-        if value is None or value.get("status") not in ("finished", "failed"):
-            return None
-        metrics = value.get("metrics")
+        value = _object(self.path / "result.json") or {}
+        status, metrics = value.get("status"), value.get("metrics")
         numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
-        return value if numbers or value["status"] == "failed" else None
+        return value if status == "failed" or (status == "finished" and numbers) else None
 
     def write_result(self, value: dict[str, Any]) -> None:
         """How the run ended, with the time."""
@@ -227,54 +225,54 @@ class RunDir:
             return str(result["reason"])
         if who := self.holder():
             return f"held by {who}"
-        lines = [line.split("\r")[-1].strip() for line in (_tail(self.log) or "").split("\n")]
+        lines = [line.split("\r")[-1].strip() for line in _read(self.log, TAIL).decode(errors="replace").split("\n")]
         return next((line for line in reversed(lines) if line), "")
 
     def newest_record(self) -> dict[str, Any] | None:
         """The last readable record, from the end of the file."""
-        for line in reversed((_tail(self._records) or "").split("\n")):
-            record = _record(line)
-            if record is not None:
-                return record
-        return None
+        readable = map(_record, reversed(_read(self._records, TAIL).split(b"\n")))
+        return next((record for record in readable if record is not None), None)
 
     # ---- records ----
 
     def records(self) -> Records:
         """All records; a line that was cut by a crash is left out."""
-        raw = _read(self._records)
-        lines = (raw or b"").split(b"\n")
+        lines = _read(self._records).split(b"\n")
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
         return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
 
-    def records_size(self) -> int:
-        """Bytes of records on the disk."""
-        return len(_read(self._records) or b"")
-
     def records_checksum(self, size: int) -> int | None:
         """CRC-32 of the first `size` bytes of records; None where there are fewer."""
-        raw = _read(self._records) or b""
+        raw = _read(self._records)
         return zlib.crc32(raw[:size]) if len(raw) >= size else None
 
-    def writer(self, size: int) -> Writer:
-        """A writer that appends to the first `size` bytes of records; what follows them is cut off."""
-        return Writer(self._records, size)
+    @contextmanager
+    def writer(self, size: int = -1) -> Iterator[Writer]:
+        """A writer that appends to the first `size` bytes of records (-1: to all); what follows them is cut off.
+
+        Raises:
+            OSError: fewer bytes are there, or the file cannot be written.
+        """
+        with os.fdopen(_open(self._records, os.O_RDWR | os.O_CREAT), "r+b") as f:
+            kept = f.read(size)
+            if len(kept) < size:
+                raise OSError(
+                    f"{self._records} is shorter than its checkpoint says: records are missing; start the run anew"
+                )
+            f.truncate(len(kept))
+            yield Writer(f, kept)
 
     # ---- events ----
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
         line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
-        descriptor = _open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        with open(_open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
+            f.write(line.encode())
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of jobs.jsonl; what cannot be read is left out."""
-        lines = (_read(self.path / "jobs.jsonl") or b"").splitlines()
-        return [e for e in map(_parse, lines) if isinstance(e, dict)]
+        return [e for e in map(_parse, _read(self.path / "jobs.jsonl").splitlines()) if isinstance(e, dict)]
 
     def write_patch(self, patch: str) -> None:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
@@ -292,11 +290,8 @@ class RunDir:
 
     def kept(self) -> list[Path]:
         """Checkpoints that are kept, by step."""
-        numbered = {}
-        for path in self.path.glob("checkpoint-*.pt"):
-            if step := re.fullmatch(r"checkpoint-(\d+)\.pt", path.name):
-                numbered[int(step[1])] = path
-        return [numbered[step] for step in sorted(numbered)]
+        named = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in self.path.glob("checkpoint-*.pt"))
+        return [self.path / name[0] for name in sorted(filter(None, named), key=lambda name: int(name[1]))]
 
     def publish(self, aside: Path, keep: int | None = None) -> None:
         """Make `aside` the newest checkpoint, and the newest the one before.
@@ -364,20 +359,10 @@ class RunDir:
 
 
 class Writer:
-    """Appends records, and knows size and checksum of what it wrote: a checkpoint holds both.
+    """Appends records, and knows size and checksum of all that the file holds: a checkpoint keeps both."""
 
-    Raises:
-        OSError: fewer than `size` bytes are there, or the file cannot be written.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.file: IO[bytes] = os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+b")
-        kept = self.file.read(size)
-        if len(kept) < size:
-            self.file.close()
-            raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
-        self.file.truncate(size)
-        self.size, self.checksum = size, zlib.crc32(kept)
+    def __init__(self, file: IO[bytes], kept: bytes) -> None:
+        self.file, self.size, self.checksum = file, len(kept), zlib.crc32(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"
@@ -389,12 +374,6 @@ class Writer:
     def sync(self) -> None:
         """Put the records up to here on the disk."""
         os.fsync(self.file.fileno())
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -423,39 +402,30 @@ def _open(path: Path, flags: int) -> int:
     return descriptor
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of a regular file, or None."""
+def _read(path: Path, last: int | None = None) -> bytes:
+    """The content of a regular file, or its last bytes; empty where there is none."""
     try:
         with open(_open(path, os.O_RDONLY), "rb") as f:
+            if last is not None:
+                f.seek(max(0, os.fstat(f.fileno()).st_size - last))
             return f.read()
     except OSError:
-        return None
-
-
-def _tail(path: Path) -> str | None:
-    try:
-        with open(_open(path, os.O_RDONLY), "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
-            return f.read().decode(errors="replace")
-    except OSError:
-        return None
+        return b""
 
 
 def _parse(text: bytes | str) -> Any:
     """The JSON value, or None."""
-    try:
+    with suppress(ValueError, RecursionError):
         return msgspec.json.decode(text)
-    except (ValueError, RecursionError):
-        try:
-            value = json.loads(text)  # Python's own form of NaN and infinity
-            msgspec.json.encode(value)  # what cannot be written (half a surrogate pair) cannot be shown either
-            return value
-        except (ValueError, RecursionError):
-            return None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)  # Python's own form of NaN and infinity
+        msgspec.json.encode(value)  # what cannot be written (half a surrogate pair) cannot be shown either
+        return value
+    return None
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    value = _parse(_read(path) or b"")
+    value = _parse(_read(path))
     return value if isinstance(value, dict) else None
 
 

@@ -77,7 +77,7 @@ def beside(finished: RunDir, tmp_path: Path) -> tuple[Path, RunDir]:
 def look(run_dir: RunDir) -> None:
     """Everything that is read of a run; only `spec` may refuse."""
     run_dir.state(), run_dir.result(), run_dir.reason(), run_dir.holder(), run_dir.newest_record(), run_dir.events()
-    run_dir.records(), run_dir.records_size(), run_dir.records_checksum(5), run_dir.kept(), run_dir.begun
+    run_dir.records(), run_dir.records_checksum(5), run_dir.kept(), run_dir.begun
     with contextlib.suppress(PlanError):
         run_dir.lacks_noise(run_dir.spec())
 

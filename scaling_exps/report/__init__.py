@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from scaling_exps.records import RUNS
 from scaling_exps.report import charts, tables
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, judge, reading
@@ -22,7 +23,7 @@ __all__ = ["Collection", "Missing", "ReportError", "Row", "Run", "collect", "com
 FORMS = {"csv": tables.as_csv, "markdown": tables.as_markdown, "latex": tables.as_latex}  # and json
 
 
-def main(words: list[str], runs_dir: Path) -> int:
+def main(words: list[str]) -> int:
     """`scalerun report WORDS`: print the comparison; as the table, write the page and the figures too.
 
     Returns:
@@ -32,7 +33,7 @@ def main(words: list[str], runs_dir: Path) -> int:
         ReportError: a folder is missing, no run is finished, a word cannot be read, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(prog="scalerun report")
-    parser.add_argument("dirs", nargs="*", type=Path, help="folders of runs (default: runs)")
+    parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     forms = parser.add_mutually_exclusive_group()
     for name in ("json", *FORMS):
         forms.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print it as {name}")
@@ -43,13 +44,13 @@ def main(words: list[str], runs_dir: Path) -> int:
     options = parser.parse_args(words)
     if options.watch is not None and not options.watch > 0:
         raise ReportError(f"--watch {options.watch:g}: give seconds > 0")
-    dirs, margins = options.dirs or [runs_dir], _margins(options.margin)
+    margins = _margins(options.margin)
     known: dict[Path, Run] = {}
     while True:
-        collection = collect(dirs, known)
+        collection = collect(options.dirs, known)
         unfinished = [m for m in collection.missing if m.state in ("running", "interrupted", "waiting")]
         if not collection.runs and not (options.watch and (unfinished or not collection.missing)):
-            where = ", ".join(map(str, dirs))
+            where = ", ".join(map(str, options.dirs))
             raise ReportError("\n".join([f"no finished run under {where}", *map(str, collection.missing)]))
         more = bool(options.watch) and (bool(unfinished) or not collection.runs)
         rows = compare(collection, margins)
@@ -77,8 +78,7 @@ def main(words: list[str], runs_dir: Path) -> int:
 def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, more: bool) -> None:
     from scaling_exps.report import figures, page
 
-    drawn = charts.arrange(rows)
-    refresh = max(1, round(options.watch)) if more else None
+    drawn, refresh = charts.arrange(rows), max(1, round(options.watch)) if more else None
     print(f"page: {page.write(rows, missing, drawn, options.out, refresh, bool(options.margin))}")
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures beside the page: to have them as PNG or PDF, pip install 'scalerun[figures]'")

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,7 @@ import jinja2
 from scaling_exps import __version__, rules
 from scaling_exps.plan import RunSpec
 from scaling_exps.report import tables
-from scaling_exps.report.charts import GROUPS, Chart, styles
+from scaling_exps.report.charts import GROUPS, Chart, sections, styles
 from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, form, reading
 
@@ -76,7 +76,10 @@ def write(
         margins=_margins(rows, late),
         level_of_intervals=f"{1 - 2 * ALPHA:.0%}",
         reading=reading(rows),
-        sections=list(_sections(charts)),
+        sections=[
+            (setting, group, GROUPS[group], [(i, charts[i]) for i in places])
+            for setting, group, places in sections(charts)
+        ],
         recipes=[(r, *_recipe(r)) for r in rows if r.runs],
         environments=_environments(rows),
         version=__version__,
@@ -118,7 +121,7 @@ def _notes(row: Row) -> list[str]:
     """What stands small under a verdict."""
     apart = ", ".join(t.metric.replace("_", " ") for t in row.tests if t.verdict == "different")
     needed = [f"{row.seeds_needed} seeds would decide"] if row.seeds_needed else []
-    return [*([f"by {apart}"] if apart else []), *needed, *([row.power] if row.power else []), *row.remarks]
+    return [note for note in (f"by {apart}" if apart else "", *needed, row.power, *row.remarks) if note]
 
 
 def _margins(rows: list[Row], late: bool) -> str:
@@ -127,15 +130,6 @@ def _margins(rows: list[Row], late: bool) -> str:
     if late:
         return "The margins were given with this report, not fixed before the runs."
     return "The margins were fixed before the runs, with their experiment."
-
-
-def _sections(charts: list[Chart]) -> Iterator[tuple[str, str, str, list[tuple[int, Chart]]]]:
-    """Setting, group, title, the group's charts with their places in `charts`."""
-    for setting in dict.fromkeys(c.setting for c in charts):
-        for group, title in GROUPS.items():
-            members = [(i, c) for i, c in enumerate(charts) if (c.setting, c.group) == (setting, group)]
-            if members:
-                yield setting, group, title, members
 
 
 def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:

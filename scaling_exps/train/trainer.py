@@ -22,7 +22,7 @@ from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks
 
 
-class TrainError(RuntimeError):
+class TrainError(ValueError):
     """The run cannot go on; the message is the reason that `status` shows."""
 
 

@@ -24,7 +24,7 @@ from scaling_exps import mirror
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import loop, provenance, ranks
-from scaling_exps.train.trainer import DivergedError, TrainError
+from scaling_exps.train.trainer import DivergedError
 
 AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
 # Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
@@ -63,23 +63,21 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
                 refusal = e
         if ranks.maximum(refusal is not None):  # all ranks know it, or the others wait for rank 0
             raise refusal or BusyError(f"{run_dir} is being run by another process")
-        earlier = run_dir.result() or {}
-        finished = earlier.get("status") == "finished"
-        measure = finished and run_dir.lacks_noise(spec)
-        if rank == 0 and (measure or not finished):
+        finished = (run_dir.result() or {}).get("status") == "finished"
+        if finished and not run_dir.lacks_noise(spec):
+            return "finished"
+        if rank == 0:
             stack.enter_context(mirror.live(run_dir, spec))  # it ends after result.json is written
         try:
             if finished:
-                if measure:
-                    measured = loop.measure_kept(spec, run_dir)
-                    if rank == 0:
-                        run_dir.write_result({**earlier, **measured})
-                return "finished"
+                result = loop.measure_kept(spec, run_dir)
+            else:
+                if rank == 0:
+                    event = {"event": "start", "job": provenance.job(), "host": platform.node()}
+                    run_dir.append_event({**event, **provenance.code(run_dir)})
+                result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)
             if rank == 0:
-                _record_start(run_dir)
-            result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)
-            if rank == 0:
-                run_dir.write_result({"status": "finished", **result, **provenance.environment()})
+                run_dir.write_result(result)
             return "finished"
         except loop.Stopped:
             if rank == 0:
@@ -95,26 +93,20 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
             return "failed"
 
 
-def _record_start(run_dir: RunDir) -> None:
-    event = {"event": "start", "job": provenance.job(), "host": platform.node()}
-    run_dir.append_event({**event, **provenance.code(run_dir)})
-
-
 def _fail(spec: RunSpec, run_dir: RunDir, e: Exception, finished: bool) -> None:
     """Say why the run failed, on the terminal (with the traceback where nobody refused) and in its result.json.
 
     Of a finished run only a measurement failed: it stays finished.
     """
-    refusal = isinstance(e, TrainError) or (isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps"))
+    refusal = isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps")
     reason = str(e) if refusal else f"{type(e).__name__}: {e}"
     trace = "".join(traceback.format_exception(e))
     if not refusal and not isinstance(e, OSError):
         print(trace, file=sys.stderr)
     print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
     if not finished:
+        result = {"status": "failed", "reason": reason, "diverged": isinstance(e, DivergedError), "traceback": trace}
         with contextlib.suppress(OSError):
-            diverged = isinstance(e, DivergedError)
-            result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
             run_dir.write_result({**result, **provenance.environment()})
 
 
@@ -193,7 +185,6 @@ def _handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -207,9 +198,8 @@ def _handlers() -> Iterator[None]:
             for fd in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.remove(signal.SIGHUP)
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, *hangup]
     before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield
@@ -239,14 +229,13 @@ def _stop_at_end_of_input() -> None:
 @contextlib.contextmanager
 def _output_to(run_dir: RunDir) -> Iterator[None]:
     """Into the run's log.txt; where that cannot be written, onto the terminal."""
-    with contextlib.ExitStack() as stack:
-        try:
-            f = stack.enter_context(run_dir.open_log())
-        except OSError as e:
-            print(f"{run_dir} has no log: {e}", file=sys.stderr)
-        else:
-            stack.enter_context(contextlib.redirect_stdout(f))
-            stack.enter_context(contextlib.redirect_stderr(f))
+    try:
+        log = run_dir.open_log()
+    except OSError as e:
+        print(f"{run_dir} has no log: {e}", file=sys.stderr)
+        yield
+        return
+    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         yield
 
 
@@ -282,10 +271,8 @@ def work(
         raise
     code = AGAIN if stopped else 0 if good else 1
     if stopped and in_job:  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
-        if rank:
-            code = 0
-        else:
-            time.sleep(1)
+        code = 0 if rank else code
+        time.sleep(0 if rank else 1)
     status.append(code)
     return code
 
