@@ -52,8 +52,7 @@ class MirrorError(ValueError):
 def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
     """Mirror the run while it is trained, where logger=wandb and wandb is online. At most one line tells of a trouble.
 
-    On leaving, the last records have PATIENCE seconds to arrive; result.json, if there is one by then, says how the run
-    ended.
+    On leaving, the last records have PATIENCE seconds to arrive, and result.json says how the run ended.
     """
     if spec.logger != "wandb" or not online():
         yield
@@ -222,38 +221,32 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event, patie
     spec = run_dir.spec()
     run = _init(spec, folder, 0.75 * patience)
     sent, known = 0, run.starting_step
-    last = {k: run.summary.get(k) for k in ("_step", "trainer/step", "samples")}
+    last = [run.summary.get(k) for k in ("_step", "trainer/step", "samples")]
+    ended = False
     try:
-        while True:
+        while not ended:
             ended = over.wait(INTERVAL)  # first: what was written before the end is read after it
             records = run_dir.records()
             for line, record in zip(records.lines, records.rows, strict=True):
-                if line == last["_step"] and (record["step"], record["samples"]) != (
-                    last["trainer/step"],
-                    last["samples"],
-                ):
+                if line == last[0] and [record["step"], record["samples"]] != last[1:]:
                     raise MirrorError(
                         f"{run.url} holds other records, of a run that measured at other steps; choose another project"
                     )
                 if line >= known:
                     run.log(_columns(record), step=line, commit=True)
                     sent, known = sent + 1, line + 1
-            if ended:
-                break
     except Exception:
         with contextlib.suppress(Exception):
             run.finish(exit_code=1)
         raise
     result = run_dir.result() or {}
-    if result.get("status") == "finished":
+    finished = result.get("status") == "finished"
+    trains_on = not result and how == "sync" and run_dir.state() == "running"
+    if finished:
         run.summary.update(_final(run_dir, spec, result["metrics"]))
-        run.finish(exit_code=0)
-    elif result or how == "live" or run_dir.state() != "running":
-        if not result:
-            run.mark_preempting()  # it was stopped, and may go on
-        run.finish(exit_code=1)
-    else:
-        run.finish(exit_code=0)
+    elif not result and not trains_on:
+        run.mark_preempting()  # it was stopped, and may go on
+    run.finish(exit_code=0 if finished or trains_on else 1)
     return f"{sent} of {len(records.rows)} records uploaded"
 
 
@@ -281,11 +274,9 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
     """
     import wandb
 
-    science, arm = spec.science, spec.arms[0]
-    rule = "base" if arm.role == "base" else arm.rule
-    job = rule if arm.role == "base" else f"{rule} x{arm.kappa:g}"
+    science, arm, described = spec.science, spec.arms[0], spec.to_json()
+    rule, job = ("base", "base") if arm.role == "base" else (arm.rule, f"{arm.rule} x{arm.kappa:g}")
     job += f" svag {science.svag}" if science.svag > 1 else ""
-    described = spec.to_json()
     columns = {
         "model": science.model.name,
         "dataset": science.dataset.name,

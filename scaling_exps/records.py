@@ -33,6 +33,7 @@ from pathlib import Path
 from typing import IO, Annotated, Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from scaling_exps.plan import PlanError, RunSpec
 
@@ -89,11 +90,7 @@ class Records:
 
 
 class RunDir:
-    """The folder of one run.
-
-    Args:
-        path: of the folder; it need not exist.
-    """
+    """The folder of one run; it need not exist."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -132,11 +129,7 @@ class RunDir:
         return os.path.lexists(self.path / "run.json")
 
     def spec(self) -> RunSpec:
-        """The RunSpec.
-
-        Raises:
-            PlanError: run.json is missing, or not one that this version can read.
-        """
+        """The RunSpec; PlanError where run.json is missing, or not one that this version can read."""
         raw = _object(self.path / "run.json")
         if raw is None:
             raise PlanError(f"{self}: no readable run.json; plan it anew in another runs_dir, or remove the folder")
@@ -148,8 +141,7 @@ class RunDir:
     def prepare(self, spec: RunSpec) -> RunSpec:
         """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
 
-        Returns:
-            What run.json now says.
+        Returns what run.json then says.
 
         Raises:
             PlanError: a run.json lies here that this version cannot read.
@@ -163,18 +155,13 @@ class RunDir:
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
             margin = (known.margin or spec.margin) if self.begun else spec.margin  # it is fixed before the run
             if self.state() == "finished":
-                measure = known.measure
-                if spec.measure.noise == "full" and known.noise != "full":  # it is measured from kept checkpoints
-                    measure = msgspec.structs.replace(
-                        spec.measure, evaluations=measure.evaluations, train_records=measure.train_records
-                    )
-                spec = msgspec.structs.replace(known, arms=arms, margin=margin, measure=measure)
+                measure, had = spec.measure, known.measure
+                full = measure.noise == "full" and known.noise != "full"  # it is measured from kept checkpoints
+                measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
+                spec = replace(known, measure=measure if full else had)
             elif self.begun:
-                spec = msgspec.structs.replace(
-                    spec, arms=arms, margin=margin, placement=known.placement, measure=known.measure
-                )
-            else:
-                spec = msgspec.structs.replace(spec, arms=arms)
+                spec = replace(spec, placement=known.placement, measure=known.measure)
+            spec = replace(spec, arms=arms, margin=margin)
         if spec != known:
             write_json(self.path / "run.json", spec.to_json())
         return spec
@@ -248,11 +235,7 @@ class RunDir:
 
     @contextmanager
     def writer(self, size: int = -1) -> Iterator[Writer]:
-        """A writer that appends to the first `size` bytes of records (-1: to all); what follows them is cut off.
-
-        Raises:
-            OSError: fewer bytes are there, or the file cannot be written.
-        """
+        """Append to the first `size` bytes of records (-1: to all), the rest is cut off; OSError if fewer are there."""
         with os.fdopen(_open(self._records, os.O_RDWR | os.O_CREAT), "r+b") as f:
             kept = f.read(size)
             if len(kept) < size:
@@ -279,11 +262,7 @@ class RunDir:
             f.write(patch)
 
     def open_log(self) -> IO[str]:
-        """log.txt, to append to.
-
-        Raises:
-            OSError: it cannot be written, or is no regular file.
-        """
+        """log.txt, to append to."""
         return os.fdopen(_open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
 
     # ---- checkpoints ----
@@ -294,11 +273,7 @@ class RunDir:
         return [self.path / name[0] for name in sorted(filter(None, named), key=lambda name: int(name[1]))]
 
     def publish(self, aside: Path, keep: int | None = None) -> None:
-        """Make `aside` the newest checkpoint, and the newest the one before.
-
-        Args:
-            keep: its step, where it is to stay under that name, too.
-        """
+        """Make `aside` the newest checkpoint, and the newest the one before. `keep`: its step, to stay under, too."""
         if keep is not None:  # first: after a kill in between, the run comes to this step again
             path = self.path / f"checkpoint-{keep}.pt"
             path.unlink(missing_ok=True)
@@ -317,10 +292,7 @@ class RunDir:
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
-        """Hold the run. The kernel lets go when the process dies, however it dies.
-
-        Args:
-            name: file that is locked: `lock` to work on the run, `wandb.lock` to mirror it.
+        """Hold the run: its `lock` to work on it, `wandb.lock` to mirror it. The kernel lets go when the process dies.
 
         Raises:
             BusyError: another process holds it.
@@ -388,11 +360,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """A descriptor of a regular file (mode 0600); links are not followed for writing, a fifo does not block.
-
-    Raises:
-        OSError: it is no regular file, or the system refuses.
-    """
+    """A descriptor of a regular file (mode 0600), else OSError; writing follows no link, a fifo does not block."""
     if flags & (os.O_WRONLY | os.O_RDWR):
         flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)

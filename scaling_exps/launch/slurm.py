@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
-_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
+_WORDS = ("partition", "account", "qos", "constraint", "exclude")
+_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)
 # Options of sbatch that other settings give, or that are the launcher's own business.
 _TAKEN = (
     "account", "array", "chdir", "clusters", "constraint", "cpus-per-task", "error", "exclude", "gpus-per-node", "help",
@@ -54,10 +55,7 @@ def work(run_dir: str) -> None:
 def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     """Submit what is neither finished, nor queued, nor running; see `launch.launch`."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise LaunchError(
-            "launch=slurm needs SLURM's commands, and srun and sbatch are not on this machine's PATH: "
-            "use a login node of the cluster, or launch=local"
-        )
+        raise LaunchError(queue.NO_SLURM.format("srun and sbatch are"))
     if find_spec("submitit") is None:
         raise LaunchError("launch=slurm needs submitit: pip install 'scalerun[slurm]'")
     root = root.absolute()
@@ -102,17 +100,13 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
 
 
 def cancel(root: Path) -> list[str]:
-    """Cancel the queued and running jobs of every run under `root`; see `launch.cancel`."""
-    if not root.is_dir():
-        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    last = {d: job for d in RunDir.under(root) if (job := queue.last_job(d)) is not None}
-    if not last:
-        return []
-    queued = queue.entries()
-    jobs = {d: job.id for d, job in last.items() if job.id in queued}
+    """Take every queued or running SLURM job of the runs under `root` back; returns the job ids."""
+    last = [job.id for d in folders.under(root) if (job := queue.last_job(d)) is not None]
+    queued = queue.entries() if last else {}
+    jobs = [job for job in last if job in queued]
     if jobs:
-        queue.ask("scancel", "--", *jobs.values())
-    return list(jobs.values())
+        queue.ask("scancel", "--", *jobs)
+    return jobs
 
 
 # ---- what is asked for ----
@@ -133,11 +127,11 @@ def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
 
 def _check(root: Path, settings: SlurmLaunch) -> str:
     """Validate paths and sbatch settings; return the nodes' python."""
-    faults = []
-    for key in ("partition", "account", "qos", "constraint", "exclude"):
-        value = getattr(settings, key)
-        if value is not None and not _WORD.fullmatch(value):
-            faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-")
+    faults = [
+        f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-"
+        for key in _WORDS
+        if (value := getattr(settings, key)) is not None and not _WORD.fullmatch(value)
+    ]
     for option, value in settings.sbatch.items():
         if not re.fullmatch(r"[a-z]+([-_][a-z]+)*", option):
             faults.append(
@@ -161,8 +155,7 @@ def _check(root: Path, settings: SlurmLaunch) -> str:
             f"launch.python={python!r} is no program here; give the nodes' python, or null for {sys.executable}"
         )
     places = {"runs_dir": root, "the code": code}
-    if not settings.container:
-        places["python"] = Path(python).absolute()
+    places |= {} if settings.container else {"python": Path(python).absolute()}
     for name, path in places.items():
         for folder in settings.node_local:
             if path.is_relative_to(folder) or path.resolve().is_relative_to(folder):
@@ -186,18 +179,14 @@ def _parameters(shape: tuple[int, int], settings: SlurmLaunch) -> dict[str, Any]
         "cpus_per_task": settings.cpus_per_task,
         "mem": None if settings.memory_gb is None else f"{max(1, round(settings.memory_gb * 1024))}M",
         "time": settings.minutes,
-        **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
+        **{key: getattr(settings, key) for key in _WORDS},
         **settings.sbatch,
     }
     return {key: value for key, value in asked.items() if value is not None and value is not False}
 
 
 def _room(parameters: dict[str, Any], count: int) -> int:
-    """How many of `count` such jobs SLURM would take now, without submitting one: all, but for a limit on their number.
-
-    Raises:
-        LaunchError: SLURM refuses them for another reason.
-    """
+    """How many of `count` such jobs SLURM would take now; LaunchError where it refuses not their number but the job."""
     words = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in parameters.items()]
 
     def full(number: int) -> bool:

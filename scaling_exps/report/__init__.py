@@ -26,9 +26,6 @@ FORMS = {"csv": tables.as_csv, "markdown": tables.as_markdown, "latex": tables.a
 def main(words: list[str]) -> int:
     """`scalerun report WORDS`: print the comparison; as the table, write the page and the figures too.
 
-    Returns:
-        0.
-
     Raises:
         ReportError: a folder is missing, no run is finished, a word cannot be read, or the page cannot be written.
     """

@@ -6,10 +6,10 @@ the fork. Every repeat reads a data order of its own, new to the run; within a r
 so that their differences are the batch size's and not the data's. The loss is that of the training distribution on
 fixed samples that no branch trains on in this order.
 
-The fork batch is the largest at which the loss exceeds the kappa = 1 branch's by no more than the tolerance:
-where the mean difference, linear in log2 kappa between branches, crosses it; its interval is where the two ends of
-the 95% t-intervals of the difference (paired, n = repeats) cross it. (Branching: Merrill et al. 2025, 2505.23971, read
-second-hand; they reset the optimizer's state and warm up again, here it is carried over.)
+The fork batch is where the mean difference of the loss from the kappa = 1 branch's, linear in log2 kappa between
+branches, crosses the tolerance; its interval is where the two ends of the difference's 95% t-interval (paired,
+n = repeats) do. (Branching: Merrill et al. 2025, 2505.23971, read second-hand; they reset the optimizer's state and
+warm up again.)
 """
 
 from __future__ import annotations
@@ -112,6 +112,7 @@ def fork(
     Raises:
         ForkError: no checkpoint, a batch that is no whole number, a length that is no multiple of every batch.
         RuleError: the rule refuses one of the batches; nothing has been trained then.
+        PlanError, DataError, TrainError: the run, or its data, cannot be read.
     """
     spec = run_dir.spec()
     base_batch = spec.science.batch
@@ -132,7 +133,8 @@ def fork(
             f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
         )
     device = ranks.device()
-    state = checkpoint.newest(run_dir, device) if at is None else checkpoint.load(at, device)
+    whole = (checkpoint.load(path, device) for path in ([at] if at else [run_dir.newest, run_dir.previous]))
+    state = next(filter(None, whole), None)
     if state is None or state.get("run_id") != spec.run_id:
         raise ForkError(f"{at or run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
     branches = {k: _Branching(spec, state, batches[k], samples, rule) for k in kappas}
@@ -278,11 +280,7 @@ def render(f: Fork) -> str:
 
 
 def main(words: list[str]) -> int:
-    """`scalerun fork WORDS`; returns 0.
-
-    Raises:
-        ForkError, RuleError, PlanError, DataError, TrainError: the run, or what was asked of it, is at fault.
-    """
+    """`scalerun fork WORDS`: print the result; it raises as `fork` does."""
     parser = argparse.ArgumentParser(prog="scalerun fork", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="folder of a run, or one of its checkpoints; it is only read")
     parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")

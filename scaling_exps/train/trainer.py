@@ -100,7 +100,7 @@ class Trainer:
                 following = self._start(self.step, j + 1) if j < last else self._start(self.step + 1, 0)
                 self.stream.prefetch(following, following + micro)
             self.seed_dropout("dropout", start)
-            with self._reduce(j == last):
+            with self._reducing(j == last):
                 with self.autocast():
                     loss = mean_loss(self.forward(x), y)
                 (loss * self.weights[j // self.per_draw]).backward()
@@ -135,8 +135,7 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise DivergedError if a step so far was not finite."""
-        bad = float(self.first_bad)
-        if bad != torch.inf:
+        if (bad := float(self.first_bad)) != torch.inf:
             raise DivergedError(
                 f"the loss or a gradient is not finite at step {bad:.0f} ({self.science.samples(int(bad))} samples): "
                 "the run stops before that update. Lower the learning rate or lengthen the warm-up"
@@ -164,11 +163,10 @@ class Trainer:
         place = self.rank * self.per_draw + i
         return self.science.samples(step) + draw * self.science.batch + place * self.science.micro_batch
 
-    def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+    def _reducing(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced over ranks once a step, with its last micro-batch."""
-        if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not now:
-            return self.forward.no_sync()
-        return contextlib.nullcontext()
+        grouped = isinstance(self.forward, nn.parallel.DistributedDataParallel)
+        return self.forward.no_sync() if grouped and not now else contextlib.nullcontext()
 
     def seed_dropout(self, purpose: str, start: int) -> None:
         """What the network itself draws is a function of (seed, the micro-batch's place in the stream).
@@ -183,29 +181,22 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.science.precision == "bfloat16")
 
     def record(self, kind: str, **metrics: Any) -> dict[str, Any]:
-        """A record of this moment.
-
-        Raises:
-            TrainError: as `check_finite`.
-        """
-        s = self.science
+        """A record of this moment; it raises as `check_finite` does."""
         self.check_finite()
+        s = self.science
         t = rules.continuous_time(s.hyper, self.step, s.family)
         return {"kind": kind, "step": self.step, "samples": s.samples(self.step), "t": t, **metrics}
 
     def train_record(self) -> dict[str, Any]:
         """Mean loss of the samples since the last record, over all ranks; what they were trained with."""
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        total = ranks.total(self.loss_sum)
-        loss = float(total) / (self.loss_count * self.world)
-        window = self.loss_count * self.world * self.science.micro_batch
+        count = self.loss_count * self.world
+        row = {
+            "loss": float(ranks.total(self.loss_sum)) / count,
+            "window": count * self.science.micro_batch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])),
+            "seconds": round(self.seconds, 3),
+        }
         self.loss_sum.zero_()
         self.loss_count = 0
-        return self.record(
-            "train",
-            loss=loss,
-            window=window,
-            lr=self.optimizer.param_groups[0]["lr"],
-            gradient_norm=float(nn.utils.get_total_norm(gradients)),
-            seconds=round(self.seconds, 3),
-        )
+        return self.record("train", **row)

@@ -1,7 +1,4 @@
-"""A worker: run folders in, one after another; signals, ranks, exit codes.
-
-python -m scaling_exps.train [--since TIME] [--attached] RUN_DIR ...
-"""
+"""A worker: run folders in, one after another; signals, ranks, exit codes."""
 
 from __future__ import annotations
 
@@ -54,13 +51,13 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
     world, rank = ranks.world()
     with contextlib.ExitStack() as stack:
         refusal: BusyError | OSError | None = None
-        if rank == 0:
-            try:
+        try:
+            if rank == 0:
                 stack.enter_context(run_dir.lock())
                 if _failed(run_dir, since):  # between the look and the lock
                     raise BusyError(f"{run_dir} was run by another process, and failed")
-            except (BusyError, OSError) as e:
-                refusal = e
+        except (BusyError, OSError) as e:
+            refusal = e
         if ranks.maximum(refusal is not None):  # all ranks know it, or the others wait for rank 0
             raise refusal or BusyError(f"{run_dir} is being run by another process")
         finished = (run_dir.result() or {}).get("status") == "finished"
@@ -118,9 +115,7 @@ def run_all(
     until: float = float("inf"),
     patience: float = 0,
 ) -> bool:
-    """Run each directory that has work left and is not held by somebody else.
-
-    Several workers may be given one list: the locks share it out.
+    """Run each directory that has work left and is not held by somebody else: workers may share one list.
 
     Args:
         log: send a run's output to its log.txt.
@@ -133,14 +128,15 @@ def run_all(
     good = True
     with _handlers():
         for run_dir in run_dirs:
-            rank = ranks.world()[1]
-            work_left = _work_left(run_dir, since, patience) if rank == 0 else False
-            if patience and rank == 0 and run_dir.holder():
-                print(f"{run_dir} is held by {run_dir.holder()}", file=sys.stderr)
-                good = False
+            first, work_left = ranks.world()[1] == 0, False
+            if first:
+                work_left = _work_left(run_dir, since, patience)
+                if patience and (who := run_dir.holder()):
+                    print(f"{run_dir} is held by {who}", file=sys.stderr)
+                    good = False
             if not ranks.maximum(work_left):
                 continue
-            with _output_to(run_dir) if log and rank == 0 else contextlib.nullcontext():
+            with _output_to(run_dir) if log and first else contextlib.nullcontext():
                 try:
                     how = run(run_dir, until, since)
                 except BusyError:
@@ -165,10 +161,9 @@ def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
     until = time.monotonic() + patience
     while (state := run_dir.state()) == "running" and time.monotonic() < until:
         time.sleep(0.2)
-    if state == "failed":
-        if provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            return False  # a requeued job is not a person who tries again
-        return not _failed(run_dir, since)
+    if state == "failed":  # a requeued job is not a person who tries again
+        requeued = provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return not requeued and not _failed(run_dir, since)
     if state == "finished":
         with contextlib.suppress(PlanError):
             return run_dir.lacks_noise(run_dir.spec())
@@ -209,11 +204,7 @@ def _handlers() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Whether a signal has asked this process to save and stop.
-
-    Raises:
-        KeyboardInterrupt: it was Ctrl-C; the run is saved.
-    """
+    """Whether a signal has asked this process to save and stop; KeyboardInterrupt if it was Ctrl-C."""
     if signal.SIGINT in _signals:
         raise KeyboardInterrupt
     return bool(_signals)
@@ -245,7 +236,7 @@ def work(
     """A worker process: join the group, run the directories, and say by the exit status how it went.
 
     Args:
-        since: as in `run_all`.
+        since: as in `run`.
         earlier: signals that came before this module was loaded.
         attached: save and stop when standard input, a pipe of the process that started this one, ends: it is gone.
 
@@ -262,8 +253,7 @@ def work(
     atexit.register(_leave, status)
     try:
         with _handlers(), ranks.process_group():
-            patience = 60 if in_job else 0
-            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=patience)
+            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=60 if in_job else 0)
             stopped = ranks.maximum(len(_signals)) > 0 and not good
             rank = ranks.world()[1]
     except BaseException as e:
@@ -278,11 +268,10 @@ def work(
 
 
 def _leave(status: list[int]) -> None:
-    """End the process here, before the interpreter shuts down: the last of the exit handlers, as the first registered.
+    """End the process before the interpreter shuts down; registered first, so the last of the exit handlers.
 
-    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14). One that
-    lets go of a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489), and a run that is
-    finished would count as killed.
+    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14), and one that
+    frees a tensor in the shutdown aborts the process (pytorch/pytorch#190489): a finished run would count as killed.
     """
     if status:
         sys.stdout.flush()
