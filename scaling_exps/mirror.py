@@ -58,14 +58,20 @@ def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
         yield
         return
     try:
-        mirror = _start("live", run_dir, stdin=subprocess.PIPE, start_new_session=True)
+        mirror = subprocess.Popen(_command("live", run_dir), stdin=subprocess.PIPE, start_new_session=True, **_OUTPUT)
     except OSError as e:
         print(f"wandb is off for this run ({e}); {LATER}", file=sys.stderr)
         yield
         return
-    assert mirror.stdin is not None
-    said: list[str] = []
-    relay = threading.Thread(target=_relay, args=(mirror, said), daemon=True)
+    assert mirror.stdin is not None and mirror.stdout is not None
+    said, output = [], mirror.stdout
+
+    def print_lines() -> None:
+        for line in output:
+            said.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
+
+    relay = threading.Thread(target=print_lines, daemon=True)
     relay.start()
     try:
         yield
@@ -135,26 +141,17 @@ def sync(roots: list[Path], dry_run: bool = False) -> int:
 
 
 def _replay(run_dir: RunDir) -> int:
-    with _start("sync", run_dir, stdin=subprocess.DEVNULL) as mirror:
-        try:
-            said = mirror.communicate()[0]
-        finally:
-            mirror.kill()
-    print(said or f"{run_dir}: not uploaded, the mirror ended with status {mirror.returncode}\n", end="", flush=True)
-    return int(mirror.returncode != 0)
+    done = subprocess.run(_command("sync", run_dir), stdin=subprocess.DEVNULL, **_OUTPUT)
+    said = done.stdout or f"{run_dir}: not uploaded, the mirror ended with status {done.returncode}\n"
+    print(said, end="", flush=True)
+    return int(done.returncode != 0)
 
 
-def _start(how: str, run_dir: RunDir, **streams: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir), str(PATIENCE[how])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **streams)
+_OUTPUT: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
 
 
-def _relay(mirror: subprocess.Popen[str], said: list[str]) -> None:
-    """Print what the mirror says, and keep it in `said`."""
-    assert mirror.stdout is not None
-    for line in mirror.stdout:
-        said.append(line)
-        print(line, end="", file=sys.stderr, flush=True)
+def _command(how: str, run_dir: RunDir) -> list[str]:
+    return [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir), str(PATIENCE[how])]
 
 
 # ---- the mirror's own process ----

@@ -147,9 +147,7 @@ class RunDir:
             PlanError: a run.json lies here that this version cannot read.
             OSError: the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "read-only", str(self.path))
+        make_writable(self.path, 0o700)
         known = self.spec() if self.exists else None
         if known is not None:
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -346,6 +344,13 @@ class Writer:
     def sync(self) -> None:
         """Put the records up to here on the disk."""
         os.fsync(self.file.fileno())
+
+
+def make_writable(folder: Path, mode: int = 0o777) -> None:
+    """Make the folder where it is not; OSError where it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "read-only", str(folder))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:

@@ -79,7 +79,8 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
     ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
-    before = {n: signal.signal(n, _end) for n in ends}  # the workers save and end when this process is told to
+    # the workers save and end when this process is told to
+    before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in ends}
     try:
         with Progress(disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"{count} side by side", total=len(run_dirs))
@@ -121,7 +122,3 @@ def _share(cards: list[str], share: int, world: int) -> dict[str, str]:
     """The environment that gives a worker `world` cards of its own; with more workers than cards some are shared."""
     own = [cards[(share * world + i) % len(cards)] for i in range(world)] if cards else []
     return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)

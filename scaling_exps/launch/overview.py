@@ -62,7 +62,8 @@ def _row(
     if state == "queued" and entry is not None and entry.reason not in ("", "None"):
         details.append(entry.reason)
     if state == "running":
-        if rate := _speed(run_dir):
+        timed = [r for r in run_dir.records().rows if isinstance(r.get("seconds"), float) and r["seconds"] > 0]
+        if timed and (rate := timed[-1]["samples"] / timed[-1]["seconds"]):
             left = (science.samples(science.steps) - newest["samples"]) / rate
             details += [f"{rate:,.0f} samples/s", f"{left / 60:.1f} min left"]
     elif state != "finished" and entry is None:
@@ -82,12 +83,6 @@ def _row(
         "job": job.id if job else None,
         "detail": ", ".join(filter(None, details)),
     }
-
-
-def _speed(run_dir: RunDir) -> float:
-    """Samples a second over the training so far."""
-    timed = [r for r in run_dir.records().rows if isinstance(r.get("seconds"), float) and r["seconds"] > 0]
-    return float(timed[-1]["samples"] / timed[-1]["seconds"]) if timed else 0.0
 
 
 def count(rows: list[dict[str, Any]]) -> str:

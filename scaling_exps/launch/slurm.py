@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_exps.config import SlurmLaunch
-from scaling_exps.launch import folders, queue
+from scaling_exps.launch import folders, overview, queue
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import BusyError, RunDir
@@ -62,7 +62,6 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     python = _check(root, settings)
     queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
     todo = folders.unfinished(specs, root)
-    finished = len(specs) - len(todo)
     missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
         _room(_parameters(shape, settings), 1)
@@ -73,8 +72,9 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     jobs: list[str] = []
     left = 0
     if missing:
+        (root / JOBS).mkdir(mode=0o700, exist_ok=True)
         try:
-            with RunDir(_folder(root)).lock():
+            with RunDir(root / JOBS).lock():
                 queued = queue.entries()  # another launcher may have been faster
                 ids = {s.run_id for s in missing}
                 waiting = {d: s for d, s in prepared.items() if s.run_id in ids and not _in_hand(d, queued)}
@@ -82,8 +82,8 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
         except BusyError as e:
             raise LaunchError(f"{e}: it submits runs of this folder now; try again when it is done") from e
     print(
-        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(jobs) - left} queued or running, "
-        f"{len(jobs)} submitted, under {root}/"
+        f"{len(specs)} run(s): {len(specs) - len(todo)} finished already, "
+        f"{len(todo) - len(jobs) - left} queued or running, {len(jobs)} submitted, under {root}/"
     )
     if left:
         print(
@@ -197,21 +197,12 @@ def _room(parameters: dict[str, Any], count: int) -> int:
             if _FULL.search(str(e)):
                 return True
             asked = ", ".join(f"{k}={v}" for k, v in parameters.items() if k != "job_name")
-            raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {_offers()}") from e
+            text = queue.ask("sinfo", "--noheader", "--format=%R (%D nodes, each %c CPUs, %m MB, gres %G, limit %l)")
+            offers = "; ".join(f"partition {line}" for line in text.splitlines())
+            raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {offers}") from e
         return False
 
     return bisect.bisect_left(range(1, count), True, key=full) if full(count) else count
-
-
-def _offers() -> str:
-    text = queue.ask("sinfo", "--noheader", "--format=%R (%D nodes, each %c CPUs, %m MB, gres %G, limit %l)")
-    return "; ".join(f"partition {line}" for line in text.splitlines())
-
-
-def _folder(root: Path) -> Path:
-    folder = root / JOBS
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
 
 
 # ---- submission ----
@@ -236,7 +227,8 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
 
     command = shlex.join([*settings.container, python])
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
-    guard = f'{reachable} || {{ echo "this node cannot reach the code: {_plain(command)}" >&2; exit 2; }}'
+    quotable = re.sub(r"[^\w ./-]", "?", command)  # between double quotes of a shell
+    guard = f'{reachable} || {{ echo "this node cannot reach the code: {quotable}" >&2; exit 2; }}'
     executor = submitit.SlurmExecutor(folder=root / JOBS / "%j", max_num_timeout=1000, python=command)
     asked = _parameters(shape, settings)
     further = {option: asked.pop(option) for option in settings.sbatch if option in asked}
@@ -297,11 +289,6 @@ def _print_scripts(specs: list[RunSpec], root: Path, settings: SlurmLaunch, pyth
     print("launch.dry_run=true: nothing is submitted", file=sys.stderr)
 
 
-def _plain(text: str) -> str:
-    """Fit to stand between double quotes of a shell."""
-    return re.sub(r"[^\w ./-]", "?", text)
-
-
 def _ranges(jobs: list[str]) -> list[str]:
     """`12_0, 12_1, 12_2` -> `12_[0-2]`."""
     arrays: dict[str, list[int]] = {}
@@ -313,10 +300,7 @@ def _ranges(jobs: list[str]) -> list[str]:
 
 def _follow(wanted: set[str], root: Path) -> bool:
     """Show the table until no run of the list is queued or running; returns whether all are finished."""
-    from scaling_exps.launch import overview
-
-    before = ""
-    answered = time.monotonic()
+    before, answered = "", time.monotonic()
     while True:
         try:
             rows = [r for r in overview.status(root, strict=True) if r["run_id"] in wanted]

@@ -36,12 +36,14 @@ def main(words: list[str]) -> int:
         forms.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print it as {name}")
     parser.add_argument("--out", default="report", type=Path, help="folder of page and figures (default: report)")
     parser.add_argument("--pdf", action="store_true", help="draw the figures as PDF too")
-    parser.add_argument("--margin", action="append", metavar="METRIC=VALUE", help="instead of those fixed beforehand")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="METRIC=VALUE", help="instead of those fixed beforehand"
+    )
     parser.add_argument("--watch", nargs="?", type=float, const=10, metavar="SECONDS", help="until the sweep ends")
     options = parser.parse_args(words)
     if options.watch is not None and not options.watch > 0:
         raise ReportError(f"--watch {options.watch:g}: give seconds > 0")
-    margins = _margins(options.margin)
+    margins = dict(map(_margin, options.margin)) or None
     known: dict[Path, Run] = {}
     while True:
         collection = collect(options.dirs, known)
@@ -84,12 +86,9 @@ def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, 
         print(f"figure: {file}")
 
 
-def _margins(words: list[str] | None) -> dict[str, float] | None:
-    given: dict[str, float] = {}
-    for word in words or ():
-        name, _, value = word.partition("=")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            raise ReportError(f"--margin {word!r}: give METRIC=VALUE, for example train_loss=0.05") from None
-    return given or None
+def _margin(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ReportError(f"--margin {word!r}: give METRIC=VALUE, for example train_loss=0.05") from None

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scaling_exps.plan import PlanError, RunSpec
-from scaling_exps.records import RunDir
+from scaling_exps.records import RunDir, make_writable
 
 LAST = 0.1  # share of training over which the final train loss is averaged
 BINS = 50  # of a trajectory
@@ -65,9 +64,7 @@ class Collection:
 def make_folder(out: Path) -> None:
     """Make the folder that a report is written to; ReportError where that cannot be."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(13, "read-only", str(out))
+        make_writable(out)
     except OSError as e:
         raise ReportError(
             f"cannot write to the folder {out}: {e.strerror} ({e.filename}); choose another with --out"

@@ -187,10 +187,9 @@ def label(spec: RunSpec, arm: Arm) -> str:
     """What an arm is called: `base`, or its rule; with SVAG's ℓ and the budget's δ where they are not 1."""
     if spec.run_id == arm.base_run_id:
         return "base"
-    plain = spec.science.svag == 1
-    parts = [arm.rule] if plain or arm.kappa != 1 else []
-    parts += [] if plain else [f"SVAG ℓ={spec.science.svag}"]
-    return ", ".join([*parts, *([f"δ={arm.duration:g}"] if arm.duration != 1 else [])])
+    svag = "" if spec.science.svag == 1 else f"SVAG ℓ={spec.science.svag}"
+    budget = "" if arm.duration == 1 else f"δ={arm.duration:g}"
+    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget)))
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:

@@ -100,7 +100,7 @@ class Trainer:
                 following = self._start(self.step, j + 1) if j < last else self._start(self.step + 1, 0)
                 self.stream.prefetch(following, following + micro)
             self.seed_dropout("dropout", start)
-            with self._reducing(j == last):
+            with self._reduce(j == last):
                 with self.autocast():
                     loss = mean_loss(self.forward(x), y)
                 (loss * self.weights[j // self.per_draw]).backward()
@@ -163,10 +163,11 @@ class Trainer:
         place = self.rank * self.per_draw + i
         return self.science.samples(step) + draw * self.science.batch + place * self.science.micro_batch
 
-    def _reducing(self, now: bool) -> contextlib.AbstractContextManager[Any]:
+    def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced over ranks once a step, with its last micro-batch."""
-        grouped = isinstance(self.forward, nn.parallel.DistributedDataParallel)
-        return self.forward.no_sync() if grouped and not now else contextlib.nullcontext()
+        if isinstance(self.forward, nn.parallel.DistributedDataParallel) and not now:
+            return self.forward.no_sync()
+        return contextlib.nullcontext()
 
     def seed_dropout(self, purpose: str, start: int) -> None:
         """What the network itself draws is a function of (seed, the micro-batch's place in the stream).
