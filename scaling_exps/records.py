@@ -50,7 +50,10 @@ class _Row(msgspec.Struct, tag_field="kind"):
 
 
 class _Train(_Row, tag="train"):
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    t: float
     loss: float
+    window: int
 
 
 class _Eval(_Row, tag="eval"):
@@ -178,7 +181,7 @@ class RunDir:
         """
         value = _object(self.path / "result.json") or {}
         status, metrics = value.get("status"), value.get("metrics")
-        numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
+        numbers = isinstance(metrics, dict) and all(type(v) in (int, float) and _fits(v) for v in metrics.values())
         return value if status == "failed" or (status == "finished" and numbers) else None
 
     def write_result(self, value: dict[str, Any]) -> None:
@@ -410,4 +413,9 @@ def _record(line: bytes | str) -> dict[str, Any] | None:
     except (msgspec.ValidationError, RecursionError):
         return None
     assert isinstance(value, dict)
-    return value
+    return value if all(map(_fits, value.values())) else None
+
+
+def _fits(value: Any) -> bool:
+    """Whether it is no whole number that a float cannot hold: JSON has no bound, arithmetic does."""
+    return not isinstance(value, int) or abs(value) < 2**63

@@ -115,27 +115,23 @@ def _read(run_dir: RunDir) -> Run | Missing:
     evals: dict[str, list[tuple[float, float]]] = defaultdict(list)
     noise, t = [], math.nan
     records = run_dir.records()
-    unreadable = records.damaged
     for row in records.rows:
-        try:
-            clock = float(row["samples"]) / scale
-            if row["kind"] == "train":
-                t, loss = row["t"] / clock, row["loss"] * row["window"] / scale
-                train.append((clock, loss))
-            elif row["kind"] == "eval":
-                for name, value in row.items():
-                    if name not in ("step", "samples", "t") and isinstance(value, int | float):
-                        evals[name].append((clock, float(value)))
-            elif row["kind"] == "noise":
-                noise.append({**row, "clock": clock})
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            unreadable += 1
+        clock = row["samples"] / scale
+        if row["kind"] == "train":
+            t = row["t"] / clock
+            train.append((clock, row["loss"] * row["window"] / scale))
+        elif row["kind"] == "noise":
+            noise.append({**row, "clock": clock})
+        elif row["kind"] == "eval":
+            for name, value in row.items():
+                if name not in ("step", "samples", "t") and isinstance(value, int | float):
+                    evals[name].append((clock, float(value)))
     if not train:
         return Missing(path, "half-written", "it says finished, and has no train records", spec)
     clock, loss = np.array(sorted(train, key=lambda point: point[0]), dtype=float).T
     curve = np.append(0, clock), np.append(0, np.cumsum(loss))
     metrics = {k: float(v) for k, v in result["metrics"].items()} | {"train_loss": _last(curve)}
-    notes = [f"{unreadable} record(s) could not be read"] if unreadable else []
+    notes = [f"{records.damaged} record(s) could not be read"] if records.damaged else []
     if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
         notes.append(f"not a number: {', '.join(bad)}")
     arrays = {k: tuple(np.array(points).T) for k, points in evals.items()}

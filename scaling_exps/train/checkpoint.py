@@ -128,10 +128,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
         return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
     except FileNotFoundError:
         return None
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # (a wrong offset in the archive makes an EINVAL)
+        unread = isinstance(e, OSError) and e.errno != errno.EINVAL  # (a wrong offset in the archive makes an EINVAL)
+        if unread or isinstance(e, torch.OutOfMemoryError | MemoryError):
             raise
         print(f"{path} is damaged ({type(e).__name__}); using the one before", file=sys.stderr)
         return None
