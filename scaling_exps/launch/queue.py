@@ -91,11 +91,9 @@ def quote(text: str) -> str:
 
 def entries() -> dict[str, Entry]:
     """Job id (`12`, or `12_3` in an array) -> entry, of this user's jobs."""
-    jobs = {}
-    for line in ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines():
-        job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
-        jobs[job] = Entry(state, reason)
-    return jobs
+    lines = ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines()
+    cells = ([*line.strip().split("|", 2), "", ""] for line in lines)
+    return {job: Entry(state, reason) for job, state, reason, *_ in cells}
 
 
 def ended(jobs: list[str]) -> dict[str, str]:

@@ -217,17 +217,16 @@ def _stop_at_end_of_input() -> None:
     _signals.append(signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _output_to(run_dir: RunDir) -> Iterator[None]:
+def _output_to(run_dir: RunDir) -> contextlib.ExitStack:
     """Into the run's log.txt; where that cannot be written, onto the terminal."""
+    stack = contextlib.ExitStack()
     try:
-        log = run_dir.open_log()
+        log = stack.enter_context(run_dir.open_log())
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
     except OSError as e:
         print(f"{run_dir} has no log: {e}", file=sys.stderr)
-        yield
-        return
-    with log, contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
-        yield
+    return stack
 
 
 def work(
