@@ -274,19 +274,9 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
     science, arm, described = spec.science, spec.arms[0], spec.to_json()
     rule, job = ("base", "base") if arm.role == "base" else (arm.rule, f"{arm.rule} x{arm.kappa:g}")
     job += f" svag {science.svag}" if science.svag > 1 else ""
-    columns = {
-        "model": science.model.name,
-        "dataset": science.dataset.name,
-        "optimizer": science.optimizer,
-        "batch": science.batch,
-        "rule": rule,
-        "kappa": arm.kappa,
-        "svag": science.svag,
-        "seed": science.seed,
-        **{k: described["science"]["hyper"][k] for k in ("lr", "betas", "eps", "weight_decay")},
-    }
-    own = [spec.experiment, *(columns[k] for k in ("model", "dataset", "optimizer", "rule"))]
-    tags = [*own, f"batch {science.batch}", f"seed {science.seed}", *spec.wandb.tags]
+    named = {"model": science.model.name, "dataset": science.dataset.name, "optimizer": science.optimizer, "rule": rule}
+    numbers = {"batch": science.batch, "kappa": arm.kappa, "svag": science.svag, "seed": science.seed}
+    tags = [spec.experiment, *named.values(), f"batch {science.batch}", f"seed {science.seed}", *spec.wandb.tags]
     run = wandb.init(
         id=spec.run_id,
         name=f"{science.model.name} {job} batch {science.batch} seed {science.seed}",
@@ -295,7 +285,12 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
         group=spec.experiment or f"{science.model.name}-{science.dataset.name}-{science.optimizer}",
         job_type=job,
         tags=list(dict.fromkeys(str(t)[:64] for t in tags if t)),
-        config=columns | {k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
+        config={
+            **named,
+            **numbers,
+            **described["science"]["hyper"],
+            **{k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
+        },
         dir=folder,  # none of wandb's files lies in the run's folder: records.jsonl is what is kept
         resume="allow",
         reinit="create_new",

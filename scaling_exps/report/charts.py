@@ -120,22 +120,20 @@ def test_metric(rows: Iterable[Row]) -> str:
     return "accuracy" if any("accuracy" in r.evals for row in rows for r in row.runs) else "loss"
 
 
-def _pair(title: str, rows: list[Row], metric: str, batch: int | None = None) -> list[Chart]:
+def _pair(title: str, rows: list[Row], batch: int | None = None) -> list[Chart]:
     """Train loss and test metric over samples, a line a row."""
-    lines = {
-        "train loss": [_loss(r) for r in rows],
-        f"test {metric}": [t for r in rows if (t := _evaluated(r, metric))],
-    }
-    return [Chart(title, "samples seen", y, lines[y], batch, percent=y == ACCURACY) for y in lines]
+    metric = test_metric(rows)
+    test = [t for r in rows if (t := _evaluated(r, metric))]
+    both = ("train loss", [_loss(r) for r in rows]), (f"test {metric}", test)
+    return [Chart(title, "samples seen", y, lines, batch, percent=y == ACCURACY) for y, lines in both]
 
 
 def _curves(rows: list[Row]) -> list[Chart]:
-    base, metric = [r for r in rows if r.role == "base"], test_metric(rows)
-    arms = [r for r in rows if r.role != "base" and r.svag == 1]
+    base, arms = [r for r in rows if r.role == "base"], [r for r in rows if r.role != "base" and r.svag == 1]
     return [
         chart
         for batch in sorted({r.batch for r in arms or base})
-        for chart in _pair(f"batch {batch}", base + [r for r in arms if r.batch == batch], metric, batch)
+        for chart in _pair(f"batch {batch}", base + [r for r in arms if r.batch == batch], batch)
     ]
 
 
@@ -313,10 +311,10 @@ def _svag(rows: list[Row]) -> list[Chart]:
 
 def _paper(rows: list[Row]) -> list[Chart]:
     """A frame for each rule, a line for each batch size: where a rule holds, the lines lie on each other."""
-    drawn, metric = [], test_metric(rows)
+    drawn = []
     for arm in _arms([r for r in rows if r.svag == 1]):
         members = sorted((r for r in rows if r.role == "base" or r.rule == arm), key=lambda r: r.batch)
-        for chart in _pair(arm, members, metric):
+        for chart in _pair(arm, members):
             drawn.append(replace(chart, traces=[replace(t, arm=f"batch {t.batch}") for t in chart.traces]))
     return drawn
 
