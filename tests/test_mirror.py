@@ -46,7 +46,7 @@ def record(kind: str, step: int, **metrics: float | str) -> dict[str, Any]:
     return {"kind": kind, "step": step, "samples": step * 4, "t": step * 1e-6, **metrics}
 
 
-LINES = [record("train", s, loss=1 / s, seconds=0.1 * s) for s in range(1, 21)]
+LINES = [record("train", s, loss=1 / s, window=4, seconds=0.1 * s) for s in range(1, 21)]
 LINES += [
     record("eval", 20, loss=0.5),
     *(record("noise", 20, batch=4, enough=False, method=m) for m in ("free", "full")),
