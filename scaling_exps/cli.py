@@ -7,12 +7,12 @@ message says what was given, what is allowed and what to do; 130 Ctrl-C.
 from __future__ import annotations
 
 import argparse
+import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -72,8 +72,12 @@ def _plan(words: list[str]) -> int:
 
 def _status(words: list[str]) -> int:
     from scaling_exps import launch
+    from scaling_exps.records import RUNS
 
-    options = _options("status", words, _DIR, ("--json", {"action": "store_true", "help": "for machines"}))
+    parser = argparse.ArgumentParser(prog="scalerun status")
+    parser.add_argument("dir", nargs="?", type=Path, default=RUNS, help="folder of runs (default: runs)")
+    parser.add_argument("--json", action="store_true", help="for machines")
+    options = parser.parse_args(words)
     rows = launch.status(options.dir)
     print(json.dumps(rows, indent=1)) if options.json else launch.print_status(rows)
     return 0
@@ -81,82 +85,42 @@ def _status(words: list[str]) -> int:
 
 def _cancel(words: list[str]) -> int:
     from scaling_exps import launch
+    from scaling_exps.records import RUNS
 
-    jobs = launch.cancel(_options("cancel", words, _DIR).dir)
+    parser = argparse.ArgumentParser(prog="scalerun cancel")
+    parser.add_argument("dir", nargs="?", type=Path, default=RUNS, help="folder of runs (default: runs)")
+    jobs = launch.cancel(parser.parse_args(words).dir)
     print(f"cancelled {len(jobs)} job(s)" + (f": {', '.join(jobs)}" if jobs else ""))
     return 0
 
 
-def _report(words: list[str]) -> int:
-    from scaling_exps import report
-
-    return report.main(words, _runs_dir())
-
-
-def _dashboard(words: list[str]) -> int:
-    from scaling_exps.report import dashboard
-
-    return dashboard.main(words, _runs_dir())
-
-
 def _sync(words: list[str]) -> int:
     from scaling_exps import mirror
+    from scaling_exps.records import RUNS
 
-    options = _options("sync", words, _DIRS, ("--dry-run", {"action": "store_true", "help": "list the runs only"}))
-    return mirror.sync(options.dirs or [_runs_dir()], options.dry_run)
-
-
-def _theory(words: list[str]) -> int:
-    from scaling_exps import theory
-
-    return theory.main(words)
+    parser = argparse.ArgumentParser(prog="scalerun sync")
+    parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
+    parser.add_argument("--dry-run", action="store_true", help="list the runs only")
+    options = parser.parse_args(words)
+    return mirror.sync(options.dirs, options.dry_run)
 
 
-def _convert(words: list[str]) -> int:
-    from scaling_exps import convert
-
-    return convert.main(words)
-
-
-def _fork(words: list[str]) -> int:
-    from scaling_exps.train import fork
-
-    return fork.main(words)
-
-
-def _data(words: list[str]) -> int:
-    from scaling_exps.data import fetch
-
-    return fetch.main(words)
-
-
-def _runs_dir() -> Path:
-    return Path(os.environ.get("SCALERUN_RUNS", "runs"))
-
-
-Argument = tuple[str, dict[str, Any]]
-_DIR: Argument = ("dir", {"nargs": "?", "type": Path, "default": _runs_dir(), "help": "folder of runs (default: runs)"})
-_DIRS: Argument = ("dirs", {"nargs": "*", "type": Path, "help": "folders of runs (default: runs)"})
-
-
-def _options(command: str, words: list[str], *arguments: Argument) -> Any:
-    parser = argparse.ArgumentParser(prog=f"scalerun {command}")
-    for name, settings in arguments:
-        parser.add_argument(name, **settings)
-    return parser.parse_args(words)
+def _of(module: str) -> Callable[[list[str]], int]:
+    """The command that is the `main` of a module; it is imported when it is typed."""
+    return lambda words: int(importlib.import_module(f"scaling_exps.{module}").main(words))
 
 
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "status": _status,
     "cancel": _cancel,
-    "report": _report,
-    "dashboard": _dashboard,
+    "report": _of("report"),
+    "dashboard": _of("report.dashboard"),
     "sync": _sync,
-    "theory": _theory,
-    "convert": _convert,
-    "fork": _fork,
-    "data": _data,
+    "theory": _of("theory"),
+    "convert": _of("convert"),
+    "fork": _of("train.fork"),
+    "data": _of("data.fetch"),
 }
 
 

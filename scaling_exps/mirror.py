@@ -52,21 +52,26 @@ class MirrorError(ValueError):
 def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
     """Mirror the run while it is trained, where logger=wandb and wandb is online. At most one line tells of a trouble.
 
-    On leaving, the last records have PATIENCE seconds to arrive; result.json, if there is one by then, says how the run
-    ended.
+    On leaving, the last records have PATIENCE seconds to arrive, and result.json says how the run ended.
     """
     if spec.logger != "wandb" or not online():
         yield
         return
     try:
-        mirror = _start("live", run_dir, stdin=subprocess.PIPE, start_new_session=True)
+        mirror = subprocess.Popen(_command("live", run_dir), stdin=subprocess.PIPE, start_new_session=True, **_OUTPUT)
     except OSError as e:
         print(f"wandb is off for this run ({e}); {LATER}", file=sys.stderr)
         yield
         return
-    assert mirror.stdin is not None
-    said: list[str] = []
-    relay = threading.Thread(target=_relay, args=(mirror, said), daemon=True)
+    assert mirror.stdin is not None and mirror.stdout is not None
+    said, output = [], mirror.stdout
+
+    def print_lines() -> None:
+        for line in output:
+            said.append(line)
+            print(line, end="", file=sys.stderr, flush=True)
+
+    relay = threading.Thread(target=print_lines, daemon=True)
     relay.start()
     try:
         yield
@@ -136,26 +141,17 @@ def sync(roots: list[Path], dry_run: bool = False) -> int:
 
 
 def _replay(run_dir: RunDir) -> int:
-    with _start("sync", run_dir, stdin=subprocess.DEVNULL) as mirror:
-        try:
-            said = mirror.communicate()[0]
-        finally:
-            mirror.kill()
-    print(said or f"{run_dir}: not uploaded, the mirror ended with status {mirror.returncode}\n", end="", flush=True)
-    return int(mirror.returncode != 0)
+    done = subprocess.run(_command("sync", run_dir), stdin=subprocess.DEVNULL, **_OUTPUT)
+    said = done.stdout or f"{run_dir}: not uploaded, the mirror ended with status {done.returncode}\n"
+    print(said, end="", flush=True)
+    return int(done.returncode != 0)
 
 
-def _start(how: str, run_dir: RunDir, **streams: Any) -> subprocess.Popen[str]:
-    command = [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir), str(PATIENCE[how])]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, **streams)
+_OUTPUT: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.DEVNULL, "text": True}
 
 
-def _relay(mirror: subprocess.Popen[str], said: list[str]) -> None:
-    """Print what the mirror says, and keep it in `said`."""
-    assert mirror.stdout is not None
-    for line in mirror.stdout:
-        said.append(line)
-        print(line, end="", file=sys.stderr, flush=True)
+def _command(how: str, run_dir: RunDir) -> list[str]:
+    return [sys.executable, "-m", "scaling_exps.mirror", how, str(run_dir), str(PATIENCE[how])]
 
 
 # ---- the mirror's own process ----
@@ -222,38 +218,32 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event, patie
     spec = run_dir.spec()
     run = _init(spec, folder, 0.75 * patience)
     sent, known = 0, run.starting_step
-    last = {k: run.summary.get(k) for k in ("_step", "trainer/step", "samples")}
+    last = [run.summary.get(k) for k in ("_step", "trainer/step", "samples")]
+    ended = False
     try:
-        while True:
+        while not ended:
             ended = over.wait(INTERVAL)  # first: what was written before the end is read after it
             records = run_dir.records()
             for line, record in zip(records.lines, records.rows, strict=True):
-                if line == last["_step"] and (record["step"], record["samples"]) != (
-                    last["trainer/step"],
-                    last["samples"],
-                ):
+                if line == last[0] and [record["step"], record["samples"]] != last[1:]:
                     raise MirrorError(
                         f"{run.url} holds other records, of a run that measured at other steps; choose another project"
                     )
                 if line >= known:
                     run.log(_columns(record), step=line, commit=True)
                     sent, known = sent + 1, line + 1
-            if ended:
-                break
     except Exception:
         with contextlib.suppress(Exception):
             run.finish(exit_code=1)
         raise
     result = run_dir.result() or {}
-    if result.get("status") == "finished":
+    finished = result.get("status") == "finished"
+    trains_on = not result and how == "sync" and run_dir.state() == "running"
+    if finished:
         run.summary.update(_final(run_dir, spec, result["metrics"]))
-        run.finish(exit_code=0)
-    elif result or how == "live" or run_dir.state() != "running":
-        if not result:
-            run.mark_preempting()  # it was stopped, and may go on
-        run.finish(exit_code=1)
-    else:
-        run.finish(exit_code=0)
+    elif not result and not trains_on:
+        run.mark_preempting()  # it was stopped, and may go on
+    run.finish(exit_code=0 if finished or trains_on else 1)
     return f"{sent} of {len(records.rows)} records uploaded"
 
 
@@ -281,24 +271,12 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
     """
     import wandb
 
-    science, arm = spec.science, spec.arms[0]
-    rule = "base" if arm.role == "base" else arm.rule
-    job = rule if arm.role == "base" else f"{rule} x{arm.kappa:g}"
+    science, arm, described = spec.science, spec.arms[0], spec.to_json()
+    rule, job = ("base", "base") if arm.role == "base" else (arm.rule, f"{arm.rule} x{arm.kappa:g}")
     job += f" svag {science.svag}" if science.svag > 1 else ""
-    described = spec.to_json()
-    columns = {
-        "model": science.model.name,
-        "dataset": science.dataset.name,
-        "optimizer": science.optimizer,
-        "batch": science.batch,
-        "rule": rule,
-        "kappa": arm.kappa,
-        "svag": science.svag,
-        "seed": science.seed,
-        **{k: described["science"]["hyper"][k] for k in ("lr", "betas", "eps", "weight_decay")},
-    }
-    own = [spec.experiment, *(columns[k] for k in ("model", "dataset", "optimizer", "rule"))]
-    tags = [*own, f"batch {science.batch}", f"seed {science.seed}", *spec.wandb.tags]
+    named = {"model": science.model.name, "dataset": science.dataset.name, "optimizer": science.optimizer, "rule": rule}
+    numbers = {"batch": science.batch, "kappa": arm.kappa, "svag": science.svag, "seed": science.seed}
+    tags = [spec.experiment, *named.values(), f"batch {science.batch}", f"seed {science.seed}", *spec.wandb.tags]
     run = wandb.init(
         id=spec.run_id,
         name=f"{science.model.name} {job} batch {science.batch} seed {science.seed}",
@@ -307,7 +285,12 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
         group=spec.experiment or f"{science.model.name}-{science.dataset.name}-{science.optimizer}",
         job_type=job,
         tags=list(dict.fromkeys(str(t)[:64] for t in tags if t)),
-        config=columns | {k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
+        config={
+            **named,
+            **numbers,
+            **described["science"]["hyper"],
+            **{k: described[k] for k in ("science", "arms", "placement", "notes", "margin")},
+        },
         dir=folder,  # none of wandb's files lies in the run's folder: records.jsonl is what is kept
         resume="allow",
         reinit="create_new",

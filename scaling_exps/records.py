@@ -30,14 +30,15 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
-from typing import IO, Annotated, Any, Literal, Self
+from typing import IO, Annotated, Any, Literal
 
 import msgspec
+from msgspec.structs import replace
 
 from scaling_exps.plan import PlanError, RunSpec
 
 State = Literal["finished", "failed", "running", "interrupted", "waiting"]
+RUNS = Path(os.environ.get("SCALERUN_RUNS", "runs"))  # where runs lie when nobody says otherwise
 TAIL = 8192  # bytes of records or log that are read to see how far a run is
 
 
@@ -49,7 +50,10 @@ class _Row(msgspec.Struct, tag_field="kind"):
 
 
 class _Train(_Row, tag="train"):
+    samples: Annotated[int, msgspec.Meta(ge=1)]
+    t: float
     loss: float
+    window: int
 
 
 class _Eval(_Row, tag="eval"):
@@ -89,11 +93,7 @@ class Records:
 
 
 class RunDir:
-    """The folder of one run.
-
-    Args:
-        path: of the folder; it need not exist.
-    """
+    """The folder of one run; it need not exist."""
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
@@ -132,11 +132,7 @@ class RunDir:
         return os.path.lexists(self.path / "run.json")
 
     def spec(self) -> RunSpec:
-        """The RunSpec.
-
-        Raises:
-            PlanError: run.json is missing, or not one that this version can read.
-        """
+        """The RunSpec; PlanError where run.json is missing, or not one that this version can read."""
         raw = _object(self.path / "run.json")
         if raw is None:
             raise PlanError(f"{self}: no readable run.json; plan it anew in another runs_dir, or remove the folder")
@@ -148,33 +144,25 @@ class RunDir:
     def prepare(self, spec: RunSpec) -> RunSpec:
         """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
 
-        Returns:
-            What run.json now says.
+        Returns what run.json then says.
 
         Raises:
             PlanError: a run.json lies here that this version cannot read.
             OSError: the folder cannot be written.
         """
-        self.path.mkdir(parents=True, exist_ok=True, mode=0o700)
-        if not os.access(self.path, os.W_OK | os.X_OK):
-            raise PermissionError(errno.EACCES, "read-only", str(self.path))
+        make_writable(self.path, 0o700)
         known = self.spec() if self.exists else None
         if known is not None:
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
             margin = (known.margin or spec.margin) if self.begun else spec.margin  # it is fixed before the run
             if self.state() == "finished":
-                measure = known.measure
-                if spec.measure.noise == "full" and known.noise != "full":  # it is measured from kept checkpoints
-                    measure = msgspec.structs.replace(
-                        spec.measure, evaluations=measure.evaluations, train_records=measure.train_records
-                    )
-                spec = msgspec.structs.replace(known, arms=arms, margin=margin, measure=measure)
+                measure, had = spec.measure, known.measure
+                full = measure.noise == "full" and known.noise != "full"  # it is measured from kept checkpoints
+                measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
+                spec = replace(known, measure=measure if full else had)
             elif self.begun:
-                spec = msgspec.structs.replace(
-                    spec, arms=arms, margin=margin, placement=known.placement, measure=known.measure
-                )
-            else:
-                spec = msgspec.structs.replace(spec, arms=arms)
+                spec = replace(spec, placement=known.placement, measure=known.measure)
+            spec = replace(spec, arms=arms, margin=margin)
         if spec != known:
             write_json(self.path / "run.json", spec.to_json())
         return spec
@@ -191,12 +179,10 @@ class RunDir:
 
         None: it has not ended, or the file says neither.
         """
-        value = _object(self.path / "result.json")
-        if value is None or value.get("status") not in ("finished", "failed"):
-            return None
-        metrics = value.get("metrics")
-        numbers = isinstance(metrics, dict) and all(type(v) in (int, float) for v in metrics.values())
-        return value if numbers or value["status"] == "failed" else None
+        value = _object(self.path / "result.json") or {}
+        status, metrics = value.get("status"), value.get("metrics")
+        numbers = isinstance(metrics, dict) and all(type(v) in (int, float) and _fits(v) for v in metrics.values())
+        return value if status == "failed" or (status == "finished" and numbers) else None
 
     def write_result(self, value: dict[str, Any]) -> None:
         """How the run ended, with the time."""
@@ -227,83 +213,68 @@ class RunDir:
             return str(result["reason"])
         if who := self.holder():
             return f"held by {who}"
-        lines = [line.split("\r")[-1].strip() for line in (_tail(self.log) or "").split("\n")]
+        lines = [line.split("\r")[-1].strip() for line in _read(self.log, TAIL).decode(errors="replace").split("\n")]
         return next((line for line in reversed(lines) if line), "")
 
     def newest_record(self) -> dict[str, Any] | None:
         """The last readable record, from the end of the file."""
-        for line in reversed((_tail(self._records) or "").split("\n")):
-            record = _record(line)
-            if record is not None:
-                return record
-        return None
+        readable = map(_record, reversed(_read(self._records, TAIL).split(b"\n")))
+        return next((record for record in readable if record is not None), None)
 
     # ---- records ----
 
     def records(self) -> Records:
         """All records; a line that was cut by a crash is left out."""
-        raw = _read(self._records)
-        lines = (raw or b"").split(b"\n")
+        lines = _read(self._records).split(b"\n")
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
         return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
 
-    def records_size(self) -> int:
-        """Bytes of records on the disk."""
-        return len(_read(self._records) or b"")
-
     def records_checksum(self, size: int) -> int | None:
         """CRC-32 of the first `size` bytes of records; None where there are fewer."""
-        raw = _read(self._records) or b""
+        raw = _read(self._records)
         return zlib.crc32(raw[:size]) if len(raw) >= size else None
 
-    def writer(self, size: int) -> Writer:
-        """A writer that appends to the first `size` bytes of records; what follows them is cut off."""
-        return Writer(self._records, size)
+    @contextmanager
+    def writer(self, size: int = -1) -> Iterator[Writer]:
+        """Append to the first `size` bytes of records (-1: to all), the rest is cut off; OSError if fewer are there."""
+        with os.fdopen(_open(self._records, os.O_RDWR | os.O_CREAT), "r+b") as f:
+            kept = f.read(size)
+            if len(kept) < size:
+                raise OSError(
+                    f"{self._records} is shorter than its checkpoint says: records are missing; start the run anew"
+                )
+            f.truncate(len(kept))
+            yield Writer(f, kept)
 
     # ---- events ----
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
         line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
-        descriptor = _open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-        try:
-            os.write(descriptor, line.encode())
-        finally:
-            os.close(descriptor)
+        with open(_open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
+            f.write(line.encode())
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of jobs.jsonl; what cannot be read is left out."""
-        lines = (_read(self.path / "jobs.jsonl") or b"").splitlines()
-        return [e for e in map(_parse, lines) if isinstance(e, dict)]
+        return [e for e in map(_parse, _read(self.path / "jobs.jsonl").splitlines()) if isinstance(e, dict)]
 
     def write_patch(self, patch: str) -> None:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
             f.write(patch)
 
     def open_log(self) -> IO[str]:
-        """log.txt, to append to.
-
-        Raises:
-            OSError: it cannot be written, or is no regular file.
-        """
+        """log.txt, to append to."""
         return os.fdopen(_open(self.log, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "a")
 
     # ---- checkpoints ----
 
     def kept(self) -> list[Path]:
         """Checkpoints that are kept, by step."""
-        numbered = {}
-        for path in self.path.glob("checkpoint-*.pt"):
-            if step := re.fullmatch(r"checkpoint-(\d+)\.pt", path.name):
-                numbered[int(step[1])] = path
-        return [numbered[step] for step in sorted(numbered)]
+        named = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in self.path.glob("checkpoint-*.pt"))
+        return [self.path / name[0] for name in sorted(filter(None, named), key=lambda name: int(name[1]))]
 
     def publish(self, aside: Path, keep: int | None = None) -> None:
-        """Make `aside` the newest checkpoint, and the newest the one before.
-
-        Args:
-            keep: its step, where it is to stay under that name, too.
-        """
+        """Make `aside` the newest checkpoint, and the newest the one before. `keep`: its step, to stay under, too."""
         if keep is not None:  # first: after a kill in between, the run comes to this step again
             path = self.path / f"checkpoint-{keep}.pt"
             path.unlink(missing_ok=True)
@@ -322,10 +293,7 @@ class RunDir:
 
     @contextmanager
     def lock(self, name: str = "lock") -> Iterator[None]:
-        """Hold the run. The kernel lets go when the process dies, however it dies.
-
-        Args:
-            name: file that is locked: `lock` to work on the run, `wandb.lock` to mirror it.
+        """Hold the run: its `lock` to work on it, `wandb.lock` to mirror it. The kernel lets go when the process dies.
 
         Raises:
             BusyError: another process holds it.
@@ -364,20 +332,10 @@ class RunDir:
 
 
 class Writer:
-    """Appends records, and knows size and checksum of what it wrote: a checkpoint holds both.
+    """Appends records, and knows size and checksum of all that the file holds: a checkpoint keeps both."""
 
-    Raises:
-        OSError: fewer than `size` bytes are there, or the file cannot be written.
-    """
-
-    def __init__(self, path: Path, size: int) -> None:
-        self.file: IO[bytes] = os.fdopen(_open(path, os.O_RDWR | os.O_CREAT), "r+b")
-        kept = self.file.read(size)
-        if len(kept) < size:
-            self.file.close()
-            raise OSError(f"{path} is shorter than its checkpoint says: records are missing; start the run anew")
-        self.file.truncate(size)
-        self.size, self.checksum = size, zlib.crc32(kept)
+    def __init__(self, file: IO[bytes], kept: bytes) -> None:
+        self.file, self.size, self.checksum = file, len(kept), zlib.crc32(kept)
 
     def write(self, record: dict[str, Any]) -> None:
         line = json.dumps(record).encode() + b"\n"
@@ -390,11 +348,12 @@ class Writer:
         """Put the records up to here on the disk."""
         os.fsync(self.file.fileno())
 
-    def __enter__(self) -> Self:
-        return self
 
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self.file.close()
+def make_writable(folder: Path, mode: int = 0o777) -> None:
+    """Make the folder where it is not; OSError where it cannot be written to."""
+    folder.mkdir(parents=True, exist_ok=True, mode=mode)
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise PermissionError(errno.EACCES, "read-only", str(folder))
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
@@ -409,11 +368,7 @@ def write_json(path: Path, value: dict[str, Any]) -> None:
 
 
 def _open(path: Path, flags: int) -> int:
-    """A descriptor of a regular file (mode 0600); links are not followed for writing, a fifo does not block.
-
-    Raises:
-        OSError: it is no regular file, or the system refuses.
-    """
+    """A descriptor of a regular file (mode 0600), else OSError; writing follows no link, a fifo does not block."""
     if flags & (os.O_WRONLY | os.O_RDWR):
         flags |= os.O_NOFOLLOW
     descriptor = os.open(path, flags | os.O_NONBLOCK | os.O_CLOEXEC, 0o600)
@@ -423,39 +378,30 @@ def _open(path: Path, flags: int) -> int:
     return descriptor
 
 
-def _read(path: Path) -> bytes | None:
-    """The content of a regular file, or None."""
+def _read(path: Path, last: int | None = None) -> bytes:
+    """The content of a regular file, or its last bytes; empty where there is none."""
     try:
         with open(_open(path, os.O_RDONLY), "rb") as f:
+            if last is not None:
+                f.seek(max(0, os.fstat(f.fileno()).st_size - last))
             return f.read()
     except OSError:
-        return None
-
-
-def _tail(path: Path) -> str | None:
-    try:
-        with open(_open(path, os.O_RDONLY), "rb") as f:
-            f.seek(max(0, os.fstat(f.fileno()).st_size - TAIL))
-            return f.read().decode(errors="replace")
-    except OSError:
-        return None
+        return b""
 
 
 def _parse(text: bytes | str) -> Any:
     """The JSON value, or None."""
-    try:
+    with suppress(ValueError, RecursionError):
         return msgspec.json.decode(text)
-    except (ValueError, RecursionError):
-        try:
-            value = json.loads(text)  # Python's own form of NaN and infinity
-            msgspec.json.encode(value)  # what cannot be written (half a surrogate pair) cannot be shown either
-            return value
-        except (ValueError, RecursionError):
-            return None
+    with suppress(ValueError, RecursionError):
+        value = json.loads(text)  # Python's own form of NaN and infinity
+        msgspec.json.encode(value)  # what cannot be written (half a surrogate pair) cannot be shown either
+        return value
+    return None
 
 
 def _object(path: Path) -> dict[str, Any] | None:
-    value = _parse(_read(path) or b"")
+    value = _parse(_read(path))
     return value if isinstance(value, dict) else None
 
 
@@ -467,4 +413,9 @@ def _record(line: bytes | str) -> dict[str, Any] | None:
     except (msgspec.ValidationError, RecursionError):
         return None
     assert isinstance(value, dict)
-    return value
+    return value if all(map(_fits, value.values())) else None
+
+
+def _fits(value: Any) -> bool:
+    """Whether it is no whole number that a float cannot hold: JSON has no bound, arithmetic does."""
+    return not isinstance(value, int) or abs(value) < 2**63

@@ -11,12 +11,12 @@ import pytest
 import torch
 from support import prepare, specs
 
-from scaling_exps import train
+from scaling_exps import cli, train
 from scaling_exps.records import RunDir
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
 from scaling_exps.train import checkpoint
 from scaling_exps.train import fork as module
-from scaling_exps.train.fork import Branch, ForkError, _Branching, _crossing, fork, main, noise_scale
+from scaling_exps.train.fork import Branch, ForkError, _Branching, _crossing, fork, noise_scale
 
 
 @pytest.fixture(scope="module")
@@ -59,7 +59,7 @@ def test_fork(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
         assert b.hyper.eps == pytest.approx(want.eps)
         assert b.low <= b.difference <= b.high
     assert result.low <= result.batch <= (result.high or 32)
-    assert main([str(run_dir), "--repeats", "2", "--samples", "64", "--kappa", "2", "--json"]) == 0
+    assert cli.main(["fork", str(run_dir), "--repeats", "2", "--samples", "64", "--kappa", "2", "--json"]) == 0
     again = json.loads(capsys.readouterr().out)
     assert [tuple(b["losses"]) for b in again["branches"]] == [b.losses for b in result.branches[1:3]]  # to the bit
     text = module.render(result)
@@ -137,9 +137,9 @@ def test_a_kept_checkpoint_is_forked(run_dir: RunDir, capsys: pytest.CaptureFixt
     """Fails if the newest checkpoint were taken whatever is asked for, or another run's were."""
     (kept,) = run_dir.kept()
     words = ["--repeats", "2", "--samples", "16", "--kappa", "2", "--json"]
-    assert main([str(kept), *words]) == 0
+    assert cli.main(["fork", str(kept), *words]) == 0
     assert json.loads(capsys.readouterr().out)["step"] == 64
-    assert main([str(kept.with_name("checkpoint-65.pt")), *words]) == 2
+    assert cli.main(["fork", str(kept.with_name("checkpoint-65.pt")), *words]) == 2
     assert "checkpoint-65.pt" in capsys.readouterr().err
 
 
@@ -179,7 +179,7 @@ def test_command_refuses_with_one_message(run_dir: RunDir, tmp_path: Path, capsy
         ([str(tmp_path / "none")], "no readable run.json"),
         ([str(run_dir), "--kappa", "1,big"], "must be numbers"),
     ]:
-        assert main(argv) == 2
+        assert cli.main(["fork", *argv]) == 2
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1

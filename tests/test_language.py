@@ -317,7 +317,8 @@ def test_dropout_is_of_seed_and_place(tmp_path: Path) -> None:
     expected = steps(whole, 3)
     part, run_dir = train.Trainer(spec), prepare(tmp_path / "part", spec)
     steps(part, 1)
-    checkpoint.save(part, run_dir, run_dir.writer(0))
+    with run_dir.writer(0) as writer:
+        checkpoint.save(part, run_dir, writer)
     torch.rand(7)  # somebody else draws
     rest = train.Trainer(spec)
     checkpoint.restore(rest, run_dir)

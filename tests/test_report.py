@@ -448,7 +448,7 @@ def test_watching_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixt
 
     monkeypatch.setattr(report.time, "sleep", sleep)
     monkeypatch.setattr(figures, "draw", lambda *_: [])
-    assert report.main([str(root), "--out", str(out), "--watch", "3"], Path("runs")) == 0
+    assert report.main([str(root), "--out", str(out), "--watch", "3"]) == 0
     assert slept == [(3, True), (3, True)]
     assert 'http-equiv="refresh"' not in (out / "index.html").read_text()
     assert "is interrupted: 100% of its steps" in capsys.readouterr().err

@@ -77,7 +77,7 @@ def beside(finished: RunDir, tmp_path: Path) -> tuple[Path, RunDir]:
 def look(run_dir: RunDir) -> None:
     """Everything that is read of a run; only `spec` may refuse."""
     run_dir.state(), run_dir.result(), run_dir.reason(), run_dir.holder(), run_dir.newest_record(), run_dir.events()
-    run_dir.records(), run_dir.records_size(), run_dir.records_checksum(5), run_dir.kept(), run_dir.begun
+    run_dir.records(), run_dir.records_checksum(5), run_dir.kept(), run_dir.begun
     with contextlib.suppress(PlanError):
         run_dir.lacks_noise(run_dir.spec())
 
@@ -133,6 +133,7 @@ def test_nothing_is_written_through_a_bad_file(
         {"status": "finished", "metrics": []},
         {"status": "finished", "metrics": {"test_loss": "low"}},
         {"status": "finished", "metrics": {"test_loss": None}},
+        {"status": "finished", "metrics": {"test_loss": 10**400}},
     ],
 )
 def test_a_result_that_says_nothing_is_none(content: dict[str, Any], beside: tuple[Path, RunDir]) -> None:
@@ -150,6 +151,9 @@ def test_a_result_that_says_nothing_is_none(content: dict[str, Any], beside: tup
     "line",
     [
         "{}", "3", "[]", '{"kind": "train"}', '{"kind": "train", "step": 1, "samples": 4}',
+        '{"kind": "train", "step": 1, "samples": 4, "loss": 1}',
+        '{"kind": "eval", "step": 1, "samples": 4, "loss": 1, "accuracy": 1' + "0" * 400 + "}",
+        '{"kind": "train", "step": 1, "samples": 0, "t": 1, "window": 4, "loss": 1}',
         '{"kind": "eval", "step": 1, "samples": 4, "loss": "low"}', '{"kind": ["eval"], "step": 1, "samples": 4}',
         '{"kind": "train", "step": true, "samples": 4, "loss": 1}',
         '{"kind": "train", "step": NaN, "samples": 4, "loss": 1}',
@@ -165,7 +169,7 @@ def test_json_that_is_no_record_is_damage(line: str, tmp_path: Path) -> None:
     (tmp_path / "records.jsonl").write_text(
         '{"kind": "event", "step": 0, "samples": 0}\n'
         + line
-        + '\n{"kind": "train", "step": 2, "samples": 8, "loss": NaN}\n'
+        + '\n{"kind": "train", "step": 2, "samples": 8, "t": 1, "window": 8, "loss": NaN}\n'
         '{"kind": "tr'
     )
     records = RunDir(tmp_path).records()

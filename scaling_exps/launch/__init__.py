@@ -5,8 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 from scaling_exps.config import Config, SlurmLaunch
+from scaling_exps.launch import local, slurm
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.launch.overview import print_status, status
+from scaling_exps.launch.slurm import cancel
 from scaling_exps.plan import RunSpec
 
 __all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]
@@ -27,22 +29,6 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
         DataError, ModelError: a data set or a network of the list cannot be had here; nothing was started.
             (A job on a cluster finds out where it runs: its run fails, with the reason in its record.)
     """
-    root = Path(config.runs_dir)
     if isinstance(config.launch, SlurmLaunch):
-        from scaling_exps.launch import slurm
-
-        return slurm.launch(specs, root, config.launch)
-    from scaling_exps.launch import local
-
-    return local.launch(specs, root, config.launch)
-
-
-def cancel(root: Path) -> list[str]:
-    """Take every queued or running SLURM job of the runs under `root` back; returns the job ids.
-
-    Raises:
-        LaunchError: no such folder, or SLURM does not answer.
-    """
-    from scaling_exps.launch import slurm
-
-    return slurm.cancel(root)
+        return slurm.launch(specs, Path(config.runs_dir), config.launch)
+    return local.launch(specs, Path(config.runs_dir), config.launch)

@@ -12,12 +12,15 @@ class LaunchError(ValueError):
     """Nothing was started; the message says why."""
 
 
-def unfinished(specs: list[RunSpec], root: Path) -> list[RunSpec]:
-    """The runs that have work left: training, or noise that is to be measured.
+def under(root: Path) -> list[RunDir]:
+    """The run folders in `root`; LaunchError where there is no such folder."""
+    if not root.is_dir():
+        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
+    return RunDir.under(root)
 
-    Raises:
-        PlanError: a run's folder holds a run.json that this version cannot read.
-    """
+
+def unfinished(specs: list[RunSpec], root: Path) -> list[RunSpec]:
+    """The runs that have training left, or noise to be measured; PlanError for a run.json that cannot be read."""
     todo = []
     for spec in specs:
         run_dir = RunDir(root / spec.run_id)
@@ -29,18 +32,10 @@ def unfinished(specs: list[RunSpec], root: Path) -> list[RunSpec]:
 
 
 def prepare(specs: list[RunSpec], root: Path) -> dict[RunDir, RunSpec]:
-    """Make every run's folder and run.json; what each run.json then says (a begun run keeps its own).
-
-    Raises:
-        LaunchError: the folder cannot be written.
-    """
-    prepared = {}
+    """Make every run's folder and run.json; what each run.json then says. LaunchError: `root` cannot be written."""
     try:
-        for spec in specs:
-            run_dir = RunDir(root / spec.run_id)
-            prepared[run_dir] = run_dir.prepare(spec)
+        return {(run_dir := RunDir(root / spec.run_id)): run_dir.prepare(spec) for spec in specs}
     except OSError as e:
         raise LaunchError(
             f"cannot write runs under {root}: {e.strerror} ({e.filename}); choose another with runs_dir="
         ) from e
-    return prepared

@@ -24,8 +24,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
     todo = folders.unfinished(specs, root)
     train.preflight(todo)
     prepared = folders.prepare(specs, root)
-    ids = {spec.run_id for spec in todo}
-    worlds = {d: spec.placement.world_size for d, spec in prepared.items() if spec.run_id in ids}
+    worlds = {d: prepared[d].placement.world_size for d in (RunDir(root / spec.run_id) for spec in todo)}
     side_by_side = settings.parallel > 1 and len(worlds) > 1
     cards = _cards() if side_by_side or max(worlds.values(), default=1) > 1 else []
     for run_dir, world in worlds.items():
@@ -40,11 +39,9 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
         for world in sorted(set(worlds.values())):
             _workers([d for d, w in worlds.items() if w == world], world, settings.parallel, cards, deadline)
         for run_dir in worlds:  # what a run in this process says itself
-            metrics = (run_dir.result() or {}).get("metrics", {})
-            if metrics:
-                print(
-                    f"finished: {run_dir}: " + ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items())
-                )
+            if metrics := (run_dir.result() or {}).get("metrics"):
+                values = ", ".join(f"{k.replace('_', ' ')} {v:.4g}" for k, v in metrics.items())
+                print(f"finished: {run_dir}: {values}")
     else:
         for i, run_dir in enumerate(worlds, 1):
             if len(worlds) > 1:
@@ -55,9 +52,8 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
     asked = zip(prepared, specs, strict=True)
     unfinished = [d for d, spec in asked if d.state() != "finished" or d.lacks_noise(spec)]
     for run_dir in unfinished:
-        why, state = run_dir.reason(), run_dir.state()
-        state_of = "finished, but its noise is not measured" if state == "finished" else state
-        print(f"{state_of}: {run_dir}" + (f": {why}" if why else ""), file=sys.stderr)
+        state = run_dir.state().replace("finished", "finished, but its noise is not measured")
+        print(": ".join(filter(None, (state, str(run_dir), run_dir.reason()))), file=sys.stderr)
     if unfinished and time.monotonic() > deadline:
         print(f"launch.minutes={settings.minutes:g} are over", file=sys.stderr)
     if unfinished:
@@ -69,9 +65,8 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     """Start up to `parallel` workers of `world` processes, each on its GPUs; at the deadline they save and end.
 
     They do so, too, when this process dies, however it dies: that ends their standard input. Each is a session of its
-    own, so that a terminal's signals come to it once, through this process.
-    Workers of one process share the list out by its locks. A group of processes ends with a run that fails, so it is
-    given one.
+    own, so that a terminal's signals come to it once, through this process. Workers of one process share the list out
+    by its locks. A group of processes ends with a run that fails, so it is given one.
     """
     from rich.progress import Progress
 
@@ -84,28 +79,25 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
     ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one
-    before = {n: signal.signal(n, _end) for n in ends}  # the workers save and end when this process is told to
+    # the workers save and end when this process is told to
+    before = {n: signal.signal(n, lambda number, _: sys.exit(128 + number)) for n in ends}
     try:
         with Progress(disable=not sys.stdout.isatty()) as bar:
             task = bar.add_task(f"{count} side by side", total=len(run_dirs))
-            while queue or any(w.poll() is None for w in workers.values()):
-                if time.monotonic() > deadline:
-                    break
+            while (queue or any(w.poll() is None for w in workers.values())) and time.monotonic() <= deadline:
                 for share in range(count):
-                    if queue and (share not in workers or workers[share].poll() is not None):
-                        members = queue.pop(0)
-                        with contextlib.ExitStack() as stack:
-                            log = None
-                            if world > 1:  # torchrun's own report goes where ours does
-                                with contextlib.suppress(OSError):
-                                    log = stack.enter_context(members[0].open_log())
-                            workers[share] = subprocess.Popen(
-                                [*command, *map(str, members)],
-                                env={**environment, **_share(cards, share, world)},
-                                stdin=subprocess.PIPE,
-                                stderr=log,
-                                start_new_session=True,
-                            )
+                    if not queue or (share in workers and workers[share].poll() is None):
+                        continue
+                    members = queue.pop(0)
+                    with contextlib.ExitStack() as stack:
+                        log = None
+                        if world > 1:  # torchrun's own report goes where ours does
+                            with contextlib.suppress(OSError):
+                                log = stack.enter_context(members[0].open_log())
+                        words, env = [*command, *map(str, members)], {**environment, **_share(cards, share, world)}
+                        workers[share] = subprocess.Popen(
+                            words, env=env, stdin=subprocess.PIPE, stderr=log, start_new_session=True
+                        )
                 time.sleep(0.2)
                 bar.update(task, completed=sum(d.result() is not None for d in run_dirs))
     finally:
@@ -130,7 +122,3 @@ def _share(cards: list[str], share: int, world: int) -> dict[str, str]:
     """The environment that gives a worker `world` cards of its own; with more workers than cards some are shared."""
     own = [cards[(share * world + i) % len(cards)] for i in range(world)] if cards else []
     return {"CUDA_VISIBLE_DEVICES": ",".join(own)} if own else {}
-
-
-def _end(number: int, _: object) -> None:
-    raise SystemExit(128 + number)

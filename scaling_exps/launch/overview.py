@@ -7,7 +7,7 @@ from collections import Counter
 from pathlib import Path
 from typing import Any
 
-from scaling_exps.launch import queue
+from scaling_exps.launch import folders, queue
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import PlanError
 from scaling_exps.records import RunDir
@@ -26,10 +26,7 @@ def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
     Raises:
         LaunchError: there is no such folder; strictly, also where SLURM does not answer.
     """
-    if not root.is_dir():
-        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    run_dirs = RunDir.under(root)
-    jobs = {run_dir: queue.last_job(run_dir) for run_dir in run_dirs}
+    jobs = {run_dir: queue.last_job(run_dir) for run_dir in folders.under(root)}
     in_queue: dict[str, queue.Entry] = {}
     ended: dict[str, str] = {}
     if any(jobs.values()):
@@ -41,14 +38,13 @@ def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
             if strict:
                 raise
             print(f"scalerun: {e}: shown is what the directories say", file=sys.stderr)
-    rows = []
-    for run_dir in run_dirs:
-        job = jobs[run_dir]
-        rows.append(_row(run_dir, job, in_queue.get(job.id) if job else None, ended.get(job.id, "") if job else ""))
-    return rows
+    return [_row(run_dir, job, in_queue, ended) for run_dir, job in jobs.items()]
 
 
-def _row(run_dir: RunDir, job: queue.Job | None, entry: queue.Entry | None, end: str) -> dict[str, Any]:
+def _row(
+    run_dir: RunDir, job: queue.Job | None, in_queue: dict[str, queue.Entry], ended: dict[str, str]
+) -> dict[str, Any]:
+    entry, end = (in_queue.get(job.id), ended.get(job.id)) if job else (None, None)
     try:
         spec = run_dir.spec()
     except PlanError as e:
@@ -66,15 +62,15 @@ def _row(run_dir: RunDir, job: queue.Job | None, entry: queue.Entry | None, end:
     if state == "queued" and entry is not None and entry.reason not in ("", "None"):
         details.append(entry.reason)
     if state == "running":
-        if rate := _speed(run_dir):
+        timed = [r for r in run_dir.records().rows if isinstance(r.get("seconds"), float) and r["seconds"] > 0]
+        if timed and (rate := timed[-1]["samples"] / timed[-1]["seconds"]):
             left = (science.samples(science.steps) - newest["samples"]) / rate
             details += [f"{rate:,.0f} samples/s", f"{left / 60:.1f} min left"]
     elif state != "finished" and entry is None:
         if end and state != "failed":
             state = "failed" if end not in ("COMPLETED", "CANCELLED") else state
             details.append(f"SLURM: {end}")
-        why = run_dir.reason()
-        details += [why] if why else []
+        details.append(run_dir.reason())
     return {
         "run_id": spec.run_id,
         "model": science.model.name,
@@ -85,14 +81,8 @@ def _row(run_dir: RunDir, job: queue.Job | None, entry: queue.Entry | None, end:
         "samples": newest["samples"],
         "total": science.samples(science.steps),
         "job": job.id if job else None,
-        "detail": ", ".join(details),
+        "detail": ", ".join(filter(None, details)),
     }
-
-
-def _speed(run_dir: RunDir) -> float:
-    """Samples a second over the training so far."""
-    timed = [r for r in run_dir.records().rows if isinstance(r.get("seconds"), float) and r["seconds"] > 0]
-    return float(timed[-1]["samples"] / timed[-1]["seconds"]) if timed else 0.0
 
 
 def count(rows: list[dict[str, Any]]) -> str:
@@ -115,6 +105,4 @@ def print_status(rows: list[dict[str, Any]]) -> None:
         cells = [str(row.get(k, "")) for k in ("run_id", "model", "rule", "batch", "seed", "state")]
         cells[5] = f"[{colours.get(row['state'], 'white')}]{row['state']}[/]"
         table.add_row(*cells, share, escape(row.get("detail", "")))
-    console = Console()
-    console.print(table)
-    console.print(count(rows))
+    Console().print(table, count(rows), sep="\n")

@@ -20,6 +20,12 @@ _INHERITED = re.compile(
 )
 
 
+NO_SLURM = (
+    "launch=slurm needs SLURM's commands, and {} not on this machine's PATH: use a login node of the cluster, or "
+    "launch=local"
+)
+
+
 @dataclass(frozen=True)
 class Job:
     """The job of a run: its id, and how often the run has started in it."""
@@ -50,19 +56,12 @@ def last_job(run_dir: RunDir) -> Job | None:
 
 
 def ask(*argv: str) -> str:
-    """Output of a SLURM command.
-
-    Raises:
-        LaunchError: the command is not there, or says no (it is quoted).
-    """
+    """Output of a SLURM command; LaunchError where it is not there, or says no (it is quoted)."""
     try:
         with own_environment():
             done = subprocess.run(argv, capture_output=True, text=True, timeout=60)
     except FileNotFoundError:
-        raise LaunchError(
-            f"launch=slurm needs SLURM's commands, and {argv[0]!r} is not on this machine's PATH: "
-            "use a login node of the cluster, or launch=local"
-        ) from None
+        raise LaunchError(NO_SLURM.format(f"{argv[0]!r} is")) from None
     except subprocess.TimeoutExpired:
         raise LaunchError(f"{argv[0]} gave no answer in 60 s: is the SLURM controller up?") from None
     if done.returncode:
@@ -92,11 +91,9 @@ def quote(text: str) -> str:
 
 def entries() -> dict[str, Entry]:
     """Job id (`12`, or `12_3` in an array) -> entry, of this user's jobs."""
-    jobs = {}
-    for line in ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines():
-        job, state, reason = [*line.strip().split("|", 2), "", ""][:3]
-        jobs[job] = Entry(state, reason)
-    return jobs
+    lines = ask("squeue", "--noheader", "--array", "--me", "--format=%i|%T|%r").splitlines()
+    cells = ([*line.strip().split("|", 2), "", ""] for line in lines)
+    return {job: Entry(state, reason) for job, state, reason, *_ in cells}
 
 
 def ended(jobs: list[str]) -> dict[str, str]:

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from scaling_exps.config import SlurmLaunch
-from scaling_exps.launch import folders, queue
+from scaling_exps.launch import folders, overview, queue
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import BusyError, RunDir
@@ -27,7 +27,8 @@ if TYPE_CHECKING:
 
 PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
-_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)  # of partition, account, qos, constraint, exclude
+_WORDS = ("partition", "account", "qos", "constraint", "exclude")
+_WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)
 # Options of sbatch that other settings give, or that are the launcher's own business.
 _TAKEN = (
     "account", "array", "chdir", "clusters", "constraint", "cpus-per-task", "error", "exclude", "gpus-per-node", "help",
@@ -54,17 +55,13 @@ def work(run_dir: str) -> None:
 def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     """Submit what is neither finished, nor queued, nor running; see `launch.launch`."""
     if shutil.which("srun") is None or shutil.which("sbatch") is None:
-        raise LaunchError(
-            "launch=slurm needs SLURM's commands, and srun and sbatch are not on this machine's PATH: "
-            "use a login node of the cluster, or launch=local"
-        )
+        raise LaunchError(queue.NO_SLURM.format("srun and sbatch are"))
     if find_spec("submitit") is None:
         raise LaunchError("launch=slurm needs submitit: pip install 'scalerun[slurm]'")
     root = root.absolute()
     python = _check(root, settings)
     queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
     todo = folders.unfinished(specs, root)
-    finished = len(specs) - len(todo)
     missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
         _room(_parameters(shape, settings), 1)
@@ -75,8 +72,9 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     jobs: list[str] = []
     left = 0
     if missing:
+        (root / JOBS).mkdir(mode=0o700, exist_ok=True)
         try:
-            with RunDir(_folder(root)).lock():
+            with RunDir(root / JOBS).lock():
                 queued = queue.entries()  # another launcher may have been faster
                 ids = {s.run_id for s in missing}
                 waiting = {d: s for d, s in prepared.items() if s.run_id in ids and not _in_hand(d, queued)}
@@ -84,8 +82,8 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
         except BusyError as e:
             raise LaunchError(f"{e}: it submits runs of this folder now; try again when it is done") from e
     print(
-        f"{len(specs)} run(s): {finished} finished already, {len(todo) - len(jobs) - left} queued or running, "
-        f"{len(jobs)} submitted, under {root}/"
+        f"{len(specs)} run(s): {len(specs) - len(todo)} finished already, "
+        f"{len(todo) - len(jobs) - left} queued or running, {len(jobs)} submitted, under {root}/"
     )
     if left:
         print(
@@ -102,17 +100,13 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
 
 
 def cancel(root: Path) -> list[str]:
-    """Cancel the queued and running jobs of every run under `root`; see `launch.cancel`."""
-    if not root.is_dir():
-        raise LaunchError(f"no folder {str(root)!r}; runs lie under ./runs, runs_dir= or SCALERUN_RUNS")
-    last = {d: job for d in RunDir.under(root) if (job := queue.last_job(d)) is not None}
-    if not last:
-        return []
-    queued = queue.entries()
-    jobs = {d: job.id for d, job in last.items() if job.id in queued}
+    """Take every queued or running SLURM job of the runs under `root` back; returns the job ids."""
+    last = [job.id for d in folders.under(root) if (job := queue.last_job(d)) is not None]
+    queued = queue.entries() if last else {}
+    jobs = [job for job in last if job in queued]
     if jobs:
-        queue.ask("scancel", "--", *jobs.values())
-    return list(jobs.values())
+        queue.ask("scancel", "--", *jobs)
+    return jobs
 
 
 # ---- what is asked for ----
@@ -133,11 +127,11 @@ def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
 
 def _check(root: Path, settings: SlurmLaunch) -> str:
     """Validate paths and sbatch settings; return the nodes' python."""
-    faults = []
-    for key in ("partition", "account", "qos", "constraint", "exclude"):
-        value = getattr(settings, key)
-        if value is not None and not _WORD.fullmatch(value):
-            faults.append(f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-")
+    faults = [
+        f"launch.{key}={value!r} must be one word of letters, digits and .,:@+=/&|()[]*!-"
+        for key in _WORDS
+        if (value := getattr(settings, key)) is not None and not _WORD.fullmatch(value)
+    ]
     for option, value in settings.sbatch.items():
         if not re.fullmatch(r"[a-z]+([-_][a-z]+)*", option):
             faults.append(
@@ -161,8 +155,7 @@ def _check(root: Path, settings: SlurmLaunch) -> str:
             f"launch.python={python!r} is no program here; give the nodes' python, or null for {sys.executable}"
         )
     places = {"runs_dir": root, "the code": code}
-    if not settings.container:
-        places["python"] = Path(python).absolute()
+    places |= {} if settings.container else {"python": Path(python).absolute()}
     for name, path in places.items():
         for folder in settings.node_local:
             if path.is_relative_to(folder) or path.resolve().is_relative_to(folder):
@@ -186,18 +179,14 @@ def _parameters(shape: tuple[int, int], settings: SlurmLaunch) -> dict[str, Any]
         "cpus_per_task": settings.cpus_per_task,
         "mem": None if settings.memory_gb is None else f"{max(1, round(settings.memory_gb * 1024))}M",
         "time": settings.minutes,
-        **{key: getattr(settings, key) for key in ("partition", "account", "qos", "constraint", "exclude")},
+        **{key: getattr(settings, key) for key in _WORDS},
         **settings.sbatch,
     }
     return {key: value for key, value in asked.items() if value is not None and value is not False}
 
 
 def _room(parameters: dict[str, Any], count: int) -> int:
-    """How many of `count` such jobs SLURM would take now, without submitting one: all, but for a limit on their number.
-
-    Raises:
-        LaunchError: SLURM refuses them for another reason.
-    """
+    """How many of `count` such jobs SLURM would take now; LaunchError where it refuses not their number but the job."""
     words = [f"--{k.replace('_', '-')}" + ("" if v is True else f"={v}") for k, v in parameters.items()]
 
     def full(number: int) -> bool:
@@ -208,21 +197,12 @@ def _room(parameters: dict[str, Any], count: int) -> int:
             if _FULL.search(str(e)):
                 return True
             asked = ", ".join(f"{k}={v}" for k, v in parameters.items() if k != "job_name")
-            raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {_offers()}") from e
+            text = queue.ask("sinfo", "--noheader", "--format=%R (%D nodes, each %c CPUs, %m MB, gres %G, limit %l)")
+            offers = "; ".join(f"partition {line}" for line in text.splitlines())
+            raise LaunchError(f"SLURM refuses a job of {asked}: {e}; the cluster has {offers}") from e
         return False
 
     return bisect.bisect_left(range(1, count), True, key=full) if full(count) else count
-
-
-def _offers() -> str:
-    text = queue.ask("sinfo", "--noheader", "--format=%R (%D nodes, each %c CPUs, %m MB, gres %G, limit %l)")
-    return "; ".join(f"partition {line}" for line in text.splitlines())
-
-
-def _folder(root: Path) -> Path:
-    folder = root / JOBS
-    folder.mkdir(mode=0o700, exist_ok=True)
-    return folder
 
 
 # ---- submission ----
@@ -247,7 +227,8 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
 
     command = shlex.join([*settings.container, python])
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
-    guard = f'{reachable} || {{ echo "this node cannot reach the code: {_plain(command)}" >&2; exit 2; }}'
+    quotable = re.sub(r"[^\w ./-]", "?", command)  # between double quotes of a shell
+    guard = f'{reachable} || {{ echo "this node cannot reach the code: {quotable}" >&2; exit 2; }}'
     executor = submitit.SlurmExecutor(folder=root / JOBS / "%j", max_num_timeout=1000, python=command)
     asked = _parameters(shape, settings)
     further = {option: asked.pop(option) for option in settings.sbatch if option in asked}
@@ -308,11 +289,6 @@ def _print_scripts(specs: list[RunSpec], root: Path, settings: SlurmLaunch, pyth
     print("launch.dry_run=true: nothing is submitted", file=sys.stderr)
 
 
-def _plain(text: str) -> str:
-    """Fit to stand between double quotes of a shell."""
-    return re.sub(r"[^\w ./-]", "?", text)
-
-
 def _ranges(jobs: list[str]) -> list[str]:
     """`12_0, 12_1, 12_2` -> `12_[0-2]`."""
     arrays: dict[str, list[int]] = {}
@@ -324,10 +300,7 @@ def _ranges(jobs: list[str]) -> list[str]:
 
 def _follow(wanted: set[str], root: Path) -> bool:
     """Show the table until no run of the list is queued or running; returns whether all are finished."""
-    from scaling_exps.launch import overview
-
-    before = ""
-    answered = time.monotonic()
+    before, answered = "", time.monotonic()
     while True:
         try:
             rows = [r for r in overview.status(root, strict=True) if r["run_id"] in wanted]

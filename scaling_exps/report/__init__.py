@@ -13,6 +13,7 @@ import sys
 import time
 from pathlib import Path
 
+from scaling_exps.records import RUNS
 from scaling_exps.report import charts, tables
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, judge, reading
@@ -22,34 +23,33 @@ __all__ = ["Collection", "Missing", "ReportError", "Row", "Run", "collect", "com
 FORMS = {"csv": tables.as_csv, "markdown": tables.as_markdown, "latex": tables.as_latex}  # and json
 
 
-def main(words: list[str], runs_dir: Path) -> int:
+def main(words: list[str]) -> int:
     """`scalerun report WORDS`: print the comparison; as the table, write the page and the figures too.
-
-    Returns:
-        0.
 
     Raises:
         ReportError: a folder is missing, no run is finished, a word cannot be read, or the page cannot be written.
     """
     parser = argparse.ArgumentParser(prog="scalerun report")
-    parser.add_argument("dirs", nargs="*", type=Path, help="folders of runs (default: runs)")
+    parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     forms = parser.add_mutually_exclusive_group()
     for name in ("json", *FORMS):
         forms.add_argument(f"--{name}", dest="form", action="store_const", const=name, help=f"print it as {name}")
     parser.add_argument("--out", default="report", type=Path, help="folder of page and figures (default: report)")
     parser.add_argument("--pdf", action="store_true", help="draw the figures as PDF too")
-    parser.add_argument("--margin", action="append", metavar="METRIC=VALUE", help="instead of those fixed beforehand")
+    parser.add_argument(
+        "--margin", action="append", default=[], metavar="METRIC=VALUE", help="instead of those fixed beforehand"
+    )
     parser.add_argument("--watch", nargs="?", type=float, const=10, metavar="SECONDS", help="until the sweep ends")
     options = parser.parse_args(words)
     if options.watch is not None and not options.watch > 0:
         raise ReportError(f"--watch {options.watch:g}: give seconds > 0")
-    dirs, margins = options.dirs or [runs_dir], _margins(options.margin)
+    margins = dict(map(_margin, options.margin)) or None
     known: dict[Path, Run] = {}
     while True:
-        collection = collect(dirs, known)
+        collection = collect(options.dirs, known)
         unfinished = [m for m in collection.missing if m.state in ("running", "interrupted", "waiting")]
         if not collection.runs and not (options.watch and (unfinished or not collection.missing)):
-            where = ", ".join(map(str, dirs))
+            where = ", ".join(map(str, options.dirs))
             raise ReportError("\n".join([f"no finished run under {where}", *map(str, collection.missing)]))
         more = bool(options.watch) and (bool(unfinished) or not collection.runs)
         rows = compare(collection, margins)
@@ -77,8 +77,7 @@ def main(words: list[str], runs_dir: Path) -> int:
 def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, more: bool) -> None:
     from scaling_exps.report import figures, page
 
-    drawn = charts.arrange(rows)
-    refresh = max(1, round(options.watch)) if more else None
+    drawn, refresh = charts.arrange(rows), max(1, round(options.watch)) if more else None
     print(f"page: {page.write(rows, missing, drawn, options.out, refresh, bool(options.margin))}")
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures beside the page: to have them as PNG or PDF, pip install 'scalerun[figures]'")
@@ -87,12 +86,9 @@ def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, 
         print(f"figure: {file}")
 
 
-def _margins(words: list[str] | None) -> dict[str, float] | None:
-    given: dict[str, float] = {}
-    for word in words or ():
-        name, _, value = word.partition("=")
-        try:
-            given[name] = float(value)
-        except ValueError:
-            raise ReportError(f"--margin {word!r}: give METRIC=VALUE, for example train_loss=0.05") from None
-    return given or None
+def _margin(word: str) -> tuple[str, float]:
+    name, _, value = word.partition("=")
+    try:
+        return name, float(value)
+    except ValueError:
+        raise ReportError(f"--margin {word!r}: give METRIC=VALUE, for example train_loss=0.05") from None

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any, TypeGuard
 
@@ -48,15 +48,13 @@ class Trace:
 class Chart:
     """`band` is (low, high) of what `band_name` says; `batch` is None where a chart shows several.
 
-    `ticks`: places on the x axis and their labels, where these are few and fixed.
+    `ticks`: places on the x axis and their labels, where these are few and fixed. `arrange` sets `setting` and `group`.
     """
 
-    group: str
-    setting: str
     title: str
     x: str
     y: str
-    traces: tuple[Trace, ...]
+    traces: list[Trace]
     batch: int | None = None
     ticks: tuple[tuple[float, str], ...] = ()
     log_x: bool = False
@@ -64,6 +62,8 @@ class Chart:
     percent: bool = False
     band: tuple[float, float] | None = None
     band_name: str = "counts as equal"
+    setting: str = ""
+    group: str = ""
 
 
 Value = tuple[float, float, float]  # a point and the ends of its error bar
@@ -72,15 +72,28 @@ Value = tuple[float, float, float]  # a point and the ends of its error bar
 def arrange(rows: list[Row]) -> list[Chart]:
     """Every chart that the rows have data for, by setting and then in the order of GROUPS."""
     builders = (_curves, _final, _gap, _hyper, _cost, _noise, _svag, _paper)
-    drawn = []
-    for setting in dict.fromkeys(r.setting for r in rows):
-        members = [r for r in rows if r.setting == setting and r.runs]
-        drawn += [c for build in builders for c in build(setting, members) if c.traces]
-    return drawn
+    by_setting: dict[str, list[Row]] = {}
+    for row in rows:
+        if row.runs:
+            by_setting.setdefault(row.setting, []).append(row)
+    return [
+        replace(chart, setting=setting, group=group)
+        for setting, members in by_setting.items()
+        for group, build in zip(GROUPS, builders, strict=True)
+        for chart in build(members)
+        if chart.traces
+    ]
 
 
-def _line(arm: str, batch: int, x: np.ndarray, seeds: np.ndarray) -> Trace:
-    """Mean over `seeds` (seeds, points), and mean ± standard deviation where there are two or more."""
+def sections(drawn: list[Chart]) -> list[tuple[str, str, list[int]]]:
+    """Setting, group, and the places in `drawn` of that group's charts."""
+    groups = itertools.groupby(enumerate(drawn), key=lambda numbered: (numbered[1].setting, numbered[1].group))
+    return [(*key, [i for i, _ in numbered]) for key, numbered in groups]
+
+
+def _line(arm: str, batch: int, x: np.ndarray, y: np.ndarray) -> Trace:
+    """`y` (points,), or its mean over seeds (seeds, points), ± standard deviation where there are two or more."""
+    seeds = np.atleast_2d(y)
     mean = seeds.mean(0)
     if len(seeds) < 2:
         return Trace(arm, x.tolist(), mean.tolist(), batch=batch)
@@ -102,23 +115,25 @@ def _evaluated(row: Row, metric: str) -> Trace | None:
     return _line(row.rule, row.batch, x, np.stack([y[:n] for _, y in series]))
 
 
-def _test_metric(rows: Iterable[Row]) -> str:
+def test_metric(rows: Iterable[Row]) -> str:
+    """What is drawn of the test set: accuracy where there is one."""
     return "accuracy" if any("accuracy" in r.evals for row in rows for r in row.runs) else "loss"
 
 
-def _pair(rows: list[Row], metric: str) -> list[tuple[str, list[Trace]]]:
+def _pair(title: str, rows: list[Row], batch: int | None = None) -> list[Chart]:
     """Train loss and test metric over samples, a line a row."""
+    metric = test_metric(rows)
     test = [t for r in rows if (t := _evaluated(r, metric))]
-    return [("train loss", [_loss(r) for r in rows]), (f"test {metric}", test)]
+    both = ("train loss", [_loss(r) for r in rows]), (f"test {metric}", test)
+    return [Chart(title, "samples seen", y, lines, batch, percent=y == ACCURACY) for y, lines in both]
 
 
-def _curves(setting: str, rows: list[Row]) -> list[Chart]:
-    base, metric = [r for r in rows if r.role == "base"], _test_metric(rows)
-    arms = [r for r in rows if r.role != "base" and r.svag == 1]
+def _curves(rows: list[Row]) -> list[Chart]:
+    base, arms = [r for r in rows if r.role == "base"], [r for r in rows if r.role != "base" and r.svag == 1]
     return [
-        Chart("curves", setting, f"batch {batch}", "samples seen", name, tuple(traces), batch, percent=name == ACCURACY)
-        for batch in sorted({r.batch for r in arms} or {r.batch for r in base})
-        for name, traces in _pair(base + [r for r in arms if r.batch == batch], metric)
+        chart
+        for batch in sorted({r.batch for r in arms or base})
+        for chart in _pair(f"batch {batch}", base + [r for r in arms if r.batch == batch], batch)
     ]
 
 
@@ -127,102 +142,90 @@ def _arms(rows: list[Row]) -> list[str]:
 
 
 def _against_batch(
-    group: str, setting: str, name: str, rows: list[Row], value: Callable[[Row], Value | None], **style: Any
+    name: str, rows: list[Row], values: Iterable[Value | None], nested: bool = False, **style: Any
 ) -> Chart:
-    """A point a row; every arm starts from the base batch, where all rules are one run.
+    """A point a row, of `values`; every arm starts from the base batch, where all rules are one run.
 
     Error bars at one batch are set side by side within a tenth of the way to the next batch. Where all rows have one
     batch there is no such way: then the x axis names the arms.
+
+    Args:
+        nested: lines may lie on each other: points stay at their batch, and each line is thinner than the one before.
     """
     arms = [*dict.fromkeys(r.rule for r in rows if r.role == "base"), *_arms(rows)]
     batches = sorted({r.batch for r in rows})
     one_batch = len(batches) == 1
     nearest = min((b / a for a, b in itertools.pairwise(batches)), default=1.0)
+    finite = [(r, v) for r, v in zip(rows, values, strict=True) if v and all(map(math.isfinite, v))]
     traces = []
     for i, arm in enumerate(arms):
-        aside = 1.0 if group == "hyper" else nearest ** (0.1 * ((i + 0.5) / len(arms) - 0.5))
-        members = [r for r in rows if r.rule == arm]
-        members += [r for r in rows if r.role == "base" != arm and members[0].svag == 1]
-        points = sorted((r.batch, v) for r in members if (v := value(r)) and all(map(math.isfinite, v)))
+        aside = 1.0 if nested else nearest ** (0.1 * ((i + 0.5) / len(arms) - 0.5))
+        plain = all(r.svag == 1 for r in rows if r.rule == arm)
+        points = sorted((r.batch, v) for r, v in finite if r.rule == arm or (plain and r.role == "base"))
         if points:
             x = [float(i) if one_batch else batch * aside for batch, _ in points]
             y, low, high = (list(column) for column in zip(*(v for _, v in points), strict=True))
-            width = 1.5 + 0.9 * (len(arms) - 1 - i) if group == "hyper" else 2.0  # one line under another shows
+            width = 1.5 + 0.9 * (len(arms) - 1 - i) if nested else 2.0
             traces.append(Trace(arm, x, y, low, high, points=True, width=width))
     ticks = enumerate(arms) if one_batch else ((b, str(b)) for b in batches[:: -(-len(batches) // 8)])
-    x_name = f"batch {batches[0]}" if one_batch else "batch"
-    return Chart(
-        group, setting, name, x_name, name, tuple(traces), None, tuple((float(x), label) for x, label in ticks),
-        log_x=not one_batch, **style,
-    )  # fmt: skip
-
-
-def _final(setting: str, rows: list[Row]) -> list[Chart]:
-    drawn = []
-    for metric in (m for m in METRICS if any(m in r.metrics for r in rows)):
-
-        def value(row: Row, metric: str = metric) -> Value | None:
-            mean, sd = row.metrics.get(metric, (math.nan, math.nan))
-            reach = 0 if math.isnan(sd) else sd
-            return mean, mean - reach, mean + reach
-
-        base = next((r.metrics[metric][0] for r in rows if r.role == "base" and metric in r.metrics), None)
-        margin = _smallest_margin(rows, metric)
-        band = (base - margin, base + margin) if base is not None and margin else None
-        share = metric == "test_accuracy"
-        drawn.append(_against_batch("final", setting, METRICS[metric], rows, value, percent=share, band=band))
-    return drawn
+    x_name, places = f"batch {batches[0]}" if one_batch else "batch", tuple((float(x), label) for x, label in ticks)
+    return Chart(name, x_name, name, traces, ticks=places, log_x=not one_batch, **style)
 
 
 def _smallest_margin(rows: list[Row], metric: str) -> float | None:
     return min((t.margin for r in rows for t in r.tests if t.metric == metric and t.margin), default=None)
 
 
-def _gap(setting: str, rows: list[Row]) -> list[Chart]:
-    arms, drawn = [r for r in rows if r.role != "base"], []
-    for metric, name in METRICS.items() if arms else ():
+def _error_bar(middle: float, low: float, high: float) -> Value:
+    """Without a spread, as of one seed, the point alone."""
+    return middle, middle if math.isnan(low) else low, middle if math.isnan(high) else high
 
-        def value(row: Row, metric: str = metric) -> Value | None:
-            test = row.gaps.get(metric)
-            if test is None or not test.n:
-                return None
-            low, high = (test.difference if math.isnan(v) else v for v in (test.low, test.high))
-            return test.difference, low, high
 
-        margin, absolute = _smallest_margin(rows, metric), metric == "trajectory"
-        band = None if margin is None else (0.0 if absolute else -margin, margin)
-        title, share = name if absolute else f"Δ {name}", metric == "test_accuracy"
-        drawn.append(_against_batch("gap", setting, title, arms, value, percent=share, band=band))
+def _final(rows: list[Row]) -> list[Chart]:
+    drawn = []
+    for metric, name in METRICS.items():
+        spread = [r.metrics.get(metric) for r in rows]
+        values = [s and _error_bar(s[0], s[0] - s[1], s[0] + s[1]) for s in spread]
+        base = next((s[0] for r, s in zip(rows, spread, strict=True) if s and r.role == "base"), None)
+        margin = _smallest_margin(rows, metric)
+        band = (base - margin, base + margin) if base is not None and margin else None
+        drawn.append(_against_batch(name, rows, values, percent=metric == "test_accuracy", band=band))
     return drawn
 
 
-def _hyper(setting: str, rows: list[Row]) -> list[Chart]:
-    def executed(name: str, index: int = 0) -> Callable[[Row], Value | None]:
-        def value(row: Row) -> Value | None:
-            raw = getattr(row.runs[0].spec.science.hyper, name)
-            if name == "betas":
-                raw = 1 - raw[index] if index < len(raw) and raw[index] > 0 else 0
-            return (raw, raw, raw) if raw > 0 else None
-
-        return value
-
-    betas = max((len(r.runs[0].spec.science.hyper.betas) for r in rows), default=0)
-    names = [(f"1 - β{'₁₂'[i]}" if betas > 1 else "1 - β", executed("betas", i)) for i in range(betas)]
-    names = [("learning rate η", executed("lr")), *names, ("ε", executed("eps"))]
-    names.append(("weight decay λ", executed("weight_decay")))
-    return [_against_batch("hyper", setting, name, rows, value, log_y=True) for name, value in names if rows]
+def _gap(rows: list[Row]) -> list[Chart]:
+    arms, drawn = [r for r in rows if r.role != "base"], []
+    for metric, name in METRICS.items() if arms else ():
+        tests = [r.gaps.get(metric) for r in arms]
+        values = [_error_bar(t.difference, t.low, t.high) if t and t.n else None for t in tests]
+        margin, absolute = _smallest_margin(rows, metric), metric == "trajectory"
+        band = None if margin is None else (0.0 if absolute else -margin, margin)
+        title = name if absolute else f"Δ {name}"
+        drawn.append(_against_batch(title, arms, values, percent=metric == "test_accuracy", band=band))
+    return drawn
 
 
-def _cost(setting: str, rows: list[Row]) -> list[Chart]:
-    def measured(key: str) -> Callable[[Row], Value | None]:
-        def value(row: Row) -> Value | None:
-            values = [float(v) for r in row.runs if _positive(v := r.result.get(key))]
-            return (sum(values) / len(values), min(values), max(values)) if values else None
+def _hyper(rows: list[Row]) -> list[Chart]:
+    executed = [r.runs[0].spec.science.hyper for r in rows]
+    betas = max(len(h.betas) for h in executed)
+    named = {"learning rate η": [h.lr for h in executed]}
+    for i in range(betas):
+        of_all = [h.betas[i] if i < len(h.betas) else 0.0 for h in executed]
+        named[f"1 - β{'₁₂'[i]}" if betas > 1 else "1 - β"] = [1 - beta if beta > 0 else 0.0 for beta in of_all]
+    named |= {"ε": [h.eps for h in executed], "weight decay λ": [h.weight_decay for h in executed]}
+    return [
+        _against_batch(name, rows, [(v, v, v) if v > 0 else None for v in values], nested=True, log_y=True)
+        for name, values in named.items()
+    ]
 
-        return value
 
-    names = (("samples_per_second", "throughput, samples/s"), ("seconds", "time of a run, s"))
-    return [_against_batch("cost", setting, name, rows, measured(key), log_y=True) for key, name in names if rows]
+def _cost(rows: list[Row]) -> list[Chart]:
+    drawn = []
+    for key, name in (("samples_per_second", "throughput, samples/s"), ("seconds", "time of a run, s")):
+        measured = [[float(v) for r in row.runs if _positive(v := r.result.get(key))] for row in rows]
+        values = [(sum(m) / len(m), min(m), max(m)) if m else None for m in measured]
+        drawn.append(_against_batch(name, rows, values, log_y=True))
+    return drawn
 
 
 def _positive(value: Any) -> TypeGuard[float]:
@@ -247,90 +250,72 @@ def _pooled(runs: Iterable[Run]) -> np.ndarray:
     return np.stack([table[np.isin(mark, window)].mean(0) for window in windows])
 
 
-def _noise(setting: str, rows: list[Row]) -> list[Chart]:
+def _noise(rows: list[Row]) -> list[Chart]:
     """Of the base and the rules under test: a step's signal and noise (paper, Fig. 4, 5), B_noise, κ r.
 
     κ r = B ‖∇f‖² / tr Σ; the rule needs it well below 1.
     """
     members = sorted((r for r in rows if r.role != "control" and r.svag == 1), key=lambda r: r.batch)
-    pooled = [(r, table) for r in members if len(table := _pooled(r.runs))]
-    drawn, scale, ratio = [], [], []
-    dominated: dict[int, float] = {}
-    for row, table in pooled:
-        x, trace, signal = table.T
-        dominated[id(row)] = float(np.mean(row.batch * signal < DOMINATED * trace))
+    several = len(_arms(members)) > 1
+    steps, scales, ratios, dominated = [], [], [], list[Value | None]()
+    for row in members:
+        x, trace, signal = _pooled(row.runs).T
+        share = float(np.mean(row.batch * signal < DOMINATED * trace)) if len(x) else math.nan
+        dominated.append((share, share, share))
         up = (signal > 0) & (trace > 0)
         if not up.any():
             continue
-        lines = (
-            Trace(NOISE, x[up].tolist(), np.sqrt(trace[up] / row.batch).tolist(), batch=row.batch),
-            Trace(SIGNAL, x[up].tolist(), np.sqrt(signal[up]).tolist(), batch=row.batch),
-        )
-        drawn.append(
-            Chart(
-                "noise",
-                setting,
-                f"{row.rule}, batch {row.batch}: a step",
-                "samples seen",
-                "",
-                lines,
-                row.batch,
-                log_y=True,
-            )
-        )
-        ratios = row.batch * signal[up] / trace[up]
-        name = f"batch {row.batch}" if len(_arms(members)) < 2 else f"{row.rule}, batch {row.batch}"
-        scale.append(Trace(name, x[up].tolist(), (row.batch / ratios).tolist(), batch=row.batch))
-        ratio.append(Trace(name, x[up].tolist(), ratios.tolist(), batch=row.batch))
-    lowest = min((min(t.y) for t in ratio), default=DOMINATED)
-    for title, traces, band in (
-        ("B_noise, examples", scale, None),
-        ("κ r = B ‖∇f‖² / tr Σ", ratio, (min(lowest, DOMINATED) / 1.5, DOMINATED)),
-    ):
-        drawn.append(
-            Chart("noise", setting, title, "samples seen", title, tuple(traces), log_y=True, band=band,
-                  band_name="noise dominates")
-        )  # fmt: skip
-    if pooled:
-        title = f"share of training with κ r < {DOMINATED:g}"
-        share = lambda row: (v, v, v) if (v := dominated.get(id(row))) is not None else None  # noqa: E731
-        drawn.append(_against_batch("noise", setting, title, members, share, percent=True))
-    return drawn
+        x, trace, signal = x[up], trace[up], signal[up]
+        ratio = row.batch * signal / trace
+        lines = [
+            _line(NOISE, row.batch, x, np.sqrt(trace / row.batch)),
+            _line(SIGNAL, row.batch, x, np.sqrt(signal)),
+        ]
+        title = f"{row.rule}, batch {row.batch}"
+        steps.append(Chart(f"{title}: a step", "samples seen", "", lines, row.batch, log_y=True))
+        name = title if several else f"batch {row.batch}"
+        scales.append(_line(name, row.batch, x, row.batch / ratio))
+        ratios.append(_line(name, row.batch, x, ratio))
+    lowest = min((min(t.y) for t in ratios), default=DOMINATED)
+    limits, share_title = (min(lowest, DOMINATED) / 1.5, DOMINATED), f"share of training with κ r < {DOMINATED:g}"
+    titles = ("B_noise, examples", scales, None), ("κ r = B ‖∇f‖² / tr Σ", ratios, limits)
+    return [
+        *steps,
+        *(
+            Chart(name, "samples seen", name, traces, log_y=True, band=band, band_name="noise dominates")
+            for name, traces, band in titles
+        ),
+        *([_against_batch(share_title, members, dominated, percent=True)] if members else []),
+    ]
 
 
-def _svag(setting: str, rows: list[Row]) -> list[Chart]:
+def _svag(rows: list[Row]) -> list[Chart]:
     """The test functions of Fig. 3 over t, a line an ℓ."""
-    members = [r for r in rows if r.role == "base" or r.svag > 1]
-    members = [r for r in members if math.isfinite(r.runs[0].t)] if any(r.svag > 1 for r in members) else []
-
-    def pooled(column: int) -> Callable[[Row], Trace | None]:
-        def line(row: Row) -> Trace | None:
-            table = _pooled(row.runs)
-            y = table[:, column]
-            return Trace(row.rule, table[:, 0].tolist(), y.tolist(), batch=row.batch) if len(table) else None
-
-        return line
-
-    functions: dict[str, Callable[[Row], Trace | None]] = {"train loss": _loss}
+    if all(r.svag == 1 for r in rows):
+        return []
+    members = [r for r in rows if (r.role == "base" or r.svag > 1) and math.isfinite(r.runs[0].t)]
+    pooled = [_pooled(r.runs) for r in members]
+    functions: dict[str, list[Trace | None]] = {"train loss": [_loss(r) for r in members]}
     for metric, name in (("loss", "test loss"), ("accuracy", ACCURACY), ("weight_norm", "weight norm")):
-        functions[name] = lambda row, metric=metric: _evaluated(row, metric)  # type: ignore[misc]
-    functions |= {"tr Σ": pooled(1), "‖∇f‖²": pooled(2)}
+        functions[name] = [_evaluated(r, metric) for r in members]
+    for column, name in ((1, "tr Σ"), (2, "‖∇f‖²")):
+        both = zip(members, pooled, strict=True)
+        functions[name] = [_line(r.rule, r.batch, p[:, 0], p[:, column]) if len(p) else None for r, p in both]
     drawn = []
-    for name, line in functions.items():
-        pairs = [(r, t) for r in members if (t := line(r))]
-        traces = tuple(replace(t, x=[x * r.runs[0].t for x in t.x]) for r, t in pairs)
-        drawn.append(Chart("svag", setting, name, "continuous time t", name, traces, percent=name == ACCURACY))
+    for name, lines in functions.items():
+        pairs = [(r.runs[0].t, line) for r, line in zip(members, lines, strict=True) if line]
+        traces = [replace(line, x=[x * t for x in line.x]) for t, line in pairs]
+        drawn.append(Chart(name, "continuous time t", name, traces, percent=name == ACCURACY))
     return drawn
 
 
-def _paper(setting: str, rows: list[Row]) -> list[Chart]:
+def _paper(rows: list[Row]) -> list[Chart]:
     """A frame for each rule, a line for each batch size: where a rule holds, the lines lie on each other."""
-    drawn, metric = [], _test_metric(rows)
+    drawn = []
     for arm in _arms([r for r in rows if r.svag == 1]):
         members = sorted((r for r in rows if r.role == "base" or r.rule == arm), key=lambda r: r.batch)
-        for name, traces in _pair(members, metric):
-            lines = tuple(replace(t, arm=f"batch {t.batch}") for t in traces)
-            drawn.append(Chart("paper", setting, arm, "samples seen", name, lines, percent=name == ACCURACY))
+        for chart in _pair(arm, members):
+            drawn.append(replace(chart, traces=[replace(t, arm=f"batch {t.batch}") for t in chart.traces]))
     return drawn
 
 
@@ -375,15 +360,10 @@ def styles(drawn: Iterable[Chart]) -> dict[str, Style]:
     traces = [t for c in drawn for t in c.traces]
     order = {b: i for i, b in enumerate(sorted({t.batch for t in traces if t.batch}))}
     chosen: dict[str, Style] = {}
-    unnamed = 0
+    unnamed = itertools.cycle(_MORE)
     for t in traces:
-        if t.arm in chosen:
-            continue
-        if t.batch and t.arm == f"batch {t.batch}":
+        if t.arm not in chosen and t.batch and t.arm == f"batch {t.batch}":
             chosen[t.arm] = _BATCHES[round(order[t.batch] / max(1, len(order) - 1) * (len(_BATCHES) - 1))]
-        elif t.arm in _STYLES:
-            chosen[t.arm] = _STYLES[t.arm]
-        else:
-            chosen[t.arm] = _MORE[unnamed % len(_MORE)]
-            unnamed += 1
+        elif t.arm not in chosen:
+            chosen[t.arm] = _STYLES.get(t.arm) or next(unnamed)
     return chosen

@@ -10,7 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from scaling_exps import mirror
+from scaling_exps.records import RUNS
 from scaling_exps.report import tables, verdict
+from scaling_exps.report.charts import test_metric
 from scaling_exps.report.runs import ReportError, collect, make_folder
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
@@ -18,7 +20,7 @@ NOISE = ("trace", "gradient_sq", "kappa_r", "b_noise")  # of a noise record, wha
 TITLE = "scalerun: batch sizes compared"
 
 
-def main(words: list[str], runs_dir: Path) -> int:
+def main(words: list[str]) -> int:
     """`scalerun dashboard WORDS`: write the specification to OUT/wandb.json, and publish it where logged in.
 
     The runs decide the batches and metrics that get panels.
@@ -27,17 +29,16 @@ def main(words: list[str], runs_dir: Path) -> int:
         ReportError: no finished run, wandb-workspaces is missing, OUT cannot be written, or wandb refuses.
     """
     parser = argparse.ArgumentParser(prog="scalerun dashboard")
-    parser.add_argument("dirs", nargs="*", type=Path, help="folders of runs (default: runs)")
+    parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     parser.add_argument("--entity", help="wandb user or team (default: yours)")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "scalerun"), help="(default: scalerun)")
     parser.add_argument("--out", default="report", type=Path, help="folder of the specification (default: report)")
     parser.add_argument("--offline", action="store_true", help="write the specification and publish nothing")
     options = parser.parse_args(words)
     os.environ.setdefault("WANDB_SILENT", "true")
-    dirs = options.dirs or [runs_dir]
-    collection = collect(dirs)
+    collection = collect(options.dirs)
     if not collection.runs:
-        raise ReportError(f"no finished run under {', '.join(map(str, dirs))}: a dashboard of nothing")
+        raise ReportError(f"no finished run under {', '.join(map(str, options.dirs))}: a dashboard of nothing")
     make_folder(options.out)
     offline = options.offline or os.environ.get("WANDB_MODE") == "offline" or not mirror.logged_in()
     entity = options.entity or ("ENTITY" if offline else _asked(_default_entity))
@@ -90,12 +91,12 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
             groupby_rangefunc="stddev", title_x="samples", aggregate=True, smoothing_factor=0.0,
         )  # fmt: skip
 
-    def against_batch(title: str, key: str, log: bool = False) -> Any:
-        title = f"{title} against batch"
-        return wr.ScatterPlot(title=title, x=wr.Config("batch"), y=wr.SummaryMetric(key), log_x=True, log_y=log)
+    def against_batch(name: str, key: str, log: bool = False) -> Any:
+        x, y = wr.Config("batch"), wr.SummaryMetric(key)
+        return wr.ScatterPlot(title=f"{name} against batch", x=x, y=y, log_x=True, log_y=log)
 
     metrics = {m: name for m, name in verdict.METRICS.items() if any(m in r.metrics for r in rows)}
-    test = "accuracy" if any("accuracy" in run.evals for r in rows for run in r.runs) else "loss"
+    test = test_metric(rows)
     curves = {"train loss": "train/loss", f"test {test}": f"eval/{test}"}
     measured = [row for r in rows for run in r.runs for row in run.noise]
     noise = sorted({"/".join(filter(None, (row.get("method"), k))) for row in measured for k in NOISE if k in row})

@@ -9,7 +9,7 @@ import textwrap
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from scaling_exps.report.charts import GROUPS, SPREAD, Chart, Style, styles
+from scaling_exps.report.charts import GROUPS, SPREAD, Chart, Style, sections, styles
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -24,13 +24,11 @@ def draw(charts: list[Chart], out: Path, formats: tuple[str, ...] = ("png",)) ->
 
     matplotlib.use("Agg")
     out.mkdir(parents=True, exist_ok=True)
-    jobs, style = [], styles(charts)
-    for number, setting in enumerate(dict.fromkeys(c.setting for c in charts)):
-        for group in GROUPS:
-            members = [c for c in charts if (c.setting, c.group) == (setting, group)]
-            if members:
-                stem = f"{group}-{number + 1}" if number else group
-                jobs.append((members, style, [out / f"{stem}.{f}" for f in formats]))
+    jobs, style, settings = [], styles(charts), list(dict.fromkeys(c.setting for c in charts))
+    for setting, group, places in sections(charts):
+        number = settings.index(setting)
+        stem = f"{group}-{number + 1}" if number else group
+        jobs.append(([charts[i] for i in places], style, [out / f"{stem}.{f}" for f in formats]))
     workers = min(len(jobs), len(os.sched_getaffinity(0)) if sys.platform == "linux" else 1, 8)
     if workers < 2:
         files = [_figure(*job) for job in jobs]
@@ -75,15 +73,7 @@ def _figure(charts: list[Chart], style: dict[str, Style], paths: list[Path]) -> 
 
 def _axis(axis: Axes, chart: Chart, style: dict[str, Style]) -> dict[str, Any]:
     """Draw one chart; returns what goes into the legend."""
-    from matplotlib.ticker import (
-        FixedFormatter,
-        FixedLocator,
-        FuncFormatter,
-        LogLocator,
-        MaxNLocator,
-        NullLocator,
-        PercentFormatter,
-    )
+    from matplotlib import ticker
 
     handles: dict[str, Any] = {}
     for trace in chart.traces:
@@ -102,24 +92,23 @@ def _axis(axis: Axes, chart: Chart, style: dict[str, Style]) -> dict[str, Any]:
     axis.set(xlabel=chart.x, ylabel="" if chart.title == chart.y else chart.y)
     axis.set_title(chart.title, fontsize=10)
     axis.set_xscale("log" if chart.log_x else "linear")
-    axis.xaxis.set_minor_locator(NullLocator())
+    axis.xaxis.set_minor_locator(ticker.NullLocator())
     if chart.ticks:
         places, labels = zip(*chart.ticks, strict=True)
-        axis.xaxis.set_major_locator(FixedLocator(places))
-        axis.xaxis.set_major_formatter(FixedFormatter(labels))
+        axis.set_xticks(places, labels)
         if not chart.log_x:  # names of arms
             axis.set_xticks(places, labels, rotation=30, rotation_mode="anchor", ha="right", fontsize=8)
             axis.set_xlim(-0.5, len(places) - 0.5)
     else:
-        axis.xaxis.set_major_locator(MaxNLocator(5))
-        axis.xaxis.set_major_formatter(FuncFormatter(_short))
+        axis.xaxis.set_major_locator(ticker.MaxNLocator(5))
+        axis.xaxis.set_major_formatter(ticker.FuncFormatter(_short))
     if chart.log_y:
         axis.set_yscale("log")
-        axis.yaxis.set_major_locator(LogLocator(10, (1, 2, 5), numticks=8))
-        axis.yaxis.set_major_formatter(FuncFormatter(_short))
-        axis.yaxis.set_minor_locator(NullLocator())
+        axis.yaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5), numticks=8))
+        axis.yaxis.set_major_formatter(ticker.FuncFormatter(_short))
+        axis.yaxis.set_minor_locator(ticker.NullLocator())
     if chart.percent:
-        axis.yaxis.set_major_formatter(PercentFormatter(1.0, decimals=None))
+        axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
     if chart.group == "gap":
         axis.axhline(0, color="#888888", lw=0.8, zorder=0)
     axis.grid(alpha=0.25, lw=0.6)

@@ -12,7 +12,7 @@ import importlib.util
 import math
 import os
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -21,9 +21,8 @@ from urllib.parse import quote
 import jinja2
 
 from scaling_exps import __version__, rules
-from scaling_exps.plan import RunSpec
 from scaling_exps.report import tables
-from scaling_exps.report.charts import GROUPS, Chart, styles
+from scaling_exps.report.charts import GROUPS, Chart, sections, styles
 from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, form, reading
 
@@ -36,11 +35,9 @@ def write(
     refresh: int | None = None,
     late: bool = False,
 ) -> Path:
-    """Write `out/index.html`.
+    """Write `out/index.html`, with relative links to the runs' records; returns its path.
 
     Args:
-        rows, missing, charts: what the page shows.
-        out: its folder; links to the runs' records are relative to it.
         refresh: seconds after which the page loads itself anew (while watching), or None.
         late: the margins were given with the report, not fixed before the runs; the page says so.
     """
@@ -50,7 +47,7 @@ def write(
     )  # fmt: skip
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters |= {
-        "value": _value, "described": _described, "link": lambda path: quote(os.path.relpath(path, out)),
+        "value": _value, "link": lambda path: quote(os.path.relpath(path, out)),
     }  # fmt: skip
     settings = list(dict.fromkeys(r.setting for r in rows))
     page = environment.get_template("page.html.j2").render(
@@ -73,10 +70,14 @@ def write(
         gap=tables.gap,
         notes=_notes,
         meaning=MEANING,
-        margins=_margins(rows, late),
+        judged=any(t.margin is not None for r in rows for t in r.tests),
+        late=late,
         level_of_intervals=f"{1 - 2 * ALPHA:.0%}",
         reading=reading(rows),
-        sections=list(_sections(charts)),
+        sections=[
+            (setting, group, GROUPS[group], [(i, charts[i]) for i in places])
+            for setting, group, places in sections(charts)
+        ],
         recipes=[(r, *_recipe(r)) for r in rows if r.runs],
         environments=_environments(rows),
         version=__version__,
@@ -87,11 +88,9 @@ def write(
         plotly=_plotly(),
     )
     out.mkdir(parents=True, exist_ok=True)
-    path = out / "index.html"
     aside = out / f".index.html.{os.getpid()}"
     aside.write_text(page, encoding="utf-8")
-    os.replace(aside, path)
-    return path
+    return aside.replace(out / "index.html")
 
 
 def _plotly() -> str:
@@ -118,24 +117,7 @@ def _notes(row: Row) -> list[str]:
     """What stands small under a verdict."""
     apart = ", ".join(t.metric.replace("_", " ") for t in row.tests if t.verdict == "different")
     needed = [f"{row.seeds_needed} seeds would decide"] if row.seeds_needed else []
-    return [*([f"by {apart}"] if apart else []), *needed, *([row.power] if row.power else []), *row.remarks]
-
-
-def _margins(rows: list[Row], late: bool) -> str:
-    if not any(t.margin is not None for r in rows for t in r.tests):
-        return "No margin was fixed for these runs, so nothing is judged."
-    if late:
-        return "The margins were given with this report, not fixed before the runs."
-    return "The margins were fixed before the runs, with their experiment."
-
-
-def _sections(charts: list[Chart]) -> Iterator[tuple[str, str, str, list[tuple[int, Chart]]]]:
-    """Setting, group, title, the group's charts with their places in `charts`."""
-    for setting in dict.fromkeys(c.setting for c in charts):
-        for group, title in GROUPS.items():
-            members = [(i, c) for i, c in enumerate(charts) if (c.setting, c.group) == (setting, group)]
-            if members:
-                yield setting, group, title, members
+    return [note for note in (f"by {apart}" if apart else "", *needed, row.power, *row.remarks) if note]
 
 
 def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:
@@ -159,11 +141,6 @@ def _value(value: Any, form: str = ".6g") -> str:
     if isinstance(value, list | tuple):
         return "(" + ", ".join(_value(v) for v in value) + ")"
     return f"{value:,}" if isinstance(value, int) else format(value, form) if isinstance(value, float) else "–"
-
-
-def _described(spec: RunSpec) -> str:
-    s = spec.science
-    return f"{s.model.name}, {spec.arms[0].rule}, batch {s.batch}, seed {s.seed}"
 
 
 def _environments(rows: list[Row]) -> Counter[str]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import os
 from collections import defaultdict
 from collections.abc import Iterable
 from dataclasses import dataclass, field
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 
 from scaling_exps.plan import PlanError, RunSpec
-from scaling_exps.records import RunDir
+from scaling_exps.records import RunDir, make_writable
 
 LAST = 0.1  # share of training over which the final train loss is averaged
 BINS = 50  # of a trajectory
@@ -65,9 +64,7 @@ class Collection:
 def make_folder(out: Path) -> None:
     """Make the folder that a report is written to; ReportError where that cannot be."""
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        if not os.access(out, os.W_OK | os.X_OK):
-            raise PermissionError(13, "read-only", str(out))
+        make_writable(out)
     except OSError as e:
         raise ReportError(
             f"cannot write to the folder {out}: {e.strerror} ({e.filename}); choose another with --out"
@@ -94,15 +91,12 @@ def collect(roots: Iterable[Path], known: dict[Path, Run] | None = None) -> Coll
             folders.setdefault(run_dir.path.resolve(), run_dir)
     for path, run_dir in folders.items():
         run = known.get(path) or _read(run_dir)
-        if isinstance(run, Missing):
-            collection.missing.append(run)
-            continue
-        known[path] = run
-        used = first.setdefault(run.spec.run_id, run.path)
-        if used == run.path:
-            collection.runs.append(run)
-        else:
-            collection.missing.append(Missing(run.path, "a copy", f"the same run as {used}, which is the one used"))
+        if isinstance(run, Run):
+            known[path] = run
+            used = first.setdefault(run.spec.run_id, run.path)
+            if used != run.path:
+                run = Missing(run.path, "a copy", f"the same run as {used}, which is the one used")
+        collection.runs.append(run) if isinstance(run, Run) else collection.missing.append(run)
     return collection
 
 
@@ -116,39 +110,31 @@ def _read(run_dir: RunDir) -> Run | Missing:
     if result is None or state != "finished":
         reason = str(result.get("reason", "")) if result else _progress(run_dir, spec)
         return Missing(path, state, reason, spec, bool(result and result.get("diverged") is True))
-    final = result.get("metrics")
-    if not isinstance(final, dict):
-        return Missing(path, "half-written", "result.json has no metrics", spec)
     scale = spec.science.draws * spec.science.stretch  # samples of the stream for one sample of plain training
     train: list[tuple[float, float]] = []
     evals: dict[str, list[tuple[float, float]]] = defaultdict(list)
     noise, t = [], math.nan
     records = run_dir.records()
-    unreadable = records.damaged
     for row in records.rows:
-        try:
-            kind, clock = row["kind"], float(row["samples"]) / scale
-            if kind == "train":
-                t, loss = row["t"] / clock, row["loss"] * row["window"] / scale
-                train.append((clock, loss))
-            elif kind == "eval":
-                for name, value in row.items():
-                    if name not in ("kind", "step", "samples", "t") and isinstance(value, int | float):
-                        evals[name].append((clock, float(value)))
-            elif kind == "noise":
-                noise.append({**row, "clock": clock})
-        except (KeyError, TypeError, ValueError, ZeroDivisionError):
-            unreadable += 1
+        clock = row["samples"] / scale
+        if row["kind"] == "train":
+            t = row["t"] / clock
+            train.append((clock, row["loss"] * row["window"] / scale))
+        elif row["kind"] == "noise":
+            noise.append({**row, "clock": clock})
+        elif row["kind"] == "eval":
+            for name, value in row.items():
+                if name not in ("step", "samples", "t") and isinstance(value, int | float):
+                    evals[name].append((clock, float(value)))
     if not train:
         return Missing(path, "half-written", "it says finished, and has no train records", spec)
     clock, loss = np.array(sorted(train, key=lambda point: point[0]), dtype=float).T
     curve = np.append(0, clock), np.append(0, np.cumsum(loss))
-    metrics = {k: float(v) for k, v in final.items() if isinstance(v, int | float) and not isinstance(v, bool)}
-    metrics["train_loss"] = _last(curve)
-    notes = [f"{unreadable} record(s) could not be read"] if unreadable else []
+    metrics = {k: float(v) for k, v in result["metrics"].items()} | {"train_loss": _last(curve)}
+    notes = [f"{records.damaged} record(s) could not be read"] if records.damaged else []
     if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
         notes.append(f"not a number: {', '.join(bad)}")
-    arrays = {k: (np.array(points)[:, 0], np.array(points)[:, 1]) for k, points in evals.items()}
+    arrays = {k: tuple(np.array(points).T) for k, points in evals.items()}
     kept = {k: v for k, v in result.items() if k != "metrics"}
     return Run(spec, path, metrics, curve, arrays, noise, kept, t, tuple(notes))
 

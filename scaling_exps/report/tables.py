@@ -12,6 +12,8 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
+import msgspec
+
 from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, Test, form
 
@@ -191,15 +193,8 @@ def as_json(rows: list[Row], missing: list[Missing]) -> str:
             {"run": m.path.name, "path": str(m.path), "state": m.state, "reason": m.reason} for m in missing
         ],
     }
-    return json.dumps(_finite(value), indent=1, allow_nan=False)
-
-
-def _finite(value: Any) -> Any:
-    if isinstance(value, float):
-        return value if math.isfinite(value) else None
-    if isinstance(value, dict):
-        return {k: _finite(v) for k, v in value.items()}
-    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
+    finite = msgspec.json.decode(msgspec.json.encode(value))  # which writes NaN and infinity as null
+    return json.dumps(finite, indent=1, allow_nan=False)
 
 
 def as_csv(rows: list[Row]) -> str:

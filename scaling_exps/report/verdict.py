@@ -16,7 +16,6 @@ For normal d: with a true |gap| of delta or more, `equivalent` has probability <
 
 from __future__ import annotations
 
-import functools
 import json
 import math
 from collections import defaultdict
@@ -103,16 +102,6 @@ class Row:
         return next(a for a in self.runs[0].spec.arms if label(self.runs[0].spec, a) == self.rule)
 
 
-@functools.cache
-def _quantile(p: float, df: int) -> float:
-    return float(stdtrit(df, p))
-
-
-@functools.cache
-def _quantiles(p: float) -> Any:
-    return stdtrit(np.arange(ENOUGH, MAX_SEEDS + 1) - 1, p)
-
-
 def judge(metric: str, differences: Iterable[float], margin: float | None, family: int = 1) -> Test:
     """Test paired differences against a margin.
 
@@ -130,29 +119,22 @@ def judge(metric: str, differences: Iterable[float], margin: float | None, famil
     'too few seeds'
     """
     d = [x for x in differences if math.isfinite(x)]
-    n = len(d)
+    n, (mean, sd) = len(d), _mean_sd(d)
+    se = sd / math.sqrt(max(n, 1))
+    reach = float(stdtrit(n - 1, 1 - ALPHA)) * se
+    verdict = "inconclusive"
     if n == 0:
-        return Test(metric, 0, math.nan, math.nan, math.nan, math.nan, margin, "no result", None)
-    mean = math.fsum(d) / n
-    if n == 1:
-        verdict = "no margin" if margin is None else "too few seeds"
-        return Test(metric, 1, mean, math.nan, math.nan, math.nan, margin, verdict, None)
-    sd = math.sqrt(math.fsum((x - mean) ** 2 for x in d) / (n - 1))
-    se = sd / math.sqrt(n)
-    reach = _quantile(1 - ALPHA, n - 1) * se
-    needed = None
-    if margin is None:
+        verdict = "no result"
+    elif margin is None:
         verdict = "no margin"
     elif n < ENOUGH:
         verdict = "too few seeds"
     elif abs(mean) + reach < margin:
         verdict = "equivalent"
-    elif abs(mean) - _quantile(1 - ALPHA / family, n - 1) * se > margin:
+    elif abs(mean) - float(stdtrit(n - 1, 1 - ALPHA / family)) * se > margin:
         verdict = "different"
-    else:
-        verdict = "inconclusive"
-    if margin is not None and verdict in ("inconclusive", "too few seeds"):
-        needed = seeds_needed(mean, sd, margin, family)
+    more = margin is not None and n > 1 and verdict in ("inconclusive", "too few seeds")
+    needed = seeds_needed(mean, sd, margin, family) if more and margin else None
     return Test(metric, n, mean, sd, mean - reach, mean + reach, margin, verdict, needed)
 
 
@@ -168,10 +150,10 @@ def seeds_needed(gap: float, sd: float, margin: float, family: int = 1) -> int |
     with np.errstate(divide="ignore", invalid="ignore"):
         se = np.maximum(sd / np.sqrt(n), 1e-300)
         if abs(gap) < margin:
-            q = _quantiles(1 - ALPHA)
+            q = stdtrit(n - 1, 1 - ALPHA)
             chance = stdtr(n - 1, (margin - gap) / se - q) + stdtr(n - 1, (margin + gap) / se - q) - 1
         else:
-            chance = stdtr(n - 1, (abs(gap) - margin) / se - _quantiles(1 - ALPHA / family))
+            chance = stdtr(n - 1, (abs(gap) - margin) / se - stdtrit(n - 1, 1 - ALPHA / family))
     good = np.flatnonzero(chance >= POWER)
     return int(n[good[0]]) if len(good) else None
 
@@ -188,30 +170,26 @@ def conclude(tests: Iterable[Test], failed: int = 0) -> tuple[str, int | None]:
     if not judged:
         return ("no margin" if any(t.n for t in tests) else "no result"), None
     verdicts = {t.verdict for t in judged}
-    if "different" in verdicts:
-        return "different", None
+    for decisive in ("different", "too few seeds"):
+        if decisive in verdicts:
+            return decisive, None
+    if verdicts == {"no result"}:
+        return "no result", None
     if verdicts == {"equivalent"}:
         return ("inconclusive" if failed else "equivalent"), None
-    if "no result" in verdicts and len(verdicts) == 1:
-        return "no result", None
-    if "too few seeds" in verdicts:
-        return "too few seeds", None
-    apart = [t.seeds_needed for t in judged if t.seeds_needed and t.margin and abs(t.difference) > t.margin]
-    open_ = [t for t in judged if t.verdict != "equivalent"]
-    needed = [t.seeds_needed for t in open_]
-    if apart:
+    if apart := [t.seeds_needed for t in judged if t.seeds_needed and t.margin and abs(t.difference) > t.margin]:
         return "inconclusive", min(apart)
-    return "inconclusive", None if None in needed or not needed else max(n for n in needed if n)
+    needed = [t.seeds_needed for t in judged if t.verdict != "equivalent"]
+    return "inconclusive", None if None in needed else max(n for n in needed if n)
 
 
 def label(spec: RunSpec, arm: Arm) -> str:
     """What an arm is called: `base`, or its rule; with SVAG's ℓ and the budget's δ where they are not 1."""
     if spec.run_id == arm.base_run_id:
         return "base"
-    plain = spec.science.svag == 1
-    parts = [arm.rule] if plain or arm.kappa != 1 else []
-    parts += [] if plain else [f"SVAG ℓ={spec.science.svag}"]
-    return ", ".join([*parts, *([f"δ={arm.duration:g}"] if arm.duration != 1 else [])])
+    svag = "" if spec.science.svag == 1 else f"SVAG ℓ={spec.science.svag}"
+    budget = "" if arm.duration == 1 else f"δ={arm.duration:g}"
+    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget)))
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
@@ -229,7 +207,7 @@ def _names(settings: Iterable[str]) -> dict[str, str]:
     """A readable name for each setting: model, data, optimizer, and what tells it from others of that name."""
     groups: dict[str, list[str]] = defaultdict(list)
     for s in settings:
-        science, _ = json.loads(s)
+        science = json.loads(s)[0]
         groups[f"{science['model']['name']} on {science['dataset']['name']}, {science['optimizer']}"].append(s)
     names = {}
     for name, members in groups.items():
@@ -249,16 +227,7 @@ def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
     return {prefix: value}
 
 
-@dataclass
-class _Cell:
-    """The runs of one arm at one batch, over seeds, and those of them that are missing."""
-
-    runs: list[tuple[Run, Arm]] = field(default_factory=list)
-    missing: list[tuple[Missing, RunSpec, Arm]] = field(default_factory=list)
-
-    @property
-    def any(self) -> tuple[RunSpec, Arm]:
-        return (self.runs[0][0].spec, self.runs[0][1]) if self.runs else self.missing[0][1:]
+_Member = tuple[Run | Missing, RunSpec, Arm]  # a run of a cell (one arm at one batch, over seeds), there or not
 
 
 def compare(collection: Collection, margins: dict[str, float] | None = None) -> list[Row]:
@@ -274,89 +243,86 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
     for name, value in (margins or {}).items():
         if name not in METRICS or not (math.isfinite(value) and value > 0):
             raise ReportError(f"margin {name}={value}: it must be > 0, for one of {', '.join(METRICS)}")
-    cells: dict[tuple[str, str, int], _Cell] = defaultdict(_Cell)
-    for run in collection.runs:
-        for key, arm in _keys(run.spec).items():
-            cells[key].runs.append((run, arm))
-    for absent in collection.missing:
-        spec = absent.spec
-        for key, arm in _keys(spec).items() if spec else ():
-            assert spec is not None
-            cells[key].missing.append((absent, spec, arm))
+    cells: dict[tuple[str, str, int], list[_Member]] = defaultdict(list)
+    seeds: dict[str, set[int]] = defaultdict(set)  # finished in some arm of the setting
+    entries: list[Run | Missing] = [*collection.runs, *collection.missing]
+    for entry in entries:
+        if (spec := entry.spec) is None:
+            continue
+        for (setting, rule), arm in {(_setting(spec, arm), label(spec, arm)): arm for arm in spec.arms}.items():
+            cells[setting, rule, spec.science.batch].append((entry, spec, arm))
+            if isinstance(entry, Run):
+                seeds[setting].add(spec.science.seed)
     names = _names(dict.fromkeys(setting for setting, _, _ in cells))
-    seeds: dict[str, set[int]] = defaultdict(set)
-    for (setting, _, _), cell in cells.items():
-        seeds[setting] |= {r.spec.science.seed for r, _ in cell.runs}
-    rows = []
-    for (setting, rule, _), cell in cells.items():
-        cell.runs.sort(key=lambda pair: pair[0].spec.science.seed)
-        rows.append(_row(names[setting], rule, cell, collection, margins, seeds[setting]))
-    order = {name: i for i, name in enumerate(names.values())}
-    roles = {"base": 0, "rule": 1, "control": 2}
-    rows.sort(key=lambda r: (order[r.setting], r.role != "base", r.batch, roles[r.role], r.rule))
+    finished = {r.spec.run_id: r for r in collection.runs}
+    failed = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
+    rows = [
+        _row(names[setting], rule, cell, seeds[setting], finished, failed, margins)
+        for (setting, rule, _), cell in cells.items()
+    ]
+    order, roles = list(names.values()), ("base", "rule", "control")
+    rows.sort(key=lambda r: (order.index(r.setting), r.role != "base", r.batch, roles.index(r.role), r.rule))
     return [replace(row, power=_power(row, rows)) for row in rows]
-
-
-def _keys(spec: RunSpec) -> dict[tuple[str, str, int], Arm]:
-    return {(_setting(spec, arm), label(spec, arm), spec.science.batch): arm for arm in spec.arms}
 
 
 def _row(
     setting: str,
     rule: str,
-    cell: _Cell,
-    collection: Collection,
-    margins: dict[str, float] | None,
+    cell: list[_Member],
     expected: set[int],
+    finished: dict[str, Run],
+    failed: set[str],
+    margins: dict[str, float] | None,
 ) -> Row:
-    spec, arm = cell.any
-    remarks = [f"seed {s.science.seed} {'diverged' if m.diverged else m.state}" for m, s, _ in cell.missing]
-    if unplanned := sorted(expected - {r.spec.science.seed for r, _ in cell.runs} - _seeds(cell.missing)):
-        remarks.append(f"seed {', '.join(map(str, unplanned))} not run")
-    first = {r.spec.science.seed: (r, a) for r, a in reversed(cell.runs)}  # the first of each
-    if len(first) < len(cell.runs):
-        remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
+    """The row of a cell.
+
+    Args:
+        expected: seeds that some arm of the setting has.
+        finished, failed: all runs, by run id.
+    """
+    first: dict[int, tuple[Run, Arm]] = {}  # by seed
+    for entry, spec, arm in cell:
+        if isinstance(entry, Run):
+            first.setdefault(spec.science.seed, (entry, arm))
     members = [first[seed] for seed in sorted(first)]
     runs = tuple(r for r, _ in members)
+    absent = [(entry, spec.science.seed, arm) for entry, spec, arm in cell if isinstance(entry, Missing)]
+    remarks = [f"seed {seed} {'diverged' if m.diverged else m.state}" for m, seed, _ in absent]
+    if unplanned := sorted(expected - first.keys() - {seed for _, seed, _ in absent}):
+        remarks.append(f"seed {', '.join(map(str, unplanned))} not run")
+    if len(first) + len(absent) < len(cell):
+        remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
     remarks += [f"seed {run.spec.science.seed}: {note}" for run in runs for note in run.notes]
     values = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
-    row = Row(
-        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)),
-        {m: _mean_sd(v) for m, v in values.items() if v}, (), "base" if runs else "no result", None, (), runs,
+    metrics = {m: _mean_sd(v) for m, v in values.items() if v}
+    tests: list[Test] = []
+    verdict, needed = "base" if runs and rule == "base" else "no result", None
+    if rule != "base":
+        pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
+        unpaired = [(r.spec.science.seed, a.base_run_id in failed) for r, a in members if a.base_run_id not in finished]
+        remarks += [f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in unpaired]
+        allowed, disputed = _margin(runs, margins)
+        if disputed:
+            remarks.append("its runs were made with different margins: the smallest counts")
+        differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in metrics}
+        family = max(1, sum(m in allowed for m in differences))
+        tests = [judge(m, d, allowed.get(m), family) for m, d in differences.items()]
+        tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
+        if pairs:
+            lost = sum(m.state == "failed" for m, _, _ in absent) + sum(bad for _, bad in unpaired)
+            lost += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
+            verdict, needed = conclude(tests, lost)
+            if lost and verdict != "different":
+                remarks.append("a seed that failed, whose base failed, or that gave no number rules out `equivalent`")
+        elif not members and all(m.diverged for m, _, _ in absent):
+            healthy = sum(a.base_run_id in finished for _, _, a in absent)
+            verdict = "different" if healthy >= ENOUGH else "too few seeds"
+            remarks = [f"diverged on every seed ({healthy}), where the base runs did not"] if healthy else remarks
+    spec, arm = cell[0][1], members[0][1] if members else absent[0][2]
+    return Row(
+        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)), metrics,
+        tuple(tests), verdict, needed, tuple(dict.fromkeys(remarks)), runs,
     )  # fmt: skip
-    if rule == "base":
-        return replace(row, remarks=tuple(remarks))
-
-    finished = {r.spec.run_id: r for r in collection.runs}
-    failed_ids = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
-    pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
-    unpaired = {r.spec.science.seed: a.base_run_id in failed_ids for r, a in members if a.base_run_id not in finished}
-    remarks += [
-        f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in unpaired.items()
-    ]
-    allowed, disputed = _margin(runs, margins)
-    if disputed:
-        remarks.append("its runs were made with different margins: the smallest counts")
-    differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in row.metrics}
-    judged = [m for m in differences if m in allowed]
-    tests = [judge(m, d, allowed.get(m), max(1, len(judged))) for m, d in differences.items()]
-    tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
-    verdict, needed = "no result", None
-    if pairs:
-        failed = sum(m.state == "failed" for m, _, _ in cell.missing) + sum(unpaired.values())
-        failed += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
-        verdict, needed = conclude(tests, failed)
-        if failed and verdict != "different":
-            remarks.append("a seed that failed, whose base failed, or that gave no number rules out `equivalent`")
-    elif not members and all(m.diverged for m, _, _ in cell.missing):
-        healthy = sum(a.base_run_id in finished for _, _, a in cell.missing)
-        verdict = "different" if healthy >= ENOUGH else "too few seeds"
-        remarks = [f"diverged on every seed ({healthy}), where the base runs did not"] if healthy else remarks
-    return replace(row, tests=tuple(tests), verdict=verdict, seeds_needed=needed, remarks=tuple(dict.fromkeys(remarks)))
-
-
-def _seeds(missing: list[tuple[Missing, RunSpec, Arm]]) -> set[int]:
-    return {s.science.seed for _, s, _ in missing}
 
 
 def _gap(run: Run, base: Run, metric: str) -> float:
@@ -374,16 +340,20 @@ def _margin(runs: tuple[Run, ...], given: dict[str, float] | None) -> tuple[dict
     merged: dict[str, float] = {}
     for margin in carried:
         for name, value in margin.items():
-            if isinstance(value, int | float) and math.isfinite(value) and value > 0:
+            if math.isfinite(value) and value > 0:
                 merged[name] = min(value, merged.get(name, math.inf))
     return merged, any(m != carried[0] for m in carried)
+
+
+def _controls(row: Row, rows: list[Row]) -> list[Row]:
+    return [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
 
 
 def _power(row: Row, rows: list[Row]) -> str:
     """Whether any control was told apart; without one the comparison has no power."""
     if row.role == "base" or row.verdict == "different":
         return ""
-    controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
+    controls = _controls(row, rows)
     if losers := [repr(r.rule) for r in controls if r.verdict == "different"]:
         return f"told apart: {', '.join(losers)}"
     return "no power: no control was told apart" if controls else "no power: no control was run"
@@ -404,12 +374,10 @@ def reading(rows: list[Row]) -> list[str]:
     """
     lines = []
     for row in (r for r in rows if r.role == "rule" and r.svag == 1):
-        test = row.gaps.get("trajectory")
         text = f"{row.setting}, batch {row.batch}: {row.rule} is {_because(row)}"
-        if test and test.n:
+        if (test := row.gaps.get("trajectory")) and test.n:
             text += f"; its train loss is {form('trajectory', test.difference, '')} from the base's on average"
-        controls = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
-        if controls:
+        if controls := _controls(row, rows):
             text += f". Controls: {'; '.join(f'{r.rule!r} {_because(r)}' for r in controls)}"
         lines.append(text)
         if row.powerless and row.verdict == "equivalent":

@@ -73,26 +73,20 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
         run_dir.sweep()
     size = 0
     for path, state in whole(t, run_dir):
-        if run_dir.records_checksum(state["records_size"]) != state["records_checksum"]:
-            print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
-            continue
-        put(t, state, path)
-        size = int(state["records_size"])
-        break
+        if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
+            put(t, state, path)
+            size = int(state["records_size"])
+            break
+        print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
     if ranks.maximum(t.step) != -ranks.maximum(-t.step):
         raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
     return size
 
 
 def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:
-    """The run's checkpoints that can be read, newest first; the kept ones last.
-
-    Raises:
-        TrainError: one is another run's.
-    """
+    """The run's checkpoints that can be read, newest first, the kept ones last; TrainError if one is another run's."""
     for path in (run_dir.newest, run_dir.previous, *reversed(run_dir.kept())):
-        state = load(path, t.device)
-        if state is None:
+        if (state := load(path, t.device)) is None:
             continue
         if state.get("run_id") != t.spec.run_id:
             raise TrainError(f"{path} belongs to run {state.get('run_id')}; remove it, or choose another runs_dir")
@@ -103,11 +97,7 @@ def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:
 
 
 def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
-    """Give the trainer the state that `load` read from `path`.
-
-    Raises:
-        TrainError: the data is not what the state was trained on.
-    """
+    """Give the trainer the state that `load` read from `path`; TrainError if it was trained on other data."""
     if state["data"] != t.stream.fingerprint:
         raise TrainError(
             f"the data changed since {path} was written (its tokens were {state['data']}, now "
@@ -120,14 +110,6 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
         t.loss_sum.copy_(state["loss_sum"])
     if t.free is not None and state["noise"] is not None:
         t.free.rows = list(state["noise"].to(t.device))
-
-
-def newest(run_dir: RunDir, device: torch.device) -> dict[str, Any] | None:
-    """The newest checkpoint that is whole."""
-    for path in (run_dir.newest, run_dir.previous):
-        if (state := load(path, device)) is not None:
-            return state
-    return None
 
 
 def load(path: Path, device: torch.device) -> dict[str, Any] | None:
@@ -146,10 +128,9 @@ def load(path: Path, device: torch.device) -> dict[str, Any] | None:
         return state if isinstance(state, dict) and isinstance(state.get("step"), int) else None
     except FileNotFoundError:
         return None
-    except (torch.OutOfMemoryError, MemoryError):
-        raise
     except Exception as e:  # a damaged archive fails in many ways; each means: use the one before
-        if isinstance(e, OSError) and e.errno != errno.EINVAL:  # (a wrong offset in the archive makes an EINVAL)
+        unread = isinstance(e, OSError) and e.errno != errno.EINVAL  # (a wrong offset in the archive makes an EINVAL)
+        if unread or isinstance(e, torch.OutOfMemoryError | MemoryError):
             raise
         print(f"{path} is damaged ({type(e).__name__}); using the one before", file=sys.stderr)
         return None

@@ -6,10 +6,10 @@ the fork. Every repeat reads a data order of its own, new to the run; within a r
 so that their differences are the batch size's and not the data's. The loss is that of the training distribution on
 fixed samples that no branch trains on in this order.
 
-The fork batch is the largest at which the loss exceeds the kappa = 1 branch's by no more than the tolerance:
-where the mean difference, linear in log2 kappa between branches, crosses it; its interval is where the two ends of
-the 95% t-intervals of the difference (paired, n = repeats) cross it. (Branching: Merrill et al. 2025, 2505.23971, read
-second-hand; they reset the optimizer's state and warm up again, here it is carried over.)
+The fork batch is where the mean difference of the loss from the kappa = 1 branch's, linear in log2 kappa between
+branches, crosses the tolerance; its interval is where the two ends of the difference's 95% t-interval (paired,
+n = repeats) do. (Branching: Merrill et al. 2025, 2505.23971, read second-hand; they reset the optimizer's state and
+warm up again.)
 """
 
 from __future__ import annotations
@@ -19,26 +19,25 @@ import copy
 import itertools
 import json
 import math
-import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-import msgspec
 import torch
+from msgspec.structs import replace
 from scipy import stats
 from torch import Tensor
 
 from scaling_exps import data, optim
 from scaling_exps.noise import estimators
-from scaling_exps.plan import Placement, PlanError, RunSpec
+from scaling_exps.plan import Placement, RunSpec
 from scaling_exps.records import RunDir
-from scaling_exps.rules import OPTIMIZERS, Hyper, RuleError
+from scaling_exps.rules import OPTIMIZERS, Hyper
 from scaling_exps.rules.scale import scale
 from scaling_exps.train import checkpoint, ranks
 from scaling_exps.train.measure import evaluate
-from scaling_exps.train.trainer import Trainer, TrainError, mean_loss
+from scaling_exps.train.trainer import Trainer, mean_loss
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken
@@ -113,6 +112,7 @@ def fork(
     Raises:
         ForkError: no checkpoint, a batch that is no whole number, a length that is no multiple of every batch.
         RuleError: the rule refuses one of the batches; nothing has been trained then.
+        PlanError, DataError, TrainError: the run, or its data, cannot be read.
     """
     spec = run_dir.spec()
     base_batch = spec.science.batch
@@ -133,7 +133,8 @@ def fork(
             f"samples={samples} must be a multiple of every batch {sorted(batches.values())}, that is of {longest}"
         )
     device = ranks.device()
-    state = checkpoint.newest(run_dir, device) if at is None else checkpoint.load(at, device)
+    whole = (checkpoint.load(path, device) for path in ([at] if at else [run_dir.newest, run_dir.previous]))
+    state = next(filter(None, whole), None)
     if state is None or state.get("run_id") != spec.run_id:
         raise ForkError(f"{at or run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
     branches = {k: _Branching(spec, state, batches[k], samples, rule) for k in kappas}
@@ -143,18 +144,13 @@ def fork(
     table = []
     for k, b in branches.items():
         differences = [x - y for x, y in zip(losses[k], losses[1.0], strict=True)]
-        mean = sum(differences) / repeats
+        mean, low, high = sum(differences) / repeats / reference, 0.0, 0.0
         if any(differences):
             interval = stats.ttest_1samp(differences, 0.0).confidence_interval(0.95)
             low, high = float(interval.low) / reference, float(interval.high) / reference
-        else:
-            low = high = 0.0
         verdict = "within" if high <= tolerance else "beyond" if low > tolerance else "undecided"
-        table.append(
-            Branch(
-                k, b.spec.science.batch, b.spec.science.hyper, tuple(losses[k]), mean / reference, low, high, verdict
-            )
-        )
+        s = b.spec.science
+        table.append(Branch(k, s.batch, s.hyper, tuple(losses[k]), mean, low, high, verdict))
     sure, crossed = _crossing(table, "low", tolerance)
     return Fork(
         run_id=spec.run_id,
@@ -182,11 +178,10 @@ class _Branching:
         if share == 0:
             raise ForkError("the schedule has brought the learning rate to 0 here; fork an earlier checkpoint")
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
-        held = msgspec.structs.replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
-        science = msgspec.structs.replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held)
+        held = replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
+        science = replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held)
         placement = Placement(world_size=1, accumulation=batch // micro, compile=False)
-        measure = msgspec.structs.replace(spec.measure, noise="none")
-        self.spec = msgspec.structs.replace(spec, science=science, placement=placement, measure=measure)
+        self.spec = replace(spec, science=science, placement=placement, measure=replace(spec.measure, noise="none"))
         optimizer = self.trainer(None, 0).optimizer  # refuses here, before anything is trained
         group, before = optimizer.param_groups[0], state["optimizer"]["param_groups"][0]
         betas = group[OPTIMIZERS[s.optimizer].field]
@@ -196,8 +191,7 @@ class _Branching:
             group.get("eps", s.hyper.eps),
             group["weight_decay"],
         )
-        science = msgspec.structs.replace(science, hyper=hyper)
-        self.spec = msgspec.structs.replace(self.spec, science=science)
+        self.spec = replace(self.spec, science=replace(science, hyper=hyper))
 
     def trainer(self, noise: float | None, repeat: int) -> Trainer:
         """Restore the checkpoint and rescale the optimizer to this batch, on the data order of `repeat`."""
@@ -284,8 +278,8 @@ def render(f: Fork) -> str:
     return "\n".join(lines)
 
 
-def main(argv: Sequence[str]) -> int:
-    """`scalerun fork RUN_DIR`: 0, or 2 with one message where the run or the request is at fault."""
+def main(words: list[str]) -> int:
+    """`scalerun fork WORDS`: print the result; it raises as `fork` does."""
     parser = argparse.ArgumentParser(prog="scalerun fork", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="folder of a run, or one of its checkpoints; it is only read")
     parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")
@@ -294,23 +288,13 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tolerance", type=float, default=0.02, help="share of the loss (default 0.02)")
     parser.add_argument("--rule", help="default: the optimizer's own, see docs/rules.md")
     parser.add_argument("--json", action="store_true", help="the result, for machines")
+    options = vars(parser.parse_args(words))
+    path, kappa, as_json = (options.pop(name) for name in ("run_dir", "kappa", "json"))
     try:
-        a = parser.parse_args(argv)
-    except SystemExit as e:
-        return int(e.code or 0)
-    try:
-        kappas = [float(k) for k in a.kappa.split(",")]
+        kappas = [float(k) for k in kappa.split(",")]
     except ValueError:
-        print(f"scalerun fork: --kappa {a.kappa!r} must be numbers with commas between, as 0.5,1,2", file=sys.stderr)
-        return 2
-    at = a.run_dir if a.run_dir.suffix == ".pt" else None
-    run_dir = RunDir(a.run_dir.parent if at else a.run_dir)
-    try:
-        result = fork(
-            run_dir, at=at, kappas=kappas, repeats=a.repeats, samples=a.samples, tolerance=a.tolerance, rule=a.rule
-        )
-    except (ForkError, RuleError, PlanError, data.DataError, TrainError) as e:
-        print(f"scalerun fork: {e}", file=sys.stderr)
-        return 2
-    print(json.dumps(asdict(result), indent=1) if a.json else render(result))
+        raise ForkError(f"--kappa {kappa!r} must be numbers with commas between, as 0.5,1,2") from None
+    at = path if path.suffix == ".pt" else None
+    result = fork(RunDir(path.parent if at else path), at=at, kappas=kappas, **options)
+    print(json.dumps(asdict(result), indent=1) if as_json else render(result))
     return 0

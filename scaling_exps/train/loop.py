@@ -6,8 +6,7 @@ import contextlib
 import sys
 import time
 from collections.abc import Callable
-from types import TracebackType
-from typing import Any, Self
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -31,10 +30,13 @@ class Stopped(Exception):  # noqa: N818 (no error)
 
 
 def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[str, Any]:
-    """Train the run to its end and return what result.json says of it. Every rank calls this.
+    """Train the run to its end. Every rank calls this.
 
     Args:
         signalled: whether this process was asked to save and stop.
+
+    Returns:
+        Its result.json on rank 0; nothing on other ranks.
 
     Raises:
         Stopped: it was; the state is on the disk.
@@ -48,7 +50,8 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
     if trainer.rank == 0:  # a slower rank could remove what rank 0 writes at the end
         run_dir.clear_result()
     poll = _Poll(trainer, 60 * spec.checkpoint.minutes)
-    with _Recorder(trainer, run_dir, size) as recorder:
+    with contextlib.ExitStack() as opened:
+        recorder = _Recorder(trainer, run_dir, size, opened)
         while trainer.step < s.steps:
             trainer.train_step()
             k = trainer.step
@@ -83,10 +86,9 @@ class _Poll:
 
     def request(self, signalled: Callable[[], bool]) -> str:
         """`save`, `stop`, or nothing."""
-        k = self.trainer.step
+        k, now = self.trainer.step, time.monotonic()
         if k < self.next:
             return ""
-        now = time.monotonic()
         pace = (now - self.asked) / (k - self.last)  # seconds a step
         due, stop, pace = (ranks.maximum(x) for x in (now - self.saved > self.interval, signalled(), pace))
         # all ranks take the same numbers to the same next step; at most doubled, for a first step may be slow
@@ -98,30 +100,20 @@ class _Poll:
 
 
 class _Recorder:
-    """Rank 0's records: to the file and the terminal. Closed however the run ends; other ranks write nothing."""
+    """Rank 0's records: to the file and the terminal, which `opened` closes. Other ranks write nothing."""
 
-    def __init__(self, trainer: Trainer, run_dir: RunDir, size: int) -> None:
-        self.trainer, self.run_dir, self.size = trainer, run_dir, size
-        self.writer: Writer | None = None
-        self._open = contextlib.ExitStack()
+    writer: Writer | None = None
 
-    def __enter__(self) -> Self:
-        if self.trainer.rank == 0:
+    def __init__(self, trainer: Trainer, run_dir: RunDir, size: int, opened: contextlib.ExitStack) -> None:
+        self.trainer, self.run_dir = trainer, run_dir
+        if trainer.rank == 0:
             self._announce()
-            with contextlib.ExitStack() as opened:
-                self.writer = opened.enter_context(self.run_dir.writer(self.size))
-                columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
-                self.bar = opened.enter_context(
-                    Progress(
-                        *columns, transient=True, auto_refresh=False, disable=not sys.stderr.isatty(), console=CONSOLE
-                    )
-                )
-                self.task = self.bar.add_task("", total=self.trainer.science.steps)
-                self._open = opened.pop_all()
-        return self
-
-    def __exit__(self, kind: type[BaseException] | None, e: BaseException | None, trace: TracebackType | None) -> None:
-        self._open.__exit__(kind, e, trace)
+            self.writer = opened.enter_context(run_dir.writer(size))
+            columns = (TextColumn("{task.description}"), BarColumn(), TaskProgressColumn(), TimeRemainingColumn())
+            hidden = not sys.stderr.isatty()
+            bar = Progress(*columns, transient=True, auto_refresh=False, disable=hidden, console=CONSOLE)
+            self.bar = opened.enter_context(bar)
+            self.task = bar.add_task("", total=trainer.science.steps)
 
     def write(self, row: dict[str, Any]) -> None:
         """Write a record of this moment."""
@@ -149,36 +141,40 @@ class _Recorder:
         )
 
     def summary(self) -> dict[str, Any]:
-        """What result.json says of the finished run; nothing on other ranks."""
+        """result.json of the finished run; nothing on other ranks."""
         if self.writer is None:
             return {}
         t, s = self.trainer, self.trainer.science
         rows = self.run_dir.records().rows
-        metrics = final_metrics(rows)
-        result: dict[str, Any] = {
-            "metrics": metrics,
+        train, test = (next(r for r in reversed(rows) if r["kind"] == kind) for kind in ("train", "eval"))
+        named = {"test_loss": "loss", "test_accuracy": "accuracy"} | {
+            k: k for k in ("perplexity", "bits_per_byte", "weight_norm")
+        }
+        memory = provenance.peak_memory(t.device)
+        print(
+            f"finished: train loss {train['loss']:.4f}, test loss {test['loss']:.4f}, {_quality(test)} after "
+            f"{s.samples(s.steps):,} samples; {t.rate:,.0f} samples/s, {memory / 2**20:,.0f} MiB"
+        )
+        if noise_line := validity.summary(rows, s.batch):
+            print(noise_line)
+        sys.stdout.flush()
+        return {
+            "status": "finished",
+            "metrics": {"train_loss": train["loss"], **{name: test[k] for name, k in named.items() if k in test}},
             **_noise_fields(rows, s.batch),
             "seconds": round(t.seconds, 3),
             "samples_per_second": round(t.rate, 2),
-            "peak_memory_bytes": provenance.peak_memory(t.device),
+            "peak_memory_bytes": memory,
             "records_checksum": self.writer.checksum,
+            **provenance.environment(),
         }
-        test = next(r for r in reversed(rows) if r["kind"] == "eval")
-        noise_line = validity.summary(rows, s.batch)
-        print(
-            f"finished: train loss {metrics['train_loss']:.4f}, test loss {metrics['test_loss']:.4f}, "
-            f"{_quality(test)} after {s.samples(s.steps):,} samples; {t.rate:,.0f} samples/s, "
-            f"{result['peak_memory_bytes'] / 2**20:,.0f} MiB" + (f"\n{noise_line}" if noise_line else ""),
-            flush=True,
-        )
-        return result
 
 
 def measure_kept(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
     """Full noise records of a finished run, from its kept checkpoints and its newest. Every rank calls this.
 
     Returns:
-        What they change in result.json; nothing on other ranks.
+        Its new result.json on rank 0; nothing on other ranks.
 
     Raises:
         TrainError: no checkpoint is whole.
@@ -196,29 +192,19 @@ def measure_kept(spec: RunSpec, run_dir: RunDir) -> dict[str, Any]:
         )
     if trainer.rank:
         return {}
-    with run_dir.writer(run_dir.records_size()) as writer:
+    with run_dir.writer() as writer:
         for step in sorted(rows):
             writer.write(rows[step])
         writer.sync()
     print(f"gradient noise of {run_dir} measured at {len(rows)} checkpoint(s)", flush=True)
-    return {
-        **_noise_fields(run_dir.records().rows, spec.science.batch), "records_checksum": writer.checksum,
-    }  # fmt: skip
+    noise = _noise_fields(run_dir.records().rows, spec.science.batch)
+    return {**(run_dir.result() or {}), **noise, "records_checksum": writer.checksum}
 
 
 def _noise_fields(rows: list[dict[str, Any]], batch: int) -> dict[str, float]:
     """What result.json says of the noise: over which share of the samples it dominates, of how many that is known."""
     assessed = validity.assess(rows, batch, batch)
     return {} if assessed is None else {"noise_dominated": assessed.dominated, "noise_measured": assessed.measured}
-
-
-def final_metrics(rows: list[dict[str, Any]]) -> dict[str, float]:
-    """The last record of each kind, under the names of result.json."""
-    train = next(r for r in reversed(rows) if r["kind"] == "train")
-    test = next(r for r in reversed(rows) if r["kind"] == "eval")
-    names = {"loss": "test_loss", "accuracy": "test_accuracy"}
-    kept = ("loss", "accuracy", "perplexity", "bits_per_byte", "weight_norm")
-    return {"train_loss": train["loss"], **{names.get(k, k): test[k] for k in kept if k in test}}
 
 
 def _quality(record: dict[str, Any]) -> str:
@@ -235,13 +221,10 @@ def preflight(specs: list[RunSpec]) -> None:
     Raises:
         data.DataError, models.ModelError: with what was given and what is allowed.
     """
-    seen = set()
-    for spec in specs:
+    for spec in {
+        repr((s.science.model, s.science.dataset, s.dataset_path, s.science.freeze_last)): s for s in specs
+    }.values():
         s = spec.science
-        key = repr((s.model, s.dataset, spec.dataset_path, s.freeze_last))
-        if key in seen:
-            continue
-        seen.add(key)
         x, y = data.stream(s.dataset, spec.dataset_path, s.seed, torch.device("cpu")).test_batch(0, 1)
         with torch.no_grad(), torch.device("cpu"):
             net = build_net(spec).eval()

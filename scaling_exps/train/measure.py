@@ -72,17 +72,14 @@ def evaluate(t: Trainer) -> dict[str, Any]:
 
 
 def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
-    """Gradient noise: of the steps since the last record (free), and of examples of its own (full).
+    """Gradient noise of the steps since the last record (free), and of examples of its own (full).
 
-    Args:
-        number: which of the run's measurements this is; its examples depend on it and the seed alone.
+    The latter are a function of the seed and `number`, which of the run's measurements this is.
     """
-    s, spec, kappa = t.science, t.spec, t.spec.arms[0].kappa
-    rows = []
+    s, spec, rows = t.science, t.spec, []
     if t.free is not None and (t.free.able or spec.noise == "free"):
-        rows.append(
-            t.record("noise", method="free", batch=s.batch, **t.free.estimate(ranks.total).record(s.batch, kappa))
-        )
+        estimate = t.free.estimate(ranks.total).record(s.batch, spec.arms[0].kappa)
+        rows.append(t.record("noise", method="free", batch=s.batch, **estimate))
     if spec.noise == "full":
         rows.append(full_noise(t, number))
     return rows
@@ -90,8 +87,7 @@ def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
 
 def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     """A full noise record at the current weights, BN as in training; buffers, `.grad` and stream stay as they are."""
-    s, spec = t.science, t.spec
-    unit, n = spec.noise_unit, spec.noise_examples
+    s, kappa, unit, n = t.science, t.spec.arms[0].kappa, t.spec.noise_unit, t.spec.noise_examples
     stream, first = t.stream.sibling(s.seed, "noise"), number * n
     named = {k: p for k, p in t.net.named_parameters() if p.requires_grad}
     losses: list[Tensor] = []
@@ -131,7 +127,6 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     for buffer, before in buffers:
         buffer.copy_(before)
     own = torch.stack([v.double() for v in losses]).sum() if losses else torch.zeros_like(template[0]).double()
-    kappa = spec.arms[0].kappa
     fields = estimates[0].record(s.batch, kappa)
     if scale is not None:
         preconditioned = estimates[1].record(s.batch, kappa)

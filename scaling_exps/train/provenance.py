@@ -39,11 +39,10 @@ def peak_memory(device: torch.device) -> int:
 
 
 def environment() -> dict[str, Any]:
-    packages = ("scalerun", "torch", "torchvision", "timm", "numpy")
     versions = {"python": platform.python_version()}
-    for name in packages:
+    for package in ("scalerun", "torch", "torchvision", "timm", "numpy"):
         with contextlib.suppress(PackageNotFoundError):
-            versions[name] = version(name)
+            versions[package] = version(package)
     name = torch.cuda.get_device_name() if torch.cuda.is_available() else platform.processor() or platform.machine()
     return {
         "versions": versions,
@@ -62,13 +61,9 @@ def _tree() -> tuple[str | None, str]:
     """
 
     def git(*words: str) -> str:
+        folder = Path(__file__).resolve().parents[1]
         try:
-            done = subprocess.run(
-                ["git", "-C", str(Path(__file__).resolve().parents[1]), *words],
-                capture_output=True,
-                text=True,
-                errors="replace",
-            )
+            done = subprocess.run(["git", *words], cwd=folder, capture_output=True, text=True, errors="replace")
         except FileNotFoundError:
             return ""
         return done.stdout if done.returncode == 0 else ""
@@ -82,11 +77,9 @@ def _tree() -> tuple[str | None, str]:
 def code(run_dir: RunDir | None) -> dict[str, Any]:
     """What ran, for the record; with `run_dir`, the patch of a tree that is not clean is left there."""
     commit, patch = _tree()
-    if not patch:
-        return {"commit": commit}
-    if run_dir is not None:
+    if patch and run_dir is not None:
         run_dir.write_patch(patch)
-    return {"commit": commit, "patch": "code.patch"}
+    return {"commit": commit, "patch": "code.patch"} if patch else {"commit": commit}
 
 
 def job() -> str | None:

@@ -20,16 +20,16 @@ def world() -> tuple[int, int]:
 
 
 def device() -> torch.device:
-    if torch.cuda.is_available():
-        local = int(os.environ.get("LOCAL_RANK", 0))
-        own = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
-        torch.cuda.set_device(own)
-        # Else gradients add up in any order: not the same bits again. A kernel that has no other way warns.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, of no use
-        return own
-    return torch.device("cpu")
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    local = int(os.environ.get("LOCAL_RANK", 0))
+    own = torch.device("cuda", local % torch.cuda.device_count())  # SLURM may show each task its GPU only
+    torch.cuda.set_device(own)
+    # Else gradients add up in any order: not the same bits again. A kernel that has no other way warns.
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # slow, of no use
+    return own
 
 
 @contextlib.contextmanager

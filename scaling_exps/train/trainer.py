@@ -22,7 +22,7 @@ from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks
 
 
-class TrainError(RuntimeError):
+class TrainError(ValueError):
     """The run cannot go on; the message is the reason that `status` shows."""
 
 
@@ -136,8 +136,7 @@ class Trainer:
 
     def check_finite(self) -> None:
         """Raise DivergedError if a step so far was not finite."""
-        bad = float(self.first_bad)
-        if bad != torch.inf:
+        if (bad := float(self.first_bad)) != torch.inf:
             raise DivergedError(
                 f"the loss or a gradient is not finite at step {bad:.0f} ({self.science.samples(int(bad))} samples): "
                 "the run stops before that update. Lower the learning rate or lengthen the warm-up"
@@ -184,29 +183,22 @@ class Trainer:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.science.precision == "bfloat16")
 
     def record(self, kind: str, **metrics: Any) -> dict[str, Any]:
-        """A record of this moment.
-
-        Raises:
-            TrainError: as `check_finite`.
-        """
-        s = self.science
+        """A record of this moment; it raises as `check_finite` does."""
         self.check_finite()
+        s = self.science
         t = rules.continuous_time(s.hyper, self.step, s.family)
         return {"kind": kind, "step": self.step, "samples": s.samples(self.step), "t": t, **metrics}
 
     def train_record(self) -> dict[str, Any]:
         """Mean loss of the samples since the last record, over all ranks; what they were trained with."""
-        gradients = [p.grad for p in self.net.parameters() if p.grad is not None]
-        total = ranks.total(self.loss_sum)
-        loss = float(total) / (self.loss_count * self.world)
-        window = self.loss_count * self.world * self.science.micro_batch
+        count = self.loss_count * self.world
+        row = {
+            "loss": float(ranks.total(self.loss_sum)) / count,
+            "window": count * self.science.micro_batch,
+            "lr": self.optimizer.param_groups[0]["lr"],
+            "gradient_norm": float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])),
+            "seconds": round(self.seconds, 3),
+        }
         self.loss_sum.zero_()
         self.loss_count = 0
-        return self.record(
-            "train",
-            loss=loss,
-            window=window,
-            lr=self.optimizer.param_groups[0]["lr"],
-            gradient_norm=float(nn.utils.get_total_norm(gradients)),
-            seconds=round(self.seconds, 3),
-        )
+        return self.record("train", **row)

@@ -1,7 +1,4 @@
-"""A worker: run folders in, one after another; signals, ranks, exit codes.
-
-python -m scaling_exps.train [--since TIME] [--attached] RUN_DIR ...
-"""
+"""A worker: run folders in, one after another; signals, ranks, exit codes."""
 
 from __future__ import annotations
 
@@ -24,7 +21,7 @@ from scaling_exps import mirror
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import loop, provenance, ranks
-from scaling_exps.train.trainer import DivergedError, TrainError
+from scaling_exps.train.trainer import DivergedError
 
 AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeued
 # Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
@@ -54,32 +51,30 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
     world, rank = ranks.world()
     with contextlib.ExitStack() as stack:
         refusal: BusyError | OSError | None = None
-        if rank == 0:
-            try:
+        try:
+            if rank == 0:
                 stack.enter_context(run_dir.lock())
                 if _failed(run_dir, since):  # between the look and the lock
                     raise BusyError(f"{run_dir} was run by another process, and failed")
-            except (BusyError, OSError) as e:
-                refusal = e
+        except (BusyError, OSError) as e:
+            refusal = e
         if ranks.maximum(refusal is not None):  # all ranks know it, or the others wait for rank 0
             raise refusal or BusyError(f"{run_dir} is being run by another process")
-        earlier = run_dir.result() or {}
-        finished = earlier.get("status") == "finished"
-        measure = finished and run_dir.lacks_noise(spec)
-        if rank == 0 and (measure or not finished):
+        finished = (run_dir.result() or {}).get("status") == "finished"
+        if finished and not run_dir.lacks_noise(spec):
+            return "finished"
+        if rank == 0:
             stack.enter_context(mirror.live(run_dir, spec))  # it ends after result.json is written
         try:
             if finished:
-                if measure:
-                    measured = loop.measure_kept(spec, run_dir)
-                    if rank == 0:
-                        run_dir.write_result({**earlier, **measured})
-                return "finished"
+                result = loop.measure_kept(spec, run_dir)
+            else:
+                if rank == 0:
+                    event = {"event": "start", "job": provenance.job(), "host": platform.node()}
+                    run_dir.append_event({**event, **provenance.code(run_dir)})
+                result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)
             if rank == 0:
-                _record_start(run_dir)
-            result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)
-            if rank == 0:
-                run_dir.write_result({"status": "finished", **result, **provenance.environment()})
+                run_dir.write_result(result)
             return "finished"
         except loop.Stopped:
             if rank == 0:
@@ -95,26 +90,20 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
             return "failed"
 
 
-def _record_start(run_dir: RunDir) -> None:
-    event = {"event": "start", "job": provenance.job(), "host": platform.node()}
-    run_dir.append_event({**event, **provenance.code(run_dir)})
-
-
 def _fail(spec: RunSpec, run_dir: RunDir, e: Exception, finished: bool) -> None:
     """Say why the run failed, on the terminal (with the traceback where nobody refused) and in its result.json.
 
     Of a finished run only a measurement failed: it stays finished.
     """
-    refusal = isinstance(e, TrainError) or (isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps"))
+    refusal = isinstance(e, ValueError) and type(e).__module__.startswith("scaling_exps")
     reason = str(e) if refusal else f"{type(e).__name__}: {e}"
     trace = "".join(traceback.format_exception(e))
     if not refusal and not isinstance(e, OSError):
         print(trace, file=sys.stderr)
     print(f"run {spec.run_id} failed: {reason}", file=sys.stderr)
     if not finished:
+        result = {"status": "failed", "reason": reason, "diverged": isinstance(e, DivergedError), "traceback": trace}
         with contextlib.suppress(OSError):
-            diverged = isinstance(e, DivergedError)
-            result = {"status": "failed", "reason": reason, "diverged": diverged, "traceback": trace}
             run_dir.write_result({**result, **provenance.environment()})
 
 
@@ -126,9 +115,7 @@ def run_all(
     until: float = float("inf"),
     patience: float = 0,
 ) -> bool:
-    """Run each directory that has work left and is not held by somebody else.
-
-    Several workers may be given one list: the locks share it out.
+    """Run each directory that has work left and is not held by somebody else: workers may share one list.
 
     Args:
         log: send a run's output to its log.txt.
@@ -141,14 +128,15 @@ def run_all(
     good = True
     with _handlers():
         for run_dir in run_dirs:
-            rank = ranks.world()[1]
-            work_left = _work_left(run_dir, since, patience) if rank == 0 else False
-            if patience and rank == 0 and run_dir.holder():
-                print(f"{run_dir} is held by {run_dir.holder()}", file=sys.stderr)
-                good = False
+            first, work_left = ranks.world()[1] == 0, False
+            if first:
+                work_left = _work_left(run_dir, since, patience)
+                if patience and (who := run_dir.holder()):
+                    print(f"{run_dir} is held by {who}", file=sys.stderr)
+                    good = False
             if not ranks.maximum(work_left):
                 continue
-            with _output_to(run_dir) if log and rank == 0 else contextlib.nullcontext():
+            with _output_to(run_dir) if log and first else contextlib.nullcontext():
                 try:
                     how = run(run_dir, until, since)
                 except BusyError:
@@ -173,10 +161,9 @@ def _work_left(run_dir: RunDir, since: float, patience: float) -> bool:
     until = time.monotonic() + patience
     while (state := run_dir.state()) == "running" and time.monotonic() < until:
         time.sleep(0.2)
-    if state == "failed":
-        if provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0)):
-            return False  # a requeued job is not a person who tries again
-        return not _failed(run_dir, since)
+    if state == "failed":  # a requeued job is not a person who tries again
+        requeued = provenance.job() and int(os.environ.get("SLURM_RESTART_COUNT", 0))
+        return not requeued and not _failed(run_dir, since)
     if state == "finished":
         with contextlib.suppress(PlanError):
             return run_dir.lacks_noise(run_dir.spec())
@@ -193,7 +180,6 @@ def _handlers() -> Iterator[None]:
     if threading.current_thread() is not threading.main_thread():
         yield
         return
-
     terminals = [fd for fd in (1, 2) if os.isatty(fd)]
 
     def note(number: int, frame: FrameType | None) -> None:
@@ -207,9 +193,8 @@ def _handlers() -> Iterator[None]:
             for fd in terminals:
                 os.dup2(os.open(os.devnull, os.O_WRONLY), fd)
 
-    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, signal.SIGHUP]
-    if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN:
-        numbers.remove(signal.SIGHUP)
+    hangup = [] if signal.getsignal(signal.SIGHUP) == signal.SIG_IGN else [signal.SIGHUP]
+    numbers = [signal.SIGTERM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGINT, *hangup]
     before = {n: signal.signal(n, note) for n in numbers}
     try:
         yield
@@ -219,11 +204,7 @@ def _handlers() -> Iterator[None]:
 
 
 def stop_requested() -> bool:
-    """Whether a signal has asked this process to save and stop.
-
-    Raises:
-        KeyboardInterrupt: it was Ctrl-C; the run is saved.
-    """
+    """Whether a signal has asked this process to save and stop; KeyboardInterrupt if it was Ctrl-C."""
     if signal.SIGINT in _signals:
         raise KeyboardInterrupt
     return bool(_signals)
@@ -236,18 +217,16 @@ def _stop_at_end_of_input() -> None:
     _signals.append(signal.SIGTERM)
 
 
-@contextlib.contextmanager
-def _output_to(run_dir: RunDir) -> Iterator[None]:
+def _output_to(run_dir: RunDir) -> contextlib.ExitStack:
     """Into the run's log.txt; where that cannot be written, onto the terminal."""
-    with contextlib.ExitStack() as stack:
-        try:
-            f = stack.enter_context(run_dir.open_log())
-        except OSError as e:
-            print(f"{run_dir} has no log: {e}", file=sys.stderr)
-        else:
-            stack.enter_context(contextlib.redirect_stdout(f))
-            stack.enter_context(contextlib.redirect_stderr(f))
-        yield
+    stack = contextlib.ExitStack()
+    try:
+        log = stack.enter_context(run_dir.open_log())
+        stack.enter_context(contextlib.redirect_stdout(log))
+        stack.enter_context(contextlib.redirect_stderr(log))
+    except OSError as e:
+        print(f"{run_dir} has no log: {e}", file=sys.stderr)
+    return stack
 
 
 def work(
@@ -256,7 +235,7 @@ def work(
     """A worker process: join the group, run the directories, and say by the exit status how it went.
 
     Args:
-        since: as in `run_all`.
+        since: as in `run`.
         earlier: signals that came before this module was loaded.
         attached: save and stop when standard input, a pipe of the process that started this one, ends: it is gone.
 
@@ -273,8 +252,7 @@ def work(
     atexit.register(_leave, status)
     try:
         with _handlers(), ranks.process_group():
-            patience = 60 if in_job else 0
-            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=patience)
+            good = run_all([RunDir(d) for d in run_dirs], log=True, since=since, patience=60 if in_job else 0)
             stopped = ranks.maximum(len(_signals)) > 0 and not good
             rank = ranks.world()[1]
     except BaseException as e:
@@ -282,20 +260,17 @@ def work(
         raise
     code = AGAIN if stopped else 0 if good else 1
     if stopped and in_job:  # rank 0 alone says so, last: srun ends the others as soon as one exits badly
-        if rank:
-            code = 0
-        else:
-            time.sleep(1)
+        code = 0 if rank else code
+        time.sleep(0 if rank else 1)
     status.append(code)
     return code
 
 
 def _leave(status: list[int]) -> None:
-    """End the process here, before the interpreter shuts down: the last of the exit handlers, as the first registered.
+    """End the process before the interpreter shuts down; registered first, so the last of the exit handlers.
 
-    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14). One that
-    lets go of a tensor while the interpreter shuts down aborts the process (pytorch/pytorch#190489), and a run that is
-    finished would count as killed.
+    DistributedDataParallel keeps gloo's threads alive after its group is destroyed (seen with torch 2.14), and one that
+    frees a tensor in the shutdown aborts the process (pytorch/pytorch#190489): a finished run would count as killed.
     """
     if status:
         sys.stdout.flush()
