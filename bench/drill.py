@@ -44,20 +44,15 @@ PLACES = {
         "launch.node_local=[]", "launch.requeues=1000", "launch.array_parallelism=2",
     ],
 }  # fmt: skip
-FAULTS = {
-    "one process": {"SIGKILL": 3, "SIGTERM": 1},
-    "two processes": {"SIGKILL": 3, "SIGTERM": 1},
-    "SLURM, two nodes": {"SIGKILL": 3, "SIGTERM": 1, "SIGUSR2": 1, "requeue": 1},
-}
+FAULTS = {"SIGKILL": 3, "SIGTERM": 1}  # and how often one is chosen
+SLURM_FAULTS = {**FAULTS, "SIGUSR2": 1, "requeue": 1}
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "WANDB_MODE": "offline"}
 
 
 def scalerun(place: str, runs: Path) -> subprocess.Popen[bytes]:
-    words = [*SWEEP, *PLACES[place], f"runs_dir={runs}"]
-    with open(runs.parent / f"{runs.name}.log", "ab") as log:
-        return subprocess.Popen(
-            [sys.executable, "-m", "scaling_exps.cli", *words], env=ENVIRONMENT, stdout=log, stderr=log
-        )
+    argv = [sys.executable, "-m", "scaling_exps.cli", *SWEEP, *PLACES[place], f"runs_dir={runs}"]
+    with open(f"{runs}.log", "ab") as log:
+        return subprocess.Popen(argv, env=ENVIRONMENT, stdout=log, stderr=log)
 
 
 def finished(runs: Path) -> bool:
@@ -65,18 +60,8 @@ def finished(runs: Path) -> bool:
     return len(dirs) == 6 and all(d.state() == "finished" for d in dirs)
 
 
-def in_queue() -> list[str]:
-    argv = ["squeue", "--noheader", "--array", "--me", "--format=%i"]
-    return subprocess.run(argv, capture_output=True, text=True, check=True).stdout.split()
-
-
-def keep_going(place: str, runs: Path, launcher: subprocess.Popen[bytes] | None) -> subprocess.Popen[bytes] | None:
-    """The same command again, once the last one is through and something is missing."""
-    if launcher is not None and launcher.poll() is None:
-        return launcher
-    if finished(runs) or (place.startswith("SLURM") and in_queue()):
-        return None
-    return scalerun(place, runs)
+def in_queue() -> list[bytes]:
+    return subprocess.check_output(["squeue", "--noheader", "--array", "--me", "--format=%i"]).split()
 
 
 def victims(runs: Path) -> list[int]:
@@ -92,103 +77,74 @@ def victims(runs: Path) -> list[int]:
     return pids
 
 
-def held(runs: Path) -> list[RunDir]:
-    return [d for d in RunDir.under(runs) if d.holder()]
-
-
-def strike(fault: str, runs: Path, chance: random.Random) -> bool:
-    """Do it to one process or job that is in the middle of a run; False if there was none."""
-    busy = held(runs)
-    if not busy:
-        return False
+def strike(fault: str, runs: Path, busy: list[RunDir], chance: random.Random) -> bool:
+    """Do it to one process or job of the runs that are `busy`; False if there was none any more."""
     if fault == "requeue":
         jobs = [str(e["job"]) for d in busy for e in d.events()[-1:] if e.get("job")]
         return bool(jobs) and subprocess.run(["scontrol", "requeue", chance.choice(jobs)]).returncode == 0
-    pids = victims(runs)
-    try:
-        os.kill(chance.choice(pids), getattr(signal, fault))
-    except (IndexError, ProcessLookupError):
-        return False
-    return True
+    with contextlib.suppress(IndexError, ProcessLookupError):
+        os.kill(chance.choice(victims(runs)), getattr(signal, fault))
+        return True
+    return False
 
 
 def difference(run_dir: RunDir, reference: RunDir) -> str:
     """What differs between two runs of one id; empty if nothing does."""
     import torch
+    from torch.utils._pytree import tree_flatten
 
-    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in d.records().rows] for d in (run_dir, reference)]
+    dirs = (run_dir, reference)
+    rows = [[{k: v for k, v in r.items() if k != "seconds"} for r in d.records().rows] for d in dirs]
     if rows[0] != rows[1]:
         return f"{run_dir}: records differ ({len(rows[0])} and {len(rows[1])})"
     if run_dir.records().damaged:
         return f"{run_dir}: a broken line in the records"
-    nets = [torch.load(d.newest, weights_only=True) for d in (run_dir, reference)]
-    if nets[0]["step"] != nets[1]["step"]:
-        return f"{run_dir}: steps {nets[0]['step']} and {nets[1]['step']}"
-    for part in ("net", "optimizer"):
-        a, b = (list(tensors(n[part])) for n in nets)
-        if len(a) != len(b) or not all(torch.equal(x, y) for x, y in zip(a, b, strict=True)):
+    states = [torch.load(d.newest, weights_only=True) for d in dirs]
+    for part in ("step", "net", "optimizer"):
+        (a, shape), (b, other) = (tree_flatten(state[part]) for state in states)
+        pairs = zip(a, b, strict=False)
+        if shape != other or not all(torch.equal(x, y) if isinstance(x, torch.Tensor) else x == y for x, y in pairs):
             return f"{run_dir}: {part} differs"
     return ""
-
-
-def tensors(value: Any) -> Iterator[Any]:
-    import torch
-
-    if isinstance(value, torch.Tensor):
-        yield value
-    elif isinstance(value, dict):
-        for v in value.values():
-            yield from tensors(v)
-    elif isinstance(value, list | tuple):
-        for v in value:
-            yield from tensors(v)
-
-
-def undisturbed(place: str, runs: Path) -> None:
-    launcher = scalerun(place, runs)
-    launcher.wait()
-    end = time.monotonic() + 300
-    while not finished(runs):
-        if time.monotonic() > end:
-            raise SystemExit(f"the undisturbed sweep did not finish: {(runs.parent / f'{runs.name}.log').read_text()}")
-        time.sleep(0.5)
 
 
 def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, until: float) -> dict[str, Any]:
     """Sweeps in `place` until `kills` kills have hit a run in the middle, or `until` (time.monotonic) has come."""
     reference = folder / "undisturbed"
-    undisturbed(place, reference)
+    scalerun(place, reference).wait()
+    end = time.monotonic() + 300
+    while not finished(reference):
+        if time.monotonic() > end:
+            raise SystemExit(f"the undisturbed sweep did not finish: {Path(f'{reference}.log').read_text()}")
+        time.sleep(0.5)
     counts: collections.Counter[str] = collections.Counter()
-    faults, runs_done, wrong, restarts, sweep = FAULTS[place], 0, [], 0, 0
+    slurm = place.startswith("SLURM")
+    faults, runs_done, wrong, restarts, sweep = SLURM_FAULTS if slurm else FAULTS, 0, [], 0, 0
     while sum(counts.values()) < kills and time.monotonic() < until:
         sweep += 1
         runs = folder / f"sweep{sweep}"
-        launcher: subprocess.Popen[bytes] | None = scalerun(place, runs)
-        wait, end, next_at = 0.0, time.monotonic() + 600, None
+        launcher, end, next_at = scalerun(place, runs), time.monotonic() + 600, None
         while not finished(runs):
             if time.monotonic() > end:
                 wrong.append(f"sweep {sweep} did not end in 600 s")
                 break
-            if sum(counts.values()) < kills and time.monotonic() < until and held(runs):
+            busy = [d for d in RunDir.under(runs) if d.holder()]
+            if busy and sum(counts.values()) < kills and time.monotonic() < until:
                 if next_at is None:  # a moment of the run that begins now
-                    wait = chance.uniform(0.0, 1.5)
-                    next_at = time.monotonic() + wait
+                    next_at = time.monotonic() + chance.uniform(0.0, 1.5)
                 elif time.monotonic() >= next_at:
                     fault = chance.choices(list(faults), list(faults.values()))[0]
-                    counts[fault] += strike(fault, runs, chance)
+                    counts[fault] += strike(fault, runs, busy, chance)
                     next_at = None
-            before = launcher
-            launcher = keep_going(place, runs, launcher)
-            restarts += launcher is not None and launcher is not before
-            time.sleep(0.05 if not place.startswith("SLURM") else 0.2)
-        if launcher is not None:
-            launcher.wait()
+            if launcher.poll() is not None and not finished(runs) and not (slurm and in_queue()):
+                launcher, restarts = scalerun(place, runs), restarts + 1  # it is through, and something is missing
+            time.sleep(0.2 if slurm else 0.05)
+        launcher.wait()
         for run_dir in RunDir.under(runs):
             runs_done += 1
             if unequal := difference(run_dir, RunDir(reference / run_dir.path.name)):
                 wrong.append(unequal)
-        left = [p for p in runs.rglob("*") if p.name.startswith(".checkpoint")]
-        wrong += [f"left behind: {p}" for p in left]
+        wrong += [f"left behind: {p}" for p in runs.rglob(".checkpoint*")]
         print(f"{place}, sweep {sweep}: {dict(counts)}, {restarts} restarts, wrong: {wrong or 'nothing'}", flush=True)
         shutil.rmtree(runs)
     return {"place": place, "counts": counts, "sweeps": sweep, "runs": runs_done, "restarts": restarts, "wrong": wrong}
@@ -211,27 +167,21 @@ def cluster() -> Iterator[bool]:
             subprocess.run([ROOT / "tests/slurm/down.sh", directory], check=False)
 
 
-def render(lines: Path, page: Path) -> None:
-    """Put the counts of `lines` between the marks of `page`."""
-    rows = [json.loads(line) for line in lines.read_text().splitlines()]
+def render(counted: Path, page: Path) -> None:
+    """Put the counts of the JSON lines `counted` between the marks of `page`."""
+    rows = [json.loads(line) for line in counted.read_text().splitlines()]
     kinds = sorted({kind for row in rows for kind in row["counts"]})
-    table = [
-        f"| place | {' | '.join(kinds)} | kills | runs | launched again by hand | wrong |",
-        f"|---|{'---|' * (len(kinds) + 4)}",
-    ]
+    table = [["place", *kinds, "kills", "runs", "launched again by hand", "wrong"], ["---"] * (len(kinds) + 5)]
     for row in rows:
         counts = [row["counts"].get(kind, 0) for kind in kinds]
-        wrong = "; ".join(row["wrong"]) or "0"
-        cells = [row["place"], *counts, sum(counts), row["runs"], row["restarts"], wrong]
-        table.append(f"| {' | '.join(map(str, cells))} |")
-    totals = [sum(row["counts"].get(kind, 0) for row in rows) for kind in kinds]
-    wrong = sum(len(row["wrong"]) for row in rows)
-    cells = ["all", *totals, sum(totals), sum(r["runs"] for r in rows), sum(r["restarts"] for r in rows), wrong]
-    table.append(f"| {' | '.join(map(str, cells))} |")
+        wrong = "; ".join(row["wrong"]) or 0
+        table.append([row["place"], *counts, sum(counts), row["runs"], row["restarts"], wrong])
+    sums = [sum(column) for column in list(zip(*table[2:], strict=True))[1:-1]]
+    table.append(["all", *sums, sum(len(row["wrong"]) for row in rows)])
+    lines = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in table).replace(" --- ", "---")
     begin, end = "<!-- counted -->", "<!-- end -->"
     text = page.read_text()
-    head, tail = text.split(begin)[0], text.split(end)[1]
-    page.write_text(head + begin + "\n" + "\n".join(table) + "\n" + end + tail)
+    page.write_text(f"{text.split(begin)[0]}{begin}\n{lines}\n{end}{text.split(end)[1]}")
 
 
 def main() -> int:
@@ -242,9 +192,7 @@ def main() -> int:
     parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES))
     parser.add_argument("--minutes", type=float, default=30, help="stop striking after so long (default: 30)")
     parser.add_argument("--out", type=Path, help="a JSON lines file that gains one line a place")
-    parser.add_argument(
-        "--render", type=Path, nargs=2, metavar=("LINES", "PAGE"), help="make the table of PAGE from LINES"
-    )
+    parser.add_argument("--render", type=Path, nargs=2, metavar=("LINES", "PAGE"), help="make the table of PAGE")
     options = parser.parse_args()
     if options.render:
         render(*options.render)

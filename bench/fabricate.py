@@ -37,33 +37,31 @@ def fabricate(
     lists = {"batch": list(batches), "seed": list(seeds), "rule": list(rules)}
     specs = plan.plan([msgspec.structs.replace(composed, **lists)])
     for spec in specs:
-        _write(RunDir(root / spec.run_id), spec, records, spread)
+        run_dir = RunDir(root / spec.run_id)
+        run_dir.prepare(spec)
+        arm, s = spec.arms[0], spec.science
+        loss, accuracy, norm = (math.log(arm.kappa, 4) * v for v in EFFECT.get(arm.rule, (0.0, 0.0, 0.0)))
+        shared = random.Random(f"seed {s.seed}")  # by the runs of a seed
+        offset = shared.gauss(0, 0.05)
+        noise = random.Random(f"{s.seed} {arm.rule} {arm.kappa}").gauss(0, spread)
+        window, unit = max(1, SAMPLES // records), s.draws * s.stretch
+        lines = []
+        for i in range(1, records + 1):
+            x = i / records
+            y = 2.3 * math.exp(-2 * x) + 0.3 + offset + shared.gauss(0, 0.02) + (loss + noise) * min(1, 4 * x)
+            clock = {"step": max(1, round(x * s.steps)), "samples": i * window * unit, "t": i * window * 1e-6}
+            lines.append({"kind": "train", **clock, "loss": y, "window": window * unit, "lr": s.hyper.lr})
+            if i * 10 // records > (i - 1) * 10 // records:
+                share = 0.1 + 0.8 * x + accuracy * x + shared.gauss(0, 0.005) + noise / 5
+                evaluated = {"loss": y - 0.1, "accuracy": share, "weight_norm": 20 + norm * x}
+                lines.append({"kind": "eval", **clock, **evaluated})
+        with run_dir.writer(0) as writer:
+            for line in lines:
+                writer.write(line)
+        metrics = {"train_loss": y, "test_loss": y - 0.1, "test_accuracy": share, "weight_norm": 20 + norm + noise}
+        run_dir.write_result(
+            {"status": "finished", "metrics": metrics, "seconds": 10 / arm.kappa,
+             "samples_per_second": 1700 * arm.kappa, "versions": {"scalerun": "0", "torch": "0"}, "commit": "0" * 40,
+             "device": "fabricated", "world_size": 1}
+        )  # fmt: skip
     return specs
-
-
-def _write(run_dir: RunDir, spec: RunSpec, records: int, spread: float) -> None:
-    run_dir.prepare(spec)
-    arm, s = spec.arms[0], spec.science
-    loss, accuracy, norm = (math.log(arm.kappa, 4) * v for v in EFFECT.get(arm.rule, (0.0, 0.0, 0.0)))
-    shared = random.Random(f"seed {s.seed}")  # by the runs of a seed
-    offset = shared.gauss(0, 0.05)
-    noise = random.Random(f"{s.seed} {arm.rule} {arm.kappa}").gauss(0, spread)
-    window, unit = max(1, SAMPLES // records), s.draws * s.stretch
-    lines = []
-    for i in range(1, records + 1):
-        x = i / records
-        y = 2.3 * math.exp(-2 * x) + 0.3 + offset + shared.gauss(0, 0.02) + (loss + noise) * min(1, 4 * x)
-        clock = {"step": max(1, round(x * s.steps)), "samples": i * window * unit, "t": i * window * 1e-6}
-        lines.append({"kind": "train", **clock, "loss": y, "window": window * unit, "lr": s.hyper.lr})
-        if i * 10 // records > (i - 1) * 10 // records:
-            share = 0.1 + 0.8 * x + accuracy * x + shared.gauss(0, 0.005) + noise / 5
-            evaluated = {"loss": y - 0.1, "accuracy": share, "weight_norm": 20 + norm * x}
-            lines.append({"kind": "eval", **clock, **evaluated})
-    with run_dir.writer(0) as writer:
-        for line in lines:
-            writer.write(line)
-    metrics = {"train_loss": y, "test_loss": y - 0.1, "test_accuracy": share, "weight_norm": 20 + norm + noise}
-    run_dir.write_result(
-        {"status": "finished", "metrics": metrics, "seconds": 10 / arm.kappa, "samples_per_second": 1700 * arm.kappa,
-         "versions": {"scalerun": "0", "torch": "0"}, "commit": "0" * 40, "device": "fabricated", "world_size": 1}
-    )  # fmt: skip

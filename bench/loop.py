@@ -50,9 +50,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="float32")
-    parser.add_argument(
-        "--memory", action="store_true", help="peak memory of one step, at the batch and at 16 times it"
-    )
+    parser.add_argument("--memory", action="store_true", help="peak memory of one step, also at 16 times the batch")
     parser.add_argument("--one-step", type=int, metavar="BATCH", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.models.split(","):
@@ -68,12 +66,10 @@ def main() -> None:
 def memory(name: str, options: argparse.Namespace) -> None:
     """Print the peak of one step at two batch sizes, same micro-batch."""
     words = ["--models", name, "--batch", str(options.batch), "--precision", options.precision]
-    peaks = {}
-    for batch in (options.batch, 16 * options.batch):
-        done = subprocess.run(
-            [sys.executable, __file__, *words, "--one-step", str(batch)], check=True, capture_output=True, text=True
-        )
-        peaks[batch] = int(done.stdout)
+    peaks = {
+        batch: int(subprocess.check_output([sys.executable, __file__, *words, "--one-step", str(batch)]))
+        for batch in (options.batch, 16 * options.batch)
+    }
     small, large = peaks.values()
     mib = {batch: round(peak / 2**20) for batch, peak in peaks.items()}
     print(json.dumps({"model": name, "micro_batch": options.batch, "peak_mib": mib, "ratio": round(large / small, 3)}))
@@ -93,8 +89,6 @@ def measure(name: str, options: argparse.Namespace) -> None:
     pairs = [(seconds(lambda: step(ours)), seconds(bare)) for _ in range(options.rounds)]
     path = [seconds(lambda: ours.stream.batch(s := next(at), s + options.batch)) for _ in range(20)]
     own = statistics.median(a for a, _ in pairs)
-    ratios = sorted(b / a for a, b in pairs)
-    quarters = statistics.quantiles(ratios)
     row = {
         "model": name,
         "batch": options.batch,
@@ -102,7 +96,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         "threads": torch.get_num_threads(),
         "rounds": options.rounds,
         "samples_per_second": round(options.batch / own, 1),
-        "ratio_to_bare": [round(r, 3) for r in quarters],  # quartiles
+        "ratio_to_bare": [round(r, 3) for r in statistics.quantiles(b / a for a, b in pairs)],  # quartiles
         "data_path_share": round(statistics.median(path) / own, 4),
     }
     print(json.dumps(row), flush=True)

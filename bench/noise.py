@@ -10,10 +10,10 @@ micro-batch each, alternating with them; at most 1. And the same per example by 
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import statistics
 import time
-from collections.abc import Callable
 
 import fixture
 import torch
@@ -26,24 +26,17 @@ from scaling_exps.train.trainer import Trainer
 CLOCK = time.perf_counter if torch.cuda.is_available() else time.process_time
 
 
-def seconds(call: Callable[[], object]) -> float:
-    return fixture.seconds(call, CLOCK)
-
-
-def trainer(options: argparse.Namespace, batch: int, *words: str) -> Trainer:
-    return fixture.trainer(options.model, batch, options.micro, *words)
+seconds = functools.partial(fixture.seconds, clock=CLOCK)
 
 
 def timed(owner: object, name: str, into: list[float]) -> None:
-    """Add the time of every call of `owner.name` to `into[0]`."""
+    """Add the time of every call of `owner.name`, which returns nothing, to `into[0]`."""
     call = getattr(owner, name)
 
-    def wrapped(*arguments: object) -> object:
+    def wrapped(*arguments: object) -> None:
         start = time.process_time()
-        try:
-            return call(*arguments)
-        finally:
-            into[0] += time.process_time() - start
+        call(*arguments)
+        into[0] += time.process_time() - start
 
     setattr(owner, name, wrapped)
 
@@ -60,12 +53,15 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--examples", type=int, default=256)
     options = parser.parse_args()
+
+    def trainer(batch: int, *words: str) -> Trainer:
+        return fixture.trainer(options.model, batch, options.micro, *words)
+
     row = {"model": options.model, "batch": options.batch, "micro_batch": options.micro, "rounds": options.rounds,
            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
 
-    plain, free = (trainer(options, options.batch, f"measure.noise={kind}") for kind in ("none", "free"))
-    assert free.free is not None
-    assert free.free.able
+    plain, free = (trainer(options.batch, f"measure.noise={kind}") for kind in ("none", "free"))
+    assert free.free is not None and free.free.able
     for t in (plain, free, plain, free):
         step(t)
     ratios = []
@@ -87,13 +83,11 @@ def main() -> None:
     print(json.dumps({**row, **costs, "seconds_a_record": round(reported, 5)}), flush=True)
 
     n, steps = options.examples, options.examples // options.micro
-    small = trainer(options, options.micro, "measure.noise=none")
+    small = trainer(options.micro, "measure.noise=none")
     step(small)
-    units = [("full", [])]
-    if not small.science.model.normalises_over_batch:
-        units.append(("full_per_example_vmap", ["measure.noise_unit=1"]))
-    for name, words in units:
-        full = trainer(options, options.micro, "measure.noise=full", f"measure.noise_examples={n}", *words)
+    units = {"full": [], "full_per_example_vmap": ["measure.noise_unit=1"]}
+    for name, words in list(units.items())[: 1 if small.science.model.normalises_over_batch else 2]:
+        full = trainer(options.micro, "measure.noise=full", f"measure.noise_examples={n}", *words)
         step(full)
         noise_records(full, 0)
         costs = []

@@ -7,29 +7,24 @@ Prints seconds (a process of its own, start-up included), peak resident memory, 
 
 from __future__ import annotations
 
-import resource
-import subprocess
 import sys
 import tempfile
-import time
 from pathlib import Path
 
 from fabricate import fabricate
+from startup import timed
+
+MEASURED = """
+import resource, sys
+from scaling_exps.cli import main
+rc = main(sys.argv[1:])
+print(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)), file=sys.stderr)
+raise SystemExit(rc)
+"""
 
 
 def measure(root: Path, out: Path) -> None:
-    before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    code = (
-        "import resource, sys; from scaling_exps.cli import main; rc = main(sys.argv[1:]); "
-        "print(max(resource.getrusage(w).ru_maxrss for w in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)), "
-        "file=sys.stderr); raise SystemExit(rc)"
-    )
-    done = subprocess.run(
-        [sys.executable, "-c", code, "report", str(root), "--out", str(out)], capture_output=True, text=True, check=True
-    )
-    seconds = time.perf_counter() - start
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    busy = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
+    done, seconds, busy = timed(["-c", MEASURED, "report", str(root), "--out", str(out)], capture_output=True)
     print(
         f"{len(list(root.iterdir())):>5} runs: {seconds:.2f} s ({busy:.2f} s of CPU), "
         f"{int(done.stderr.split()[-1]) / 1024:.0f} MB peak, "

@@ -18,6 +18,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
+from typing import Any
 
 SCALERUN = ["-m", "scaling_exps.cli"]
 SEEDS = ",".join(map(str, range(25)))
@@ -36,28 +37,26 @@ COMMANDS = {
 }  # fmt: skip
 
 
-def timed(words: list[str], folder: Path) -> tuple[float, float]:
-    """Wall and CPU seconds of one process."""
+def timed(argv: list[str], **options: Any) -> tuple[subprocess.CompletedProcess[str], float, float]:
+    """A process that must succeed, its wall and its CPU seconds."""
     before, start = resource.getrusage(resource.RUSAGE_CHILDREN), time.perf_counter()
-    argv = [sys.executable, *(w.format(str(folder / "empty")) if w == FLOOR else w for w in words)]
-    subprocess.run(argv, cwd=folder, check=True, stdout=subprocess.DEVNULL)
-    after = resource.getrusage(resource.RUSAGE_CHILDREN)
-    cpu = after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
-    return time.perf_counter() - start, cpu
+    done = subprocess.run([sys.executable, *argv], check=True, text=True, **options)
+    wall, after = time.perf_counter() - start, resource.getrusage(resource.RUSAGE_CHILDREN)
+    return done, wall, after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=int, default=9)
     options = parser.parse_args()
-    times: dict[str, list[tuple[float, float]]] = {name: [] for name in COMMANDS}
+    times: dict[str, list[list[float]]] = {name: [] for name in COMMANDS}
     with tempfile.TemporaryDirectory() as scratch:
-        folder = Path(scratch)
-        (folder / "empty").mkdir()
-        (folder / "empty" / "config.yaml").touch()
+        (empty := Path(scratch, "empty")).mkdir()
+        (empty / "config.yaml").touch()
         for turn in range(options.runs + 1):
             for name, words in COMMANDS.items():
-                once = timed(words, folder)
+                words = [w.format(str(empty)) if w == FLOOR else w for w in words]
+                _, *once = timed(words, cwd=scratch, stdout=subprocess.DEVNULL)
                 if turn:  # the first writes bytecode
                     times[name].append(once)
     for name, own in times.items():

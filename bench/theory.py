@@ -15,6 +15,7 @@ imported (pip install torchsde; pip install jax diffrax); they are no dependenci
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import os
 import platform
@@ -31,19 +32,15 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 S0, E0, C2, X0, U0 = 1.0, 0.3, 0.5, 1.0, 0.5
 
 
-def ours(paths: int, steps: int, increments: str) -> Callable[[int], float]:
+def ours(paths: int, steps: int, increments: str = "normal") -> Callable[[int], float]:
     from scaling_exps.theory import Problem, Quadratic, simulate
 
     p = Problem("rmsprop", Quadratic([1.0]), x0=X0, u0=U0, sigma0=S0, eps0=E0, c2=C2)
-    dt = 1 / steps
-
-    def go(seed: int) -> float:
-        return float(simulate(p, dt, np.array([1.0]), paths=paths, seed=seed, increments=increments)[0, 0].mean())
-
-    return go
+    end = np.array([1.0])
+    return lambda seed: float(simulate(p, 1 / steps, end, paths=paths, seed=seed, increments=increments)[0, 0].mean())
 
 
-def plain_torch(paths: int, steps: int) -> Callable[[int], float]:
+def torch_loop(paths: int, steps: int) -> Callable[[int], float]:
     import torch
 
     def go(seed: int) -> float:
@@ -80,9 +77,8 @@ def torchsde_(paths: int, steps: int) -> Callable[[int], float]:
         y = torch.tensor([[X0, U0]], dtype=torch.float64).repeat(paths, 1)
         bm = torchsde.BrownianInterval(0.0, 1.0, (paths, 1), dtype=torch.float64, entropy=seed)
         with torch.no_grad():
-            return float(
-                torchsde.sdeint(sde, y, torch.tensor([0.0, 1.0]), bm=bm, method="euler", dt=1 / steps)[-1, :, 0].mean()
-            )
+            states = torchsde.sdeint(sde, y, torch.tensor([0.0, 1.0]), bm=bm, method="euler", dt=1 / steps)
+        return float(states[-1, :, 0].mean())
 
     return go
 
@@ -103,23 +99,23 @@ def diffrax_(paths: int, steps: int) -> Callable[[int], float]:
     def one(key):
         noise = diffrax.UnsafeBrownianPath(shape=(1,), key=key)
         terms = diffrax.MultiTerm(diffrax.ODETerm(drift), diffrax.ControlTerm(diffusion, noise))
-        return diffrax.diffeqsolve(
-            terms,
-            diffrax.Euler(),
-            0.0,
-            1.0,
-            1 / steps,
-            jnp.array([X0, U0]),
-            adjoint=diffrax.ForwardMode(),
-            max_steps=steps + 1,
-        ).ys[0, 0]
+        start, mode = jnp.array([X0, U0]), diffrax.ForwardMode()
+        solution = diffrax.diffeqsolve(
+            terms, diffrax.Euler(), 0.0, 1.0, 1 / steps, start, adjoint=mode, max_steps=steps + 1
+        )
+        return solution.ys[0, 0]
 
     batch = jax.jit(lambda key: jax.vmap(one)(jax.random.split(key, paths)).mean())
+    return lambda seed: float(batch(jax.random.key(seed)).block_until_ready())
 
-    def go(seed: int) -> float:
-        return float(batch(jax.random.key(seed)).block_until_ready())
 
-    return go
+CONTESTANTS = {
+    "ours": ours,
+    "ours, two-point": functools.partial(ours, increments="two_point"),
+    "torch loop": torch_loop,
+    "torchsde": torchsde_,
+    "diffrax": diffrax_,
+}
 
 
 def main() -> None:
@@ -130,20 +126,15 @@ def main() -> None:
     parser.add_argument("--json", action="store_true")
     args = parser.parse_args()
     contestants: dict[str, Callable[[int], float]] = {}
-    builders = {
-        "ours": lambda: ours(args.paths, args.steps, "normal"),
-        "ours, two-point": lambda: ours(args.paths, args.steps, "two_point"),
-        "torch loop": lambda: plain_torch(args.paths, args.steps),
-        "torchsde": lambda: torchsde_(args.paths, args.steps),
-        "diffrax": lambda: diffrax_(args.paths, args.steps),
-    }
-    for name, build in builders.items():
+    for name, build in CONTESTANTS.items():
         try:
-            contestants[name] = build()
-            contestants[name](0)  # compile, and touch the memory
-            print(f"{name}: ready", file=sys.stderr, flush=True)
+            go = build(args.paths, args.steps)
+            go(0)  # compile, and touch the memory
         except ImportError as e:
             print(f"{name}: left out ({e})", file=sys.stderr)
+        else:
+            contestants[name] = go
+            print(f"{name}: ready", file=sys.stderr, flush=True)
     times: dict[str, list[float]] = {name: [] for name in contestants}
     means: dict[str, float] = {}
     for turn in range(args.repeats):

@@ -57,15 +57,13 @@ def train(checkout: Path, words: list[str], folder: Path) -> Path:
 
 def differences(old: Path, new: Path) -> list[str]:
     """What differs between two finished runs, one a line; empty where they are equal to the bit."""
-    lines = []
-    for name, value, other in _pairs(_metrics(old), _metrics(new)):
-        lines.append(f"metric {name}: {value} -> {other}")
+    metrics = (json.loads((run / "result.json").read_text())["metrics"] for run in (old, new))
+    lines = [f"metric {change}" for change in _changes(*metrics)]
     rows, other_rows = _records(old), _records(new)
     if len(rows) != len(other_rows):
         lines.append(f"records: {len(rows)} -> {len(other_rows)}")
     for row, other_row in zip(rows, other_rows, strict=False):
-        for name, value, other in _pairs(row, other_row):
-            lines.append(f"{row['kind']} record at step {row['step']}, {name}: {value} -> {other}")
+        lines += [f"{row['kind']} record at step {row['step']}, {change}" for change in _changes(row, other_row)]
     weights, other_weights = _weights(old), _weights(new)
     if list(weights) != list(other_weights):
         lines.append(f"weights: {', '.join(weights)} -> {', '.join(other_weights)}")
@@ -76,23 +74,18 @@ def differences(old: Path, new: Path) -> list[str]:
     return lines
 
 
-def _pairs(old: dict[str, Any], new: dict[str, Any]) -> list[tuple[str, Any, Any]]:
+def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
     """The entries that two objects do not share, NaN being equal to itself."""
     return [
-        (name, old.get(name), new.get(name))
+        f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in dict.fromkeys([*old, *new])
         if json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
     ]
 
 
-def _metrics(run: Path) -> dict[str, Any]:
-    metrics: dict[str, Any] = json.loads((run / "result.json").read_text())["metrics"]
-    return metrics
-
-
 def _records(run: Path) -> list[dict[str, Any]]:
-    rows = [json.loads(line) for line in (run / "records.jsonl").read_text().splitlines()]
-    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+    rows = map(json.loads, (run / "records.jsonl").read_text().splitlines())
+    return [{k: v for k, v in row.items() if k != "seconds"} for row in rows]
 
 
 def _weights(run: Path) -> dict[str, torch.Tensor]:

@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
 
 from scaling_exps import report
 from scaling_exps.config import CONF
@@ -50,13 +49,11 @@ def _head(rows: list[Row]) -> str:
 def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing]) -> str:
     results = [run.result for run in {run.path: run for row in rows for run in row.runs}.values()]
     commits = ", ".join(sorted({str(r.get("commit"))[:7] for r in results}))
-    versions = "; ".join(sorted({f"Python {v.get('python')}, torch {v.get('torch')}" for v in map(_versions, results)}))
+    made_with = (r.get("versions") or {} for r in results)
+    versions = "; ".join(sorted({f"Python {v.get('python')}, torch {v.get('torch')}" for v in made_with}))
     minutes = sum(r["seconds"] for r in results) / 60
-    lines = [
-        f"## {name}",
-        head,
-        f"{len(results)} runs, {minutes:.0f} minutes of training; {versions}; commit {commits}.",
-    ]
+    lines = [f"## {name}", head]
+    lines += [f"{len(results)} runs, {minutes:.0f} minutes of training; {versions}; commit {commits}."]
     lines += [tables.as_markdown(rows), "\n".join(f"* {x.strip()}" for x in report.reading(rows))]
     lines += [f"* not in the table: {m}" for m in missing]
     with tempfile.TemporaryDirectory() as scratch:
@@ -65,10 +62,6 @@ def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing
             (DOCS / f"{name}-{file.name}").write_bytes(file.read_bytes())
             lines.append(f"![{file.stem} of {name}]({name}-{file.name})")
     return "\n\n".join(line for line in lines if line)
-
-
-def _versions(result: dict[str, Any]) -> dict[str, str]:
-    return result.get("versions") or {}
 
 
 def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:

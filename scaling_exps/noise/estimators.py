@@ -44,9 +44,6 @@ class Value:
     low: float
     high: float
 
-    def times(self, factor: float) -> Value:
-        return Value(self.value * factor, self.low * factor, self.high * factor)
-
 
 @dataclass(frozen=True)
 class Estimate:
@@ -73,39 +70,16 @@ class Estimate:
             batch: of the run, so that `kappa_r` = batch / B_noise.
             kappa: batch / base batch, so that `r` = kappa_r / kappa is the ratio at the base batch.
         """
-        kappa_r = self.inverse.times(batch)
+        i = self.inverse
+        kappa_r = Value(i.value * batch, i.low * batch, i.high * batch)
         out: dict[str, Any] = {"units": self.units, "examples": self.examples, "enough": self.enough}
-        named = [("trace", self.trace), ("gradient_sq", self.gradient_sq), ("kappa_r", kappa_r)]
+        named = {"trace": self.trace, "gradient_sq": self.gradient_sq, "kappa_r": kappa_r}
         if self.enough:
-            named.append(("b_noise", Value(1 / self.inverse.value, 1 / self.inverse.high, 1 / self.inverse.low)))
+            named["b_noise"] = Value(1 / i.value, 1 / i.high, 1 / i.low)
             out["r"] = kappa_r.value / kappa
-        for name, v in named:
+        for name, v in named.items():
             out |= {name: v.value, f"{name}_low": v.low, f"{name}_high": v.high}
         return {k: v for k, v in out.items() if math.isfinite(v)}
-
-
-def _student(dof: int) -> float:
-    """97.5% quantile of Student's t."""
-    from scipy.special import stdtrit
-
-    return float(stdtrit(dof, 0.975))
-
-
-def _jackknife(whole: Tensor, left_out: Tensor) -> list[Value]:
-    """Intervals of several statistics from their values with each of K groups left out.
-
-    Args:
-        whole: (S,) the statistics of everything.
-        left_out: (K, S).
-    """
-    k = len(left_out)
-    if k < 3:
-        return [Value(v, -math.inf, math.inf) for v in whole.tolist()]
-    spread = ((left_out - left_out.mean(0)).square().sum(0) * (k - 1) / k).sqrt() * _student(k - 1)
-    return [
-        Value(v, v - s, v + s) if math.isfinite(v) and math.isfinite(s) else Value(math.nan, -math.inf, math.inf)
-        for v, s in zip(whole.tolist(), spread.tolist(), strict=True)
-    ]
 
 
 def _three(u: Tensor, t: Tensor, unit: int) -> Tensor:
@@ -113,7 +87,20 @@ def _three(u: Tensor, t: Tensor, unit: int) -> Tensor:
     return torch.stack([t * unit, u, u / (t * unit)], -1)
 
 
-# ---- full ----
+def _jackknife(whole: Tensor, left_out: Tensor, units: int, examples: int) -> Estimate:
+    """From `_three` of everything, (3,), and with each of K groups left out, (K, 3)."""
+    from scipy.special import stdtrit
+
+    k, spread = len(left_out), torch.full((3,), math.inf)
+    if k >= 3:
+        spread = ((left_out - left_out.mean(0)).square().sum(0) * (k - 1) / k).sqrt() * float(stdtrit(k - 1, 0.975))
+    trace, gradient_sq, inverse = (
+        Value(v, v - s, v + s)
+        if math.isfinite(v) and math.isfinite(s)
+        else Value(v if k < 3 else math.nan, -math.inf, math.inf)
+        for v, s in zip(whole.tolist(), spread.tolist(), strict=True)
+    )
+    return Estimate(trace, gradient_sq, inverse, units, examples)
 
 
 def full(
@@ -147,24 +134,19 @@ def full(
     edges = [g * units // k for g in range(k + 1)]
     own_groups = range(rank, k, world)
     sums: dict[int, Tensor] = {}
-    squares = torch.zeros(len(scales), k, dtype=torch.float64)
+    squares, lengths = torch.zeros(2, len(scales), k, dtype=torch.float64)  # Σ|P g_i|² of group g, |P(S − S_g)|²
     for g in own_groups:
         for matrix in blocks(range(edges[g], edges[g + 1])):
             total = matrix.sum(0)
             sums[g] = sums[g].add_(total) if g in sums else total
             for s, scale in enumerate(scales):
-                scaled = matrix if scale is None else matrix * scale
-                squares[s, g] += _length(scaled)
+                squares[s, g] += _length(matrix, scale)
     everything = reduce(torch.stack(list(sums.values())).sum(0) if sums else torch.zeros_like(template))  # (P,)
-    lengths = torch.zeros(len(scales), k, dtype=torch.float64)  # |P(S − S_g)|²
-    whole = torch.zeros(len(scales), dtype=torch.float64)
-    for s, scale in enumerate(scales):
-        for g in own_groups:
-            rest = everything - sums[g]
-            lengths[s, g] = _length(rest if scale is None else rest.mul_(scale))
-        whole[s] = _length(everything if scale is None else everything * scale)
-    both = reduce(torch.stack([squares, lengths]).to(template.device)).cpu()
-    squares, lengths = both[0], both[1]
+    for g in own_groups:
+        rest = everything - sums.pop(g)
+        for s, scale in enumerate(scales):
+            lengths[s, g] = _length(rest, scale)
+    squares, lengths = reduce(torch.stack([squares, lengths]).to(template.device)).cpu()
     counts = torch.tensor([edges[g + 1] - edges[g] for g in range(k)], dtype=torch.float64)
 
     def statistics(n: Tensor, q: Tensor, length: Tensor) -> Tensor:
@@ -172,18 +154,17 @@ def full(
         return _three(u, q / n - u, unit)
 
     out = []
-    for s in range(len(scales)):
-        q = squares[s].sum()
-        at = statistics(torch.tensor(float(units)), q, whole[s])
+    for s, scale in enumerate(scales):
+        q, length = squares[s].sum(), torch.tensor(_length(everything, scale), dtype=torch.float64)
+        at = statistics(torch.tensor(float(units)), q, length)
         left_out = statistics(units - counts, q - squares[s], lengths[s])
-        trace, gradient_sq, inverse = _jackknife(at, left_out)
-        out.append(Estimate(trace, gradient_sq, inverse, units, units * unit))
+        out.append(_jackknife(at, left_out, units, units * unit))
     return out
 
 
-def _length(x: Tensor) -> float:
-    """|x|²."""
-    return float(torch.linalg.vector_norm(x)) ** 2
+def _length(x: Tensor, scale: Tensor | None) -> float:
+    """|P x|²."""
+    return float(torch.linalg.vector_norm(x if scale is None else x * scale)) ** 2
 
 
 def unit_gradients(
@@ -196,9 +177,9 @@ def unit_gradients(
     """Gradient of the mean loss of each unit, by one backward pass each: (1, P) a unit.
 
     Args:
-        loss: (images, labels) -> mean loss, as training computes it.
+        loss: (inputs, targets) -> mean loss, as training computes it.
         params: what to differentiate by; their `.grad` is not touched.
-        batch: unit number -> images, labels.
+        batch: unit number -> inputs, targets.
         losses: each unit's loss is appended.
     """
     for i in units:
@@ -233,14 +214,11 @@ def example_gradients(
         yield torch.cat([grads[k].flatten(1) for k in held], 1)
 
 
-# ---- free ----
-
-
 class Free:
     """Squared norms of the gradients that training steps have anyway, before and after they are added up.
 
     A hook on each parameter sees the gradient of one micro-batch before it is accumulated. Nothing leaves the device
-    until `estimate`. With one micro-batch a step there is nothing to compare, and no hook is placed.
+    until `estimate`. With one micro-batch a step there is nothing to compare: it is not `able`, and places no hook.
 
     Args:
         params: the trained parameters.
@@ -252,13 +230,12 @@ class Free:
     def __init__(self, params: Iterable[Tensor], weights: list[float], unit: int, world: int) -> None:
         self.params = [p for p in params if p.requires_grad]
         self.weights, self.unit, self.world = weights, unit, world
-        self.chunks = len(weights) * world
-        self.q = sum((w / world) ** 2 for w in weights) * world
+        self.chunks, self.q = len(weights) * world, sum((w / world) ** 2 for w in weights) * world
         self.able = self.chunks > 1 and abs(1 - self.q) > SINGULAR
         self.rows: list[Tensor] = []  # (2,) a step: mean |g_i|² of this rank, |ĝ|²
         self.listening = self.able
         self._grads: list[Tensor] = []
-        self._local: Tensor | None = None
+        self._local = torch.zeros(())
         if self.able:
             for p in self.params:
                 p.register_hook(self._hear)
@@ -273,25 +250,20 @@ class Free:
             return
         norm = _square(self._grads) / (self.weights[j] ** 2 * len(self.weights))
         self._grads.clear()
-        self._local = norm if j == 0 or self._local is None else self._local + norm
+        self._local = self._local + norm if j else norm
 
     def step(self) -> None:
         """After the last micro-batch, when `.grad` is the step's gradient, before the update."""
         if self.able:
-            assert self._local is not None
             after = _square([p.grad for p in self.params if p.grad is not None])
             self.rows.append(torch.stack([self._local, after]))
 
     def window(self, reduce: Callable[[Tensor], Tensor]) -> Tensor | None:
-        """(steps, 2) since the last estimate, averaged over ranks; None when there is nothing."""
+        """(steps, 2) since the last estimate, averaged over ranks by `reduce`, a sum; None when there is nothing."""
         return reduce(torch.stack(self.rows).double()) / self.world if self.rows else None
 
     def estimate(self, reduce: Callable[[Tensor], Tensor]) -> Estimate:
-        """Averages over the steps since the last call, jackknifed over steps; too few of them have infinite intervals.
-
-        Args:
-            reduce: sums a tensor over ranks.
-        """
+        """Averages over the steps since the last call, jackknifed over steps; too few have infinite intervals."""
         rows = self.window(reduce)
         self.rows.clear()
         if rows is None:
@@ -315,8 +287,7 @@ def two_batch(rows: Tensor, q: float, unit: int, chunks: int) -> Estimate:
 
     total = rows.sum(0)
     left_out = statistics((total - rows) / (n - 1)) if n > 2 else torch.empty(0, 3)
-    trace, gradient_sq, inverse = _jackknife(statistics(total / n), left_out)
-    return Estimate(trace, gradient_sq, inverse, n, n * unit * chunks)
+    return _jackknife(statistics(total / n), left_out, n, n * unit * chunks)
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

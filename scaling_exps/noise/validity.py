@@ -135,10 +135,10 @@ def of_base(
     Raises:
         PlanError: `given` is no run, or one of another recipe, or has no noise record.
     """
+    recipe = _recipe(spec)
     if given is not None and RunDir(given).exists:
         candidates = [RunDir(given)]
     else:
-        recipe = _recipe(spec)
         ids = dict.fromkeys(a.base_run_id for s in (spec, *siblings) if _recipe(s) == recipe for a in s.arms)
         candidates = [RunDir(Path(given or runs_dir) / base_id) for base_id in ids]
     for run_dir in candidates:
@@ -150,7 +150,8 @@ def of_base(
             if given is not None:
                 raise
             continue
-        if differing := _differences(spec, base):
+        has = {k: getattr(base.science, k) for k in (*_SHARED, "svag")} | msgspec.structs.asdict(base.science.numbers())
+        if differing := [f"{k} {has[k]} instead of {v}" for k, v in recipe.items() if has[k] != v]:
             raise PlanError(f"noise_from={given}: {run_dir} is of another recipe: {'; '.join(differing)}")
         rows = [r for r in run_dir.records().rows if r["kind"] == "noise"]
         if assess(rows, base.science.batch, base.science.batch) is not None:
@@ -163,20 +164,13 @@ def of_base(
     return [], "no noise record of the base run: train it, or give noise_from=DIR"
 
 
-def _recipe(spec: RunSpec) -> str:
-    """What a run shares with its base, apart from the seed."""
-    s, base = spec.science, spec.arms[0].base
-    return repr((s.model, s.dataset, s.content, s.optimizer, s.precision, s.freeze_last, base))
+_SHARED = ("model", "dataset", "content", "optimizer", "precision", "freeze_last")
 
 
-def _differences(spec: RunSpec, base: RunSpec) -> list[str]:
-    """What keeps `base` from being the base run of `spec`, the seed aside."""
-    names = ("model", "dataset", "content", "optimizer", "precision", "freeze_last")
-    wanted: dict[str, Any] = {k: getattr(spec.science, k) for k in names} | {"svag": 1}
-    given: dict[str, Any] = {k: getattr(base.science, k) for k in (*names, "svag")}
-    wanted |= msgspec.structs.asdict(spec.arms[0].base)
-    given |= msgspec.structs.asdict(base.science.numbers())
-    return [f"{k} {given[k]} instead of {wanted[k]}" for k in wanted if given[k] != wanted[k]]
+def _recipe(spec: RunSpec) -> dict[str, Any]:
+    """What a run shares with its base run, apart from the seed."""
+    shared = {k: getattr(spec.science, k) for k in _SHARED}
+    return shared | {"svag": 1} | msgspec.structs.asdict(spec.arms[0].base)
 
 
 def lines(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[str]:
@@ -189,7 +183,7 @@ def describe(specs: list[RunSpec], runs_dir: Path, given: str | None) -> dict[st
     of_recipe: dict[str, tuple[list[dict[str, Any]], str]] = {}
     described: dict[str, dict[str, Any]] = {}
     for spec in specs:
-        recipe = _recipe(spec)
+        recipe = repr(_recipe(spec))
         if recipe not in of_recipe:
             of_recipe[recipe] = of_base(spec, specs, runs_dir, given)
         rows, source = of_recipe[recipe]
@@ -197,11 +191,13 @@ def describe(specs: list[RunSpec], runs_dir: Path, given: str | None) -> dict[st
         validity = assess(rows, batch, base)
         label = f"validity, {spec.science.model.name} {spec.science.optimizer} batch {base} -> {batch}"
         if validity is not None:
-            text = f"{label}: {sentence(validity, batch, base)}"
-            described[spec.run_id] = {**validity.to_json(), "source": source, "text": text}
+            row = {**validity.to_json(), "source": source, "text": f"{label}: {sentence(validity, batch, base)}"}
         elif rows:
-            text = f"{label}: not enough data at this batch (more measure.noise_examples would tell)"
-            described[spec.run_id] = {"source": source, "text": text}
+            row = {
+                "source": source,
+                "text": f"{label}: not enough data at this batch (more measure.noise_examples would tell)",
+            }
         else:
-            described[spec.run_id] = {"source": None, "text": f"validity: {source}"}
+            row = {"source": None, "text": f"validity: {source}"}
+        described[spec.run_id] = row
     return described

@@ -23,10 +23,12 @@ from __future__ import annotations
 import argparse
 import importlib.util
 import json
+import platform
 import sys
 import time
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 
 class MissingPackageError(ImportError, ValueError):
@@ -35,6 +37,11 @@ class MissingPackageError(ImportError, ValueError):
 
 if _missing := [p for p in ("matplotlib", "numba", "scipy", "threadpoolctl") if importlib.util.find_spec(p) is None]:
     raise MissingPackageError(f"theory needs {', '.join(_missing)}: pip install 'scalerun[theory]'")
+
+import numba
+import numpy
+import scipy
+import torch
 
 from scaling_exps.theory.checks import CHECKS
 from scaling_exps.theory.exact import sde_moments
@@ -45,29 +52,10 @@ from scaling_exps.theory.sde import euler_maruyama, simulate
 from scaling_exps.theory.weak import measure, paired
 
 __all__ = [
-    "CHECKS",
-    "Base",
-    "Chain",
-    "Condition",
-    "Linear",
-    "Logistic",
-    "Measurement",
-    "Noise",
-    "Oracle",
-    "Problem",
-    "Quadratic",
-    "Result",
-    "TwoWell",
-    "euler_maruyama",
-    "fit",
-    "main",
-    "measure",
-    "paired",
-    "reference",
-    "run_check",
-    "sde_moments",
-    "simulate",
-]
+    "CHECKS", "Base", "Chain", "Condition", "Linear", "Logistic", "Measurement", "Noise", "Oracle", "Problem",
+    "Quadratic", "Result", "TwoWell", "euler_maruyama", "fit", "main", "measure", "paired", "reference", "run_check",
+    "sde_moments", "simulate",
+]  # fmt: skip
 
 
 def _validate(names: Sequence[str], seed: int) -> None:
@@ -89,6 +77,8 @@ def run_check(name: str, seed: int = 0) -> Result:
 
 def main(words: Sequence[str] | None = None) -> int:
     """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
+    from rich.console import Console
+
     parser = argparse.ArgumentParser(
         prog="scalerun theory",
         description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
@@ -107,14 +97,17 @@ def main(words: Sequence[str] | None = None) -> int:
     except (ValueError, OSError) as e:
         print(f"scalerun theory: {e}", file=sys.stderr)
         return 2
+    console = Console()
+    if not console.is_terminal:
+        console.width = 160
     results = []
     for name in names:
         results.append(run_check(name, args.seed))
         if args.out:
             draw(results[-1], args.out / f"{name}.png")
         if not args.json:
-            _print(results[-1])
-    text = json.dumps(report(results, args.seed), ensure_ascii=False, allow_nan=False)
+            show(results[-1], console)
+    text = json.dumps(_report(results, args.seed), ensure_ascii=False)
     if args.out:
         (args.out / "theory.json").write_text(text + "\n")
     if args.json:
@@ -122,29 +115,20 @@ def main(words: Sequence[str] | None = None) -> int:
     return 0 if all(r.passed for r in results) else 1
 
 
-def report(results: Sequence[Result], seed: int) -> dict[str, object]:
-    """The JSON object: `checks`, `rows`, `fits`, and what it was made with."""
-    import platform
-
-    import numba
-    import numpy
-    import scipy
-    import torch
-
-    versions = {m.__name__: m.__version__ for m in (numpy, scipy, numba, torch)}
-    return {
+def _report(results: Sequence[Result], seed: int) -> Any:
+    """The JSON object: `checks`, `rows`, `fits`, and what it was made with; null for a number that is not finite."""
+    made_with = {m.__name__: m.__version__ for m in (numpy, scipy, numba, torch)}
+    report = {
         "pass": all(r.passed for r in results),
         "seed": seed,
         "seconds": round(sum(r.seconds for r in results), 2),
-        "versions": {"python": platform.python_version(), **versions},
-        "checks": [r.json() for r in results],
-        "rows": [row.json() for r in results for row in r.rows],
-        "fits": [f.json() for r in results for f in r.fits],
-    }
-
-
-def _print(result: Result) -> None:
-    from rich.console import Console
-
-    console = Console()
-    show([result], console if console.is_terminal else Console(width=160))
+        "versions": {"python": platform.python_version(), **made_with},
+        "checks": [
+            {"check": r.check, "claim": r.claim, "pass": r.passed, "seconds": round(r.seconds, 2),
+             "conditions": r.conditions, "notes": r.notes}
+            for r in results
+        ],
+        "rows": [vars(row) for r in results for row in r.rows],
+        "fits": [{"pass" if k == "passed" else k: v for k, v in vars(f).items()} for r in results for f in r.fits],
+    }  # fmt: skip
+    return json.loads(json.dumps(report), parse_constant=lambda _: None)

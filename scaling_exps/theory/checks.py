@@ -9,6 +9,7 @@ from dataclasses import replace
 import numpy as np
 import torch
 from scipy import stats
+from threadpoolctl import threadpool_limits
 
 from scaling_exps import optim, rules
 from scaling_exps.rules import RULES, Hyper, Move
@@ -45,7 +46,7 @@ def weak_order(seed: int = 0, budget: float = 1.5e8) -> Result:
         m = weak.paired(p, step, np.array([0.5, 1.0]), paths=1 << 12, seed=seed, refine=2)
         r.add(m, "rmsprop", "gaussian, two wells", "paper", step)
     r.judge("rmsprop", "gaussian, two wells", "paper", 1.0, 0.15)
-    r.conditions += [f"two wells: {line}" for line in describe(p.oracle)]
+    r.conditions += describe(p.oracle, "two wells: ")
     r.notes.append("two wells: optimizer and SDE on the same Brownian path, 4096 paths, dt extrapolated to 0")
     return r
 
@@ -73,8 +74,8 @@ def svag(seed: int = 0, budget: float = 3e8) -> Result:
                 r.add(m, algorithm, "gaussian", arm, 1 / 8, ell)
         r.judge(algorithm, "gaussian", "svag", -1.0 if algorithm == "sgd" else -2.0, 0.2)
         for arm in ("beta unscaled", "eps unscaled", "sqrt(2 ell - 1)") if algorithm != "sgd" else ():
-            last = {n: r.series(algorithm, "gaussian", arm, n)[1][-1] for n in r.functions(algorithm, "gaussian", arm)}
-            r.judge(algorithm, "gaussian", arm, -2.0, 0.2, only=[max(last, key=lambda n: last[n])], control=True)
+            errors = {function: error[-1] for function, (_, error, _) in r.series(algorithm, "gaussian", arm).items()}
+            r.judge(algorithm, "gaussian", arm, -2.0, 0.2, only=[max(errors, key=errors.__getitem__)], control=True)
     return r
 
 
@@ -90,7 +91,7 @@ def skewness(seed: int = 0, budget: float = 3e7) -> Result:
     vanishing = Noise("gamma", skew=2 * np.sqrt(8.0))  # skewness 2 at eta^2 = 1/8, sigma = sqrt(8)
     for noise, expected in ((Noise("exponential"), 0.5), (vanishing, 1.0)):
         p = _skewed(noise)
-        r.conditions += [f"{noise.law}: {line}" for line in describe(p.oracle)]
+        r.conditions += describe(p.oracle, f"{noise.law}: ")
         for step in STEPS if noise.law == "exponential" else STEPS[:4]:
             m = weak.measure(p, p.discretise(step), TIMES, seed=seed, budget=budget)
             r.add(m, "rmsprop", noise.law, "paper", step)
@@ -115,25 +116,21 @@ def integrator(seed: int = 0, paths: int = 1 << 16) -> Result:
     """The SDE integrator alone, on problems with known solutions."""
     r = Result("integrator", "Euler-Maruyama: strong 1/2 (1 if additive), weak 1; Heun, additive noise: weak 2", "eta2")
     r.notes.append("the column eta2 holds dt")
-    few = paths // 4
-    for level in range(4, 9):  # dX = -X/2 dt + X dW, X = exp(-t + W): multiplicative noise, E X = e^(-t/2)
-        x, w = sde.euler_maruyama(lambda t, x: -0.5 * x, lambda t, x: x, 1.0, 1.0, level, paths=few, seed=seed)
-        gap = x - np.exp(w - 1.0)  # the exact solution on the same path: a perfect control variate
-        _record(r, "euler", "geometric", "strong", level, np.abs(gap))
+    known = (  # drift, diffusion, and the error against the exact solution on the same path
+        # dX = -X/2 dt + X dW, X = exp(-t + W): multiplicative noise, E X = e^(-t/2)
+        ("geometric", "strong", lambda t, x: -0.5 * x, lambda t, x: x, lambda x, w: np.abs(x - np.exp(w - 1.0))),
         # dX = -X dt + X/2 dW, X = exp(-9t/8 + W/2): less noise, so that the weak error rises above it
-        x, w = sde.euler_maruyama(lambda t, x: -x, lambda t, x: 0.5 * x, 1.0, 1.0, level, paths=few, seed=seed)
-        _record(r, "euler", "geometric", "weak", level, x - np.exp(-1.125 + 0.5 * w))
+        ("geometric", "weak", lambda t, x: -x, lambda t, x: 0.5 * x, lambda x, w: x - np.exp(-1.125 + 0.5 * w)),
         # dX = (2X/(1+t) + (1+t)^2/2) dt + (1+t)^2/2 dW, X = (1+t)^2 (X_0 + (W+t)/2): additive noise
-        x, w = sde.euler_maruyama(
-            lambda t, x: 2 * x / (1 + t) + (1 + t) ** 2 / 2,
-            lambda t, x: np.full_like(x, (1 + t) ** 2 / 2),
-            1.0,
-            1.0,
-            level,
-            paths=few,
-            seed=seed,
-        )
-        _record(r, "euler", "additive", "strong", level, np.abs(x - 4 * (1 + (w + 1) / 2)))
+        (
+            "additive", "strong", lambda t, x: 2 * x / (1 + t) + (1 + t) ** 2 / 2,
+            lambda t, x: np.full_like(x, (1 + t) ** 2 / 2), lambda x, w: np.abs(x - 4 * (1 + (w + 1) / 2)),
+        ),
+    )  # fmt: skip
+    for level in range(4, 9):
+        for name, kind, drift, diffusion, error in known:
+            x, w = sde.euler_maruyama(drift, diffusion, 1.0, 1.0, level, paths=paths // 4, seed=seed)
+            _record(r, "euler", name, kind, level, error(x, w))
     r.judge("euler", "geometric", "strong", 0.5, 0.1)
     r.judge("euler", "geometric", "weak", 1.0, 0.15)
     r.judge("euler", "additive", "strong", 1.0, 0.1)
@@ -177,13 +174,11 @@ def scaling_rule(seed: int = 0, budget: float = 1e8) -> Result:
         for name in CONTROLLED:
             if name != "sqrt":
                 r.fits.append(_ratio(r, algorithm, "gaussian", name, "sqrt", max(KAPPAS), 3.0))
-    r.notes.append(
-        f"base eta^2 = {BASE_STEP:g}; the gap of each rule to the base run itself, largest over {len(TIMES)} times"
-    )
-    r.notes.append(
-        "a control is judged on the function whose ratio to sqrt has the highest lower bound (at 95% for all together)"
-    )
-    r.notes.append("'linear' is lr x kappa with betas and eps left alone")
+    r.notes += [
+        f"base eta^2 = {BASE_STEP:g}; the gap of each rule to the base run itself, largest over {len(TIMES)} times",
+        "a control is judged on the function whose ratio to sqrt has the highest lower bound (at 95% for all together)",
+        "'linear' is lr x kappa with betas and eps left alone",
+    ]
     return r
 
 
@@ -193,18 +188,19 @@ def _ratio(r: Result, optimizer: str, noise: str, arm: str, against: str, kappa:
     The function with the highest lower end (and a denominator above the noise) speaks for all, so the intervals hold
     at 95% for all of them at once (Bonferroni).
     """
-    rows = [x for x in r.rows if (x.optimizer, x.noise, x.kappa) == (optimizer, noise, kappa)]
-    pairs = {
-        a.function: (a, b) for a in rows for b in rows if a.function == b.function and (a.arm, b.arm) == (arm, against)
+    upper, lower = (
+        {x.function: x for x in r.rows if (x.optimizer, x.noise, x.arm, x.kappa) == (optimizer, noise, a, kappa)}
+        for a in (arm, against)
+    )
+    z = float(stats.norm.ppf(1 - 0.025 / len(upper)))
+    intervals = {
+        f: ratio(a.error, a.standard_error, lower[f].error, lower[f].standard_error, z) for f, a in upper.items()
     }
-    z = float(stats.norm.ppf(1 - 0.025 / len(pairs)))
-    intervals = {f: ratio(a.error, a.standard_error, b.error, b.standard_error, z) for f, (a, b) in pairs.items()}
     best = max(intervals, key=lambda f: (math.isfinite(intervals[f][1]), intervals[f][0]))
-    value = pairs[best][0].error / pairs[best][1].error
-    quantity = f"ratio to {against} at kappa={kappa:g}"
     return Verdict(
-        r.check, optimizer, noise, arm, best, quantity, value, intervals[best], least, 0.0, intervals[best][0] >= least,
-        control=True,
+        r.check, optimizer, noise, arm, best, f"ratio to {against} at kappa={kappa:g}",
+        upper[best].error / lower[best].error, intervals[best], least, 0.0, control=True,
+        passed=intervals[best][0] >= least,
     )  # fmt: skip
 
 
@@ -213,11 +209,11 @@ def noise_dominance(seed: int = 0, paths: int = 1 << 16) -> Result:
     r = Result("noise_dominance", "linear loss: displacement times sqrt((1+r)/(1+kappa r)) after equal data", "kappa")
     ratios = np.array([0.001, 0.01, 0.1, 1.0, 10.0])  # r_i = (mean gradient)^2 / variance, at the base batch
     base = Hyper(1e-2, (1 - 1e-5,), 0.0, 0.0)
-    steps, d, kappas = 1024, len(ratios), (1, 4, 16, 64)
+    steps, d = 1024, len(ratios)
     oracle = Linear(np.sqrt(ratios))
     r.conditions = describe(oracle)
-    mean, mean_se, var, var_se = {}, {}, {}, {}
-    for kappa in kappas:
+    found: dict[int, dict[str, tuple[np.ndarray, np.ndarray]]] = {}  # kappa -> value and standard error, (d,)
+    for kappa in (1, 4, 16, 64):
         p = Problem("rmsprop", oracle, x0=0.0, u0=1 + kappa * ratios, eps0=0.0)
         chain = Chain(base, 1.0, 1.0, steps).scaled(RULES["sqrt"], kappa)
         end = np.array([chain.steps])
@@ -228,39 +224,32 @@ def noise_dominance(seed: int = 0, paths: int = 1 << 16) -> Result:
         x, y = states[:d], states[3 * d : 4 * d] - twin.moments[0].mean[:, None]
         slope = ((x - x.mean(1, keepdims=True)) * y).mean(1) / (y * y).mean(1)
         rest, known = x - slope[:, None] * y, np.diag(twin.moments[0].cov)  # the twin's known moments taken out
-        mean[kappa], mean_se[kappa] = rest.mean(1), rest.std(1) / math.sqrt(paths)
-        var[kappa] = rest.var(1) + slope**2 * known
         slope_se = rest.std(1) / y.std(1) / math.sqrt(paths)
-        var_se[kappa] = np.hypot(2 * slope * known * slope_se, rest.var(1) * math.sqrt(2 / paths))
-    for kappa in kappas[1:]:
-        closed = (1 + ratios) / (1 + kappa * ratios)  # paper, section 5: the exact deviation on a linear loss
+        spread_se = np.hypot(2 * slope * known * slope_se, rest.var(1) * math.sqrt(2 / paths))
+        found[kappa] = {
+            "displacement": (rest.mean(1), rest.std(1) / math.sqrt(paths)),
+            "variance": (rest.var(1) + slope**2 * known, spread_se),
+        }
+        if kappa == 1:
+            continue
+        deviation = (1 + ratios) / (1 + kappa * ratios)  # paper, section 5: exact on a linear loss
         for i, size in enumerate(ratios):
-            moved, moved_se = _quotient(mean, mean_se, kappa, i)
-            _against(r, kappa, f"displacement, r={size:g}", moved, moved_se, math.sqrt(closed[i]), 0.005)
-            spread, spread_se = _quotient(var, var_se, kappa, i)
-            _against(r, kappa, f"variance, r={size:g}", spread, spread_se, closed[i], 0.015)
+            for name, closed, share in (("displacement", np.sqrt(deviation), 0.005), ("variance", deviation, 0.015)):
+                (value, se), (value_1, se_1) = found[kappa][name], found[1][name]
+                measured, true = float(value[i] / value_1[i]), float(closed[i])
+                half = 1.96 * measured * math.hypot(se[i] / value[i], se_1[i] / value_1[i])
+                line = (r.check, "rmsprop", "gaussian", "sqrt")
+                function, error = f"{name}, r={size:g}", abs(measured / true - 1)
+                r.rows.append(Row(*line, 0.0, 1, kappa, function, error, half / 1.96 / true))
+                r.fits.append(
+                    Verdict(
+                        *line, function, f"ratio kappa={kappa:g} : 1", measured, (measured - half, measured + half),
+                        true, share * true, x=kappa, passed=abs(measured - true) + half <= share * true,
+                    )
+                )  # fmt: skip
     r.notes.append("the rule is exact as long as kappa r << 1; beyond, large batches move less than the rule says")
     r.notes.append(f"{paths} paths, {steps} base steps, beta = {base.betas[0]:g}, eps = 0, v started at its mean")
     return r
-
-
-def _quotient(value: dict[int, np.ndarray], se: dict[int, np.ndarray], kappa: int, i: int) -> tuple[float, float]:
-    """(value at kappa over value at 1, its standard error) of coordinate i; both far above their errors."""
-    quotient = value[kappa][i] / value[1][i]
-    return quotient, quotient * math.hypot(se[kappa][i] / value[kappa][i], se[1][i] / value[1][i])
-
-
-def _against(r: Result, kappa: float, name: str, measured: float, se: float, closed: float, share: float) -> None:
-    """The whole interval must lie within `share` of the closed form."""
-    error = abs(measured / closed - 1)
-    r.rows.append(Row(r.check, "rmsprop", "gaussian", "sqrt", 0.0, 1, kappa, name, error, se / closed))
-    r.fits.append(
-        Verdict(
-            r.check, "rmsprop", "gaussian", "sqrt", name, f"ratio kappa={kappa:g} : 1", float(measured),
-            (measured - 1.96 * se, measured + 1.96 * se), closed, share * closed,
-            bool(abs(measured - closed) + 1.96 * se <= share * closed), x=kappa,
-        )
-    )  # fmt: skip
 
 
 MARKS = np.arange(1, 9) / 8  # the eight times of equal data at which Adam's runs on a quadratic are compared
@@ -289,9 +278,8 @@ def decoupled_decay(seed: int = 0, paths: int = 1 << 12) -> Result:
 
 def invariant_adam(seed: int = 0, paths: int = 1 << 12) -> Result:
     """Adam whose v averages squares of micro-batch gradients keeps its law even where the gradient beats the noise."""
-    r = Result(
-        "invariant_adam", "v from squares of micro-batch gradients, lr x kappa: kept at any noise; sqrt is not", "kappa"
-    )
+    claim = "v from squares of micro-batch gradients, lr x kappa: kept at any noise; sqrt is not"
+    r = Result("invariant_adam", claim, "kappa")
     base, unit_noise = Hyper(2e-3, (0.99, 0.999), 1e-8, 0.0), _micro_noise(seed, 2048, paths)
     for sigma, name in ((10.0, "noise dominates"), (0.3, "gradient dominates")):
         noise = sigma * unit_noise
@@ -331,7 +319,7 @@ def _adam(name: str, hyper: Hyper, noise: np.ndarray, kappa: int = 1) -> np.ndar
     x = torch.ones(micro.shape[2], dtype=torch.float64, requires_grad=True)
     optimizer = None if name == "invariant" else optim.build(name, [x], hyper)
     m, v, (beta1, beta2) = torch.zeros_like(x), torch.zeros_like(x), hyper.betas
-    with discrete.one_torch_thread(), torch.no_grad():
+    with threadpool_limits(1, "openmp"), torch.no_grad():
         for k, z in enumerate(micro, start=1):
             g = x + z  # (kappa, paths)
             if optimizer:
@@ -348,15 +336,15 @@ def _adam(name: str, hyper: Hyper, noise: np.ndarray, kappa: int = 1) -> np.ndar
 
 def _gaps(r: Result, optimizer: str, noise: str, arm: str, kappa: int, x: np.ndarray, truth: np.ndarray) -> None:
     """Rows of the gap between two runs on the same noise: of the mean (largest over MARKS), of the final variance."""
-    paths = x.shape[1]
-    gap = (x - truth).mean(1)
-    k = int(np.abs(gap).argmax())
-    se = float((x - truth)[k].std() / math.sqrt(paths))
-    r.rows.append(Row(r.check, optimizer, noise, arm, 0.0, 1, kappa, "mean of theta", float(abs(gap[k])), se))
-    spread = float(x[-1].var() / truth[-1].var())
-    correlation = float(np.corrcoef(x[-1], truth[-1])[0, 1])
-    se = spread * 2 * math.sqrt(max(0.0, 1 - correlation**2) / paths)  # of a ratio of variances of correlated normals
-    r.rows.append(Row(r.check, optimizer, noise, arm, 0.0, 1, kappa, "variance, relative", abs(spread - 1), se))
+    gap, root = x - truth, math.sqrt(x.shape[1])
+    k = np.abs(gap.mean(1)).argmax()
+    spread = x[-1].var() / truth[-1].var()
+    correlation = np.corrcoef(x[-1], truth[-1])[0, 1]
+    spread_se = spread * 2 * math.sqrt(max(0.0, 1 - correlation**2)) / root  # of a ratio, of correlated normals
+    for function, error, se in (
+        ("mean of theta", abs(gap[k].mean()), gap[k].std() / root), ("variance, relative", abs(spread - 1), spread_se),
+    ):  # fmt: skip
+        r.rows.append(Row(r.check, optimizer, noise, arm, 0.0, 1, kappa, function, float(error), float(se)))
 
 
 def _kept(r: Result, optimizer: str, noise: str, arm: str, kappa: int, limit: float) -> Verdict:
@@ -364,10 +352,9 @@ def _kept(r: Result, optimizer: str, noise: str, arm: str, kappa: int, limit: fl
     key = (optimizer, noise, arm, kappa, "mean of theta")
     row = next(x for x in r.rows if (x.optimizer, x.noise, x.arm, x.kappa, x.function) == key)
     half = 1.96 * row.standard_error
-    interval = (max(0.0, row.error - half), row.error + half)
     return Verdict(
-        r.check, optimizer, noise, arm, row.function, f"gap at kappa={kappa}", row.error, interval, 0.0, limit,
-        interval[1] <= limit,
+        r.check, optimizer, noise, arm, row.function, f"gap at kappa={kappa}", row.error,
+        (max(0.0, row.error - half), row.error + half), 0.0, limit, passed=row.error + half <= limit,
     )  # fmt: skip
 
 

@@ -10,16 +10,15 @@ asking for further paths.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
+from threadpoolctl import threadpool_limits
 
 from scaling_exps import optim
 from scaling_exps.theory import kernels
-from scaling_exps.theory.keyed import LANES, LAWS, brownian, dyadic_level
-from scaling_exps.theory.oracles import apply
+from scaling_exps.theory.keyed import LANES, LAWS
 from scaling_exps.theory.problem import ALGORITHMS, Chain, Problem
 
 Array = np.ndarray
@@ -27,15 +26,9 @@ Draw = Callable[[Array, int], Array]
 
 
 def run(
-    problem: Problem,
-    chain: Chain,
-    observe: Sequence[int],
-    *,
-    paths: int,
-    seed: int,
-    first: int = 0,
+    problem: Problem, chain: Chain, observe: Sequence[int], *, paths: int, seed: int, first: int = 0,
     draw: Draw | None = None,
-) -> Array:
+) -> Array:  # fmt: skip
     """States (observations, 3 d, paths) = theta, m, u of the real optimizer classes.
 
     Args:
@@ -44,26 +37,20 @@ def run(
         paths, first: paths first .. first+paths-1.
         draw: (x, step) -> g, instead of the oracle's own draws (common random numbers with an SDE).
     """
-    o, (x0, m0, u0) = problem.oracle, problem.start
-    hyper, weights, v_scale = chain.hyper, chain.weights, chain.u_scale**2
-    x = torch.tensor(np.tile(x0, (paths, 1))).requires_grad_()  # (N, d) float64
-    full = [torch.tensor(np.tile(a, (paths, 1))) for a in (m0, v_scale * u0)]
-    optimizer: torch.optim.Optimizer
-    if problem.algorithm == "rmsprop":
-        optimizer = optim.build("paper_rmsprop", [x], hyper)
-        optimizer.state[x]["v"] = full[1]
-    elif problem.algorithm == "adam":
-        optimizer = optim.build("paper_adam", [x], hyper)
-        optimizer.state[x].update(m=full[0], v=full[1])
+    o, weights, v_scale = problem.oracle, chain.weights, chain.u_scale**2
+    x, m, u = (torch.tensor(np.tile(a, (paths, 1))) for a in problem.start)  # (N, d) float64
+    x.requires_grad_()
+    name = {"rmsprop": "paper_rmsprop", "adam": "paper_adam", "sgd": "sgd"}[problem.algorithm]
+    optimizer = optim.build(name, [x], chain.hyper)
+    state = optimizer.state[x]
+    state |= {"m": m, "v": v_scale * u}  # each class takes what it knows
+    if problem.algorithm == "adam":
         optimizer.param_groups[0]["k"] = chain.k0
-    else:
-        optimizer = optim.build("sgd", [x], hyper)
     out = []
-    with one_torch_thread():
+    with threadpool_limits(1, "openmp"):  # small tensors, many steps: torch's threads cost more than they give
         for k in range(chain.steps + 1):
             if k in observe:
-                m, v = (optimizer.state[x].get(name, full[i]) for i, name in enumerate("mv"))
-                out.append(torch.cat([x.detach(), m, v / v_scale], 1).numpy().T.copy())
+                out.append(torch.cat([x.detach(), state["m"], state["v"] / v_scale], 1).numpy().T.copy())
             if k == chain.steps:
                 break
             at = x.detach().numpy()
@@ -77,17 +64,6 @@ def run(
     return np.stack(out)
 
 
-@contextmanager
-def one_torch_thread() -> Iterator[None]:
-    """Small tensors, many steps: torch's threads beside numba's cost more than they give. Restored on exit."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
 def run_fused(
     problem: Problem, chain: Chain, factors: Array, observe: Array, *, blocks: int, first_block: int, seed: int
 ) -> Array:
@@ -95,31 +71,13 @@ def run_fused(
 
     factors (steps, d): of `exact.frozen_twin`.
     """
-    o, (x0, m0, u0) = problem.oracle, problem.start
-    d, hyper = o.dim, chain.hyper
-    out = np.empty((len(observe), 6 * d, blocks * LANES))
-    parameters = kernels.Steps(
-        algo=ALGORITHMS.index(problem.algorithm), H=np.ascontiguousarray(o.H), b=o.b,
-        S=np.ascontiguousarray(o.root(np.zeros((1, d)))), x0=x0, m0=m0, v0=chain.u_scale**2 * u0,
-        lr=hyper.lr, beta1=float(hyper.betas[0]), beta2=float(hyper.betas[-1]), eps=hyper.eps,
-        sigma=chain.sigma, v_scale=chain.u_scale**2, k0=chain.k0, weights=np.array(chain.weights, float),
+    o, hyper = problem.oracle, chain.hyper
+    out = np.empty((len(observe), 6 * o.dim, blocks * LANES))
+    steps = kernels.Steps(
+        algo=ALGORITHMS.index(problem.algorithm), lr=hyper.lr, beta1=hyper.betas[0], beta2=hyper.betas[-1],
+        eps=hyper.eps, k0=chain.k0, v_scale=chain.u_scale**2, sigma=chain.sigma, weights=np.array(chain.weights),
         law=LAWS.index(o.noise.law), shape=o.noise.shape(chain.sigma),
     )  # fmt: skip
-    observe = np.asarray(observe, np.int64)
-    kernels.discrete(parameters, np.ascontiguousarray(factors), observe, seed, first_block, out)
+    start = problem.start * [[1.0], [1.0], [steps.v_scale]]
+    kernels.discrete(steps, o.arrays, start, factors, np.asarray(observe), seed, first_block, out)
     return out
-
-
-def coupled_draw(problem: Problem, sigma: float, step: float, seed: int, first: int, paths: int) -> Draw:
-    """Gaussian draws made of the SDE's own Brownian path, for any oracle: g = grad f + sigma R dW / sqrt(step).
-
-    `step` must be a power of two, 2^-level.
-    """
-    level = dyadic_level(step)
-
-    def draw(x: Array, k: int) -> Array:
-        R = problem.oracle.root(x)  # (d, r) or (N, d, r)
-        dW = brownian(seed, first, paths, R.shape[-1], level, k) / step**0.5
-        return np.asarray(problem.oracle.grad(x) + sigma * apply(R, dW))
-
-    return draw

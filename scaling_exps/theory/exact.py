@@ -15,7 +15,7 @@ recursions give the known means of the control variates.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 from scipy.integrate import solve_ivp
@@ -25,19 +25,19 @@ from scaling_exps.theory.problem import Chain, Problem
 Array = np.ndarray
 
 
-@dataclass(frozen=True, eq=False)
-class Moments:
+class Moments(NamedTuple):
     """Mean and covariance of y, and the (deterministic or mean) second-moment state u, at one time."""
 
     mean: Array  # (p,)
     cov: Array  # (p, p)
     u: Array  # (d,)
 
-
-def u_at(problem: Problem, t: float) -> Array:
-    """u(t), the solution of du = c2 (diag Sigma - u) dt from u0 at t0: (d,)."""
-    var = np.diag(problem.oracle.cov(np.zeros((1, problem.oracle.dim))))
-    return np.asarray(var + (problem.start[2] - var) * math.exp(-problem.c2 * (t - problem.t0)))
+    def of_state(self) -> tuple[Array, Array]:
+        """Mean (3 d,) and covariance (3 d, 3 d) of (theta, m, u)."""
+        p, d = len(self.mean), len(self.u)
+        mu, C = np.zeros(3 * d), np.zeros((3 * d, 3 * d))
+        mu[:p], mu[2 * d :], C[:p, :p] = self.mean, self.u, self.cov
+        return mu, C
 
 
 def sde_moments(problem: Problem, times: Array) -> list[Moments]:
@@ -51,45 +51,37 @@ def sde_moments(problem: Problem, times: Array) -> list[Moments]:
             f"exact moments were asked of {type(problem.oracle).__name__}; allowed: Quadratic and Linear oracles; "
             f"simulate the SDE instead (sde.simulate)"
         )
-    o, d = problem.oracle, problem.oracle.dim
+    (H, b, S), (x0, m0, u0) = problem.oracle.arrays, problem.start
     s0, e0, c1, c2 = problem.sigma0, problem.eps0, problem.c1, problem.c2
-    adam = problem.algorithm == "adam"
+    d, adam = len(b), problem.algorithm == "adam"
     p = 2 * d if adam else d
-    S = o.root(np.zeros((1, d)))
+    var = np.diag(problem.oracle.cov(np.zeros((1, d))))
 
-    def coefficients(t: float) -> tuple[Array, Array, Array]:
-        """A(t) (p, p), a(t) (p,), B(t) (p, d)."""
-        A, a, B = np.zeros((p, p)), np.zeros(p), np.zeros((p, d))
-        if problem.algorithm == "sgd":
-            return -o.H, -o.b, s0 * S
-        root_u = np.sqrt(u_at(problem, t))
-        if not adam:
-            P = s0 * root_u + e0
-            return -o.H / P[:, None], -o.b / P, s0 * S / P[:, None]
-        g1, g2 = -math.expm1(-c1 * t), -math.expm1(-c2 * t)
-        P = s0 * root_u + e0 * math.sqrt(g2)
-        A[:d, d:] = -np.diag(math.sqrt(g2) / g1 / P)
-        A[d:, :d], A[d:, d:] = c1 * o.H, -c1 * np.eye(d)
-        a[d:] = c1 * o.b
-        B[d:] = s0 * c1 * S
-        return A, a, B
+    def u(t: float) -> Array:
+        """The solution of du = c2 (diag Sigma - u) dt."""
+        return np.asarray(var + (u0 - var) * math.exp(-c2 * (t - problem.t0)))
 
     def rate(t: float, flat: Array) -> Array:
-        A, a, B = coefficients(t)
         mu, C = flat[:p], flat[p:].reshape(p, p)
+        root2 = math.sqrt(-math.expm1(-c2 * t)) if adam else 1.0
+        P = np.ones((d, 1)) if problem.algorithm == "sgd" else (s0 * np.sqrt(u(t)) + e0 * root2)[:, None]
+        if adam:
+            A = np.block(
+                [[np.zeros((d, d)), np.diag(root2 / math.expm1(-c1 * t) / P[:, 0])], [c1 * H, -c1 * np.eye(d)]]
+            )
+            a, B = np.concatenate([np.zeros(d), c1 * b]), np.vstack([np.zeros((d, d)), s0 * c1 * S])
+        else:
+            A, a, B = -H / P, -b / P[:, 0], s0 * S / P
         return np.concatenate([A @ mu + a, (A @ C + C @ A.T + B @ B.T).ravel()])
 
-    y0 = np.concatenate([np.concatenate(problem.start[:2])[:p], np.zeros(p * p)])
+    y0 = np.concatenate([np.concatenate([x0, m0])[:p], np.zeros(p * p)])
     grid = problem.t0 + np.asarray(times, float)
     end = max(grid[-1], problem.t0 + 1e-12)
     solution = solve_ivp(rate, (problem.t0, end), y0, "DOP853", grid, rtol=1e-12, atol=1e-13)
-    return [
-        Moments(flat[:p], flat[p:].reshape(p, p), u_at(problem, t)) for t, flat in zip(grid, solution.y.T, strict=True)
-    ]
+    return [Moments(y[:p], y[p:].reshape(p, p), u(t)) for t, y in zip(grid, solution.y.T, strict=True)]
 
 
-@dataclass(frozen=True, eq=False)
-class Twin:
+class Twin(NamedTuple):
     """The discrete run with its preconditioner frozen: step factors, and exact moments where observed."""
 
     factors: Array  # (steps, d): theta_i moves by -factor times m (Adam) or g
@@ -103,41 +95,32 @@ def frozen_twin(problem: Problem, chain: Chain, observe: Array) -> Twin:
         chain: the run that is observed (a scaled or SVAG run has its own).
         observe: (n,) increasing step numbers, 0 .. chain.steps.
     """
-    hyper, steps, k0, u_scale = chain.hyper, chain.steps, chain.k0, chain.u_scale
-    o, d = problem.oracle, problem.oracle.dim
-    x0, m0, u0 = problem.start
-    adam, sgd = problem.algorithm == "adam", problem.algorithm == "sgd"
-    beta1 = hyper.betas[0] if adam else 0.0
-    beta2 = hyper.betas[-1] if not sgd else 1.0
-    S = o.root(np.zeros((1, d)))
+    hyper, k0, v_scale = chain.hyper, chain.k0, chain.u_scale**2
+    (H, b, S), (x0, m0, u0) = problem.oracle.arrays, problem.start
+    d, adam, sgd = len(b), problem.algorithm == "adam", problem.algorithm == "sgd"
+    beta1, beta2 = hyper.betas[0] if adam else 0.0, 1.0 if sgd else hyper.betas[-1]
     noise = chain.sigma**2 * sum(w * w for w in chain.weights) * (S @ S.T)
-    v_known = v = u_scale**2 * u0
-    p = 2 * d if adam else d
+    v_known = v = v_scale * u0
+    p, one = 2 * d if adam else d, np.eye(d)
     mu, C = np.concatenate([x0, m0])[:p], np.zeros((p, p))
-    factors = np.empty((steps, d))
+    factors = np.empty((chain.steps, d))
     moments = []
-    for k in range(steps + 1):
+    for k in range(chain.steps + 1):
         if k in observe:
-            moments.append(Moments(mu, C, v / u_scale**2))
-        if k == steps:
+            moments.append(Moments(mu, C, v / v_scale))
+        if k == chain.steps:
             break
-        if sgd:
-            factors[k] = hyper.lr
-        elif adam:
-            bias1, bias2 = 1 - beta1 ** (k0 + k + 1), 1 - beta2 ** (k0 + k)
-            factors[k] = hyper.lr / (bias1 * (np.sqrt(v_known / bias2) + hyper.eps))
-        else:
-            factors[k] = hyper.lr / (np.sqrt(v_known) + hyper.eps)
-        mean_g, x = o.H @ mu[:d] + o.b, np.diag(factors[k])
-        second = np.diag(o.H @ C[:d, :d] @ o.H) + mean_g**2 + np.diag(noise)  # E g'^2
+        bias1, bias2 = (1 - beta1 ** (k0 + k + 1), 1 - beta2 ** (k0 + k)) if adam else (1.0, 1.0)
+        factors[k] = hyper.lr if sgd else hyper.lr / (bias1 * (np.sqrt(v_known / bias2) + hyper.eps))
+        mean_g, x = H @ mu[:d] + b, np.diag(factors[k])
+        second = np.diag(H @ C[:d, :d] @ H) + mean_g**2 + np.diag(noise)  # E g'^2
         if adam:
-            A = np.zeros((p, p))
-            A[d:, :d], A[d:, d:] = (1 - beta1) * o.H, beta1 * np.eye(d)
-            A[:d, :d], A[:d, d:] = np.eye(d) - x @ A[d:, :d], -x @ A[d:, d:]
-            a = np.concatenate([-factors[k] * (1 - beta1) * o.b, (1 - beta1) * o.b])
-            B = np.vstack([-x * (1 - beta1), (1 - beta1) * np.eye(d)])
+            to_m = np.hstack([(1 - beta1) * H, beta1 * one])
+            A = np.vstack([np.eye(d, p) - x @ to_m, to_m])
+            B = (1 - beta1) * np.vstack([-x, one])
+            a = B @ b
         else:
-            A, a, B = np.eye(d) - x @ o.H, -factors[k] * o.b, -x
+            A, a, B = one - x @ H, -factors[k] * b, -x
         mu, C = A @ mu + a, A @ C @ A.T + B @ noise @ B.T
         v = beta2 * v + (1 - beta2) * second
         v_known = beta2 * v_known + (1 - beta2) * np.diag(noise)

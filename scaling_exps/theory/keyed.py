@@ -3,12 +3,8 @@
 """Random numbers that are functions of (seed, purpose, path, index), and a Brownian path made of them.
 
 Nothing here has a state. A draw is a hash (splitmix64 in counter form): 64 bits at
-`mix(key(seed, purpose, path) + counter * GOLDEN)`. Two neighbouring paths share one hash and take the two
+`mix(key(seed, purpose, path) + counter * GOLDEN)`. Paths i and i + HALF of a block share one hash and take the two
 halves of a Box-Muller pair, so a path's numbers do not depend on which or how many other paths are drawn.
-
-    W(t)    Brownian motion, one for each (seed, path, coordinate); time in units of t
-    level   dyadic refinement: increments over 2^-level
-    xi      i.i.d. draws with mean 0 and variance 1: Gaussian, Rademacher, exponential, gamma, Student-t
 
 The hash has 32 bits for the radius of a normal, so |normal| <= 6.76 (probability beyond: 1e-11).
 
@@ -52,9 +48,9 @@ def path_key(seed, purpose, pair):
 
 
 @njit(error_model="numpy")
-def block_keys(seed, purpose, block, out):
-    for i in range(HALF):
-        out[i] = path_key(seed, purpose, block * HALF + i)
+def block_keys(seed, purpose, block):
+    """The keys of the LANES paths of a block: (HALF,)."""
+    return np.array([path_key(seed, purpose, block * HALF + i) for i in range(HALF)])
 
 
 @njit(inline="always", error_model="numpy")
@@ -159,77 +155,56 @@ def noise(law, shape, keys, counter, out):
                 out[lane] *= math.sqrt((shape - 2.0) / (2.0 * _gamma(key, 0.5 * shape)))
 
 
-@njit(error_model="numpy")
-def node(interval, heap, coordinate):
-    """Counter of one node of the Brownian tree: `heap` 0 is the unit interval's own increment, 2^j + i the splits."""
-    return (interval << 32) | (heap << 8) | coordinate
-
-
 @njit(fastmath={"contract"}, error_model="numpy")
-def next_increment(keys, leaf, level, coordinate, right, out, z):
-    """out (LANES,) <- W((leaf+1) 2^-level) - W(leaf 2^-level), leaves asked in order 0, 1, 2, ...
+def increment(keys, leaf, level, coordinate, depth, right, out, z):
+    """out (LANES,) <- W((leaf+1) 2^-level) - W(leaf 2^-level), walking down the Brownian tree from `depth`.
 
-    A Brownian bridge: a node's increment over 2^-j is split into halves D/2 +- 2^(-j/2-1) z. `right`
-    (level + 1, LANES) holds the right halves still to be visited: one normal a leaf, memory O(level).
+    A bridge: a node's increment D over 2^-j is split into halves D/2 +- 2^(-j/2-1) z. Node 0 is the unit interval,
+    2^j + i a split. `right` (level + 1, LANES) keeps the right halves: a walk from `depth` > 0 starts at one.
     """
-    mask = (1 << level) - 1
-    i = leaf & mask
-    interval = leaf >> level
-    if i == 0:
-        normals(keys, node(interval, 0, coordinate), out)
-        depth = 0
+    i, interval = leaf & ((1 << level) - 1), leaf >> level
+    if depth == 0:
+        normals(keys, (interval << 32) | coordinate, out)
     else:
-        depth = level  # climb to the level at which leaf i begins a right child
-        while i & ((1 << (level - depth + 1)) - 1) == 0:
-            depth -= 1
-        for k in range(LANES):
-            out[k] = right[depth, k]
+        out[:] = right[depth]
     while depth < level:
-        heap = (1 << depth) | (i >> (level - depth))
-        normals(keys, node(interval, heap, coordinate), z)
+        below = i >> (level - depth - 1)
+        normals(keys, (interval << 32) | (((1 << depth) | (below >> 1)) << 8) | coordinate, z)
         half = 0.5 * 2.0 ** (-0.5 * depth)
+        depth += 1
         for k in range(LANES):
             left = 0.5 * out[k] + half * z[k]
-            right[depth + 1, k] = out[k] - left
-            out[k] = left
-        depth += 1
+            right[depth, k] = out[k] - left
+            out[k] = right[depth, k] if below & 1 else left
+
+
+@njit(error_model="numpy")
+def branching(leaf, level):
+    """The depth at which a leaf begins a right half: leaves taken in order cost one normal each from there."""
+    depth = level
+    while depth and leaf & ((1 << (level - depth + 1)) - 1) == 0:
+        depth -= 1
+    return depth
 
 
 @njit(parallel=True, cache=True, error_model="numpy")
-def _increments(seed, first_block, out, level, leaf):
-    for b in prange(out.shape[0] // LANES):
-        keys = np.empty(HALF, np.uint64)
-        d, z = np.empty(LANES), np.empty(LANES)
-        block_keys(seed, BROWNIAN, first_block + b, keys)
-        i = leaf & ((1 << level) - 1)
-        interval = leaf >> level
+def _fill(purpose, law, shape, seed, first, level, index, out):
+    for block in prange(out.shape[0] // LANES):
+        keys = block_keys(seed, purpose, first + block)
+        right, x, z = np.empty((level + 1, LANES)), np.empty(LANES), np.empty(LANES)
         for c in range(out.shape[1]):
-            normals(keys, node(interval, 0, c), d)
-            for depth in range(level):
-                normals(keys, node(interval, (1 << depth) | (i >> (level - depth)), c), z)
-                sign = 1.0 - 2.0 * ((i >> (level - depth - 1)) & 1)
-                half = 0.5 * 2.0 ** (-0.5 * depth) * sign
-                for k in range(LANES):
-                    d[k] = 0.5 * d[k] + half * z[k]
-            for k in range(LANES):
-                out[b * LANES + k, c] = d[k]
+            if purpose == BROWNIAN:
+                increment(keys, index, level, c, 0, right, x, z)
+            else:
+                noise(law, shape, keys, (index << 8) | c, x)
+            out[block * LANES : (block + 1) * LANES, c] = x
 
 
-@njit(parallel=True, cache=True, error_model="numpy")
-def _draws(law, shape, seed, first_block, out, index):
-    for b in prange(out.shape[0] // LANES):
-        keys, d = np.empty(HALF, np.uint64), np.empty(LANES)
-        block_keys(seed, DRAW, first_block + b, keys)
-        for c in range(out.shape[1]):
-            noise(law, shape, keys, (index << 8) | c, d)
-            for k in range(LANES):
-                out[b * LANES + k, c] = d[k]
-
-
-def _blocks(first: int, n: int) -> tuple[int, int, int]:
-    start = first // LANES
-    stop = -(-(first + n) // LANES)
-    return start, stop - start, first - start * LANES
+def _paths(purpose: int, law: int, shape: float, seed: int, first: int, n: int, dim: int, level: int, index: int):
+    start, skip = divmod(first, LANES)
+    out = np.empty((-(-(skip + n) // LANES) * LANES, dim))
+    _fill(purpose, law, shape, seed, start, level, index, out)
+    return out[skip : skip + n]
 
 
 def brownian(seed: int, first: int, n: int, dim: int, level: int, leaf: int) -> np.ndarray:
@@ -242,10 +217,7 @@ def brownian(seed: int, first: int, n: int, dim: int, level: int, leaf: int) -> 
             f"brownian(level={level}, dim={dim}, leaf={leaf}): needs 0 <= level <= {MAX_LEVEL}, "
             f"1 <= dim <= {MAX_DIM}, leaf >= 0; coarsen the step or split the problem"
         )
-    start, blocks, skip = _blocks(first, n)
-    out = np.empty((blocks * LANES, dim))
-    _increments(seed, start, out, level, leaf)
-    return out[skip : skip + n]
+    return _paths(BROWNIAN, 0, 0.0, seed, first, n, dim, level, leaf)
 
 
 def dyadic_level(step: float) -> int:
@@ -258,10 +230,7 @@ def dyadic_level(step: float) -> int:
 
 def draws(law: str, shape: float, seed: int, first: int, n: int, dim: int, index: int) -> np.ndarray:
     """xi of `law` for paths first .. first+n-1 at draw number `index`: (n, dim), mean 0, variance 1."""
-    start, blocks, skip = _blocks(first, n)
-    out = np.empty((blocks * LANES, dim))
-    _draws(LAWS.index(law), shape, seed, start, out, index)
-    return out[skip : skip + n]
+    return _paths(DRAW, LAWS.index(law), shape, seed, first, n, dim, 0, index)
 
 
 @njit(cache=True, error_model="numpy")

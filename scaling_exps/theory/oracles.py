@@ -17,23 +17,27 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
-from typing import Any, Protocol, runtime_checkable
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.special import expit
 
+from scaling_exps.theory.kernels import Gradient
 from scaling_exps.theory.keyed import LAWS, MAX_DIM, draws, picks
 
 Array = np.ndarray
 
 
-@dataclass(frozen=True)
-class Condition:
+class Condition(NamedTuple):
     """One of the paper's conditions on an oracle, whether it holds, and why."""
 
     name: str
     holds: bool
     reason: str
+
+    def __str__(self) -> str:
+        return f"{'holds' if self.holds else 'FAILS'}: {self.name} ({self.reason})"
 
 
 @dataclass(frozen=True)
@@ -63,32 +67,16 @@ class Noise:
         positive("sigma", sigma)
         return {"gamma": (2 * sigma / self.skew) ** 2, "student_t": self.dof}.get(self.law, 0.0)
 
-    def skewness(self, sigma: float) -> float:
-        """E xi^3; nan where it does not exist."""
-        if self.law == "student_t" and self.dof <= 3:
-            return math.nan
-        return {"exponential": 2.0, "gamma": self.skew / sigma}.get(self.law, 0.0)
-
     def conditions(self) -> tuple[Condition, Condition]:
         heavy = self.law == "student_t"
-        skewed = self.law == "exponential"
-        undefined = heavy and self.dof <= 3
-        return (
-            Condition(
-                "bounded moments", not heavy, f"E|z|^p infinite for p >= {self.dof:g}" if heavy else "all moments"
-            ),
-            Condition(
-                "low skewness",
-                not (skewed or undefined),
-                "E z^3 = 2, it does not shrink as sigma grows"
-                if skewed
-                else "E|z|^3 infinite"
-                if undefined
-                else f"E z^3 = {self.skew:g}/sigma"
-                if self.law == "gamma"
-                else "symmetric: E z^3 = 0",
-            ),
-        )
+        holds, why = {
+            "exponential": (False, "E z^3 = 2, it does not shrink as sigma grows"),
+            "gamma": (True, f"E z^3 = {self.skew:g}/sigma"),
+        }.get(self.law, (True, "symmetric: E z^3 = 0"))
+        if heavy and self.dof <= 3:
+            holds, why = False, "E|z|^3 infinite"
+        moments = f"E|z|^p infinite for p >= {self.dof:g}" if heavy else "all moments"
+        return Condition("bounded moments", not heavy, moments), Condition("low skewness", holds, why)
 
 
 def positive(name: str, value: float) -> float:
@@ -98,7 +86,6 @@ def positive(name: str, value: float) -> float:
     return value
 
 
-@runtime_checkable
 class Oracle(Protocol):
     """What a problem must offer; subclass `Base` to get `draw` and `conditions` for a new f."""
 
@@ -139,7 +126,17 @@ class Base:
         self.dim = dim
         self.noise = noise or Noise()
         self._cov = np.eye(dim) if cov is None else np.asarray(cov, float)
-        self._root = _square_root(self._cov, dim)
+        advice = "pass R @ R.T of some real matrix R"
+        if self._cov.shape != (dim, dim) or not np.allclose(self._cov, self._cov.T):
+            raise ValueError(
+                f"cov of shape {self._cov.shape} was given; allowed: a symmetric ({dim}, {dim}) matrix; {advice}"
+            )
+        values, vectors = np.linalg.eigh(self._cov)
+        if values[0] < -1e-12 * max(1.0, abs(values[-1])):
+            raise ValueError(
+                f"cov has eigenvalue {values[0]:.4g}; allowed: a positive semi-definite matrix (all >= 0); {advice}"
+            )
+        self._root = np.asarray((vectors * np.sqrt(values.clip(0))) @ vectors.T)
 
     def f(self, x: Array) -> Array:
         raise NotImplementedError
@@ -155,23 +152,12 @@ class Base:
 
     def draw(self, x: Array, sigma: float, seed: int, first: int, index: int) -> Array:
         """g of paths first .. first+N-1 at draw number `index`, at the points x (N, d): (N, d)."""
-        xi = draws(self.noise.law, self.noise.shape(sigma), seed, first, len(x), self.dim, index)
-        return self.grad(x) + sigma * xi @ self._root.T
+        R = self.root(x)
+        xi = draws(self.noise.law, self.noise.shape(sigma), seed, first, len(x), R.shape[-1], index)
+        return self.grad(x) + apply(R, sigma * xi)
 
     def conditions(self) -> tuple[Condition, ...]:
         return (self.smooth, *self.noise.conditions())
-
-
-def _square_root(cov: Array, dim: int) -> Array:
-    advice = "pass R @ R.T of some real matrix R"
-    if cov.shape != (dim, dim) or not np.allclose(cov, cov.T):
-        raise ValueError(f"cov of shape {cov.shape} was given; allowed: a symmetric ({dim}, {dim}) matrix; {advice}")
-    values, vectors = np.linalg.eigh(cov)
-    if values[0] < -1e-12 * max(1.0, abs(values[-1])):
-        raise ValueError(
-            f"cov has eigenvalue {values[0]:.4g}; allowed: a positive semi-definite matrix (all >= 0); {advice}"
-        )
-    return np.asarray((vectors * np.sqrt(values.clip(0))) @ vectors.T)
 
 
 class Quadratic(Base):
@@ -185,18 +171,16 @@ class Quadratic(Base):
     """
 
     def __init__(
-        self,
-        hessian: ArrayLike,
-        cov: ArrayLike | None = None,
-        slope: ArrayLike | None = None,
+        self, hessian: ArrayLike, cov: ArrayLike | None = None, slope: ArrayLike | None = None,
         noise: Noise | None = None,
-    ) -> None:
+    ) -> None:  # fmt: skip
         H = np.asarray(hessian, float)
         self.H = np.diag(H) if H.ndim == 1 else H
         super().__init__(len(self.H), cov, noise)
         if self.H.shape != (self.dim, self.dim) or not np.allclose(self.H, self.H.T):
             raise ValueError(f"hessian of shape {H.shape} was given; allowed: symmetric (d, d) or (d,); symmetrise it")
         self.b = np.zeros(self.dim) if slope is None else np.asarray(slope, float).reshape(self.dim)
+        self.arrays = Gradient(*(np.ascontiguousarray(a) for a in (self.H, self.b, self._root)))  # for the kernels
 
     def f(self, x: Array) -> Array:
         return 0.5 * np.einsum("ni,ij,nj->n", x, self.H, x) + x @ self.b
@@ -261,8 +245,7 @@ class Logistic:
 
     def _weights(self, x: Array) -> Array:
         """Per-example dloss/dlogit: (N, n)."""
-        margin = np.clip((x @ self.A.T) * self.y, -500, 500)
-        return -self.y / (1 + np.exp(margin))
+        return -self.y * expit(-(x @ self.A.T) * self.y)
 
     def grad(self, x: Array) -> Array:
         return self._weights(x) @ self.A / len(self.A) + self.l2 * x
@@ -279,27 +262,27 @@ class Logistic:
     def batch(self, sigma: float) -> int:
         """The batch size of noise scale sigma; ValueError unless 1/sigma^2 is (nearly) a whole number."""
         size = 1 / positive("sigma", sigma) ** 2
-        if abs(size - round(size)) > 1e-6 * size or round(size) < 1:
+        whole = max(1, round(size))
+        if abs(size - whole) > 1e-6 * size:
             raise ValueError(
                 f"sigma={sigma} was given; allowed: 1/sqrt(B) for a whole batch size B; nearest: "
-                f"{1 / math.sqrt(max(1, round(size))):.6g} (B={max(1, round(size))})"
+                f"{1 / math.sqrt(whole):.6g} (B={whole})"
             )
-        return round(size)
+        return whole
 
     def draw(self, x: Array, sigma: float, seed: int, first: int, index: int) -> Array:
-        B, n = self.batch(sigma), len(self.A)
-        chosen = picks(seed, first, len(x), index, B, n)  # (N, B)
+        B = self.batch(sigma)
+        chosen = picks(seed, first, len(x), index, B, len(self.A))  # (N, B)
         A, y = self.A[chosen], self.y[chosen]  # (N, B, d), (N, B)
-        margin = np.clip(np.einsum("nbd,nd->nb", A, x) * y, -500, 500)
-        return np.einsum("nb,nbd->nd", -y / (1 + np.exp(margin)), A) / B + self.l2 * x
+        weights = -y * expit(-np.einsum("nbd,nd->nb", A, x) * y)
+        return np.einsum("nb,nbd->nd", weights, A) / B + self.l2 * x
 
     def conditions(self) -> tuple[Condition, ...]:
+        skewness = "mean of B examples: E z^3 = O(1/sqrt(B)), small in practice for sigma < 1"
         return (
             Condition("smooth f and Sigma^(1/2)", True, "smooth; Sigma(x) from per-example gradients"),
             Condition("bounded moments", True, "finitely many examples"),
-            Condition(
-                "low skewness", True, "mean of B examples: E z^3 = O(1/sqrt(B)), small in practice for sigma < 1"
-            ),
+            Condition("low skewness", True, skewness),
         )
 
 
@@ -308,6 +291,6 @@ def apply(R: Array, w: Array) -> Array:
     return w @ R.T if R.ndim == 2 else np.einsum("ndr,nr->nd", R, w)
 
 
-def describe(oracle: Any) -> list[str]:
-    """The oracle's conditions as lines of text: 'holds' or 'FAILS', the name, the reason."""
-    return [f"{'holds' if c.holds else 'FAILS'}: {c.name} ({c.reason})" for c in oracle.conditions()]
+def describe(oracle: Oracle, of: str = "") -> list[str]:
+    """The oracle's conditions as lines of text, each after `of`."""
+    return [f"{of}{c}" for c in oracle.conditions()]

@@ -94,7 +94,7 @@ class Problem:
     c2: float = 0.5
     t0: float = 0.0
     horizon: float = 1.0
-    start: tuple[Array, Array, Array] = field(init=False, repr=False)
+    start: Array = field(init=False, repr=False)  # (3, d): theta, m, u
 
     def __post_init__(self) -> None:
         if self.algorithm not in ALGORITHMS:
@@ -103,8 +103,8 @@ class Problem:
             positive(name, getattr(self, name))
         if not self.eps0 >= 0:
             raise ValueError(f"eps0={self.eps0} was given; allowed: >= 0; pass eps0=0 for no epsilon")
-        d = self.oracle.dim
-        x0, m0, u0 = (np.broadcast_to(np.asarray(a, float), (d,)).copy() for a in (self.x0, self.m0, self.u0))
+        start = np.array([np.broadcast_to(a, self.oracle.dim) for a in (self.x0, self.m0, self.u0)], float)
+        u0 = start[2]
         if not (u0 > 0).all() and self.algorithm != "sgd":
             raise ValueError(
                 f"u0={u0.tolist()} was given; allowed: > 0 in every coordinate (u = v/sigma^2 stands under a root "
@@ -117,11 +117,7 @@ class Problem:
             )
         if self.algorithm != "adam" and self.t0:
             raise ValueError(f"t0={self.t0} was given for {self.algorithm}; allowed: 0; only Adam needs a later start")
-        object.__setattr__(self, "start", (x0, m0, u0))
-
-    @property
-    def family(self) -> Family:
-        return "sgd" if self.algorithm == "sgd" else "adaptive"
+        object.__setattr__(self, "start", start)
 
     @property
     def quadratic(self) -> bool:
@@ -142,19 +138,16 @@ class Problem:
         positive("step (eta^2)", step)
         if self.algorithm == "sgd":
             sigma = self.sigma0 / math.sqrt(step)
-            return Chain(Hyper(step, (0.0,), 0.0, 0.0), sigma, sigma, self.steps(step), self.family)
+            return Chain(Hyper(step, (0.0,), 0.0, 0.0), sigma, sigma, self.steps(step), "sgd")
         limit = min(0.5 / self.c2, 1 / self.c1 if self.algorithm == "adam" else math.inf)
         if step >= limit:
             raise ValueError(
                 f"eta^2={step:g} was given with c1={self.c1:g}, c2={self.c2:g}; allowed: eta^2 < {limit:g} "
                 f"(the smaller of 1/(2 c2) and, for Adam, 1/c1); take smaller steps or smaller c"
             )
-        eta = math.sqrt(step)
-        betas: tuple[float, ...] = (1 - self.c2 * step,)
-        if self.algorithm == "adam":
-            betas = (1 - self.c1 * step, *betas)
-        hyper, sigma = Hyper(eta, betas, self.eps0 / eta, 0.0), self.sigma0 / eta
-        return Chain(hyper, sigma, sigma, self.steps(step), self.family, self.steps(step, self.t0) if self.t0 else 0)
+        eta, cs = math.sqrt(step), (self.c1, self.c2) if self.algorithm == "adam" else (self.c2,)
+        hyper, sigma = Hyper(eta, tuple(1 - c * step for c in cs), self.eps0 / eta, 0.0), self.sigma0 / eta
+        return Chain(hyper, sigma, sigma, self.steps(step), k0=self.steps(step, self.t0))
 
     def steps(self, step: float, time: float | None = None) -> int:
         """How many steps of `step` make `time` (the horizon): a whole number, or ValueError."""

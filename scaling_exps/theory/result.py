@@ -1,10 +1,10 @@
-"""What is measured, what is fitted to it, and what a check hands back: rows, verdicts, a table, a figure, JSON."""
+"""What is measured, what is fitted to it, and what a check hands back: rows, verdicts, a table, a figure."""
 
 from __future__ import annotations
 
 import math
 import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +30,8 @@ class Measurement:
 
     def worst(self) -> list[tuple[str, float, float]]:
         """(function, max over times of |error|, standard error there)."""
-        k = np.abs(self.delta).argmax(0)
-        columns = range(len(self.names))
-        return [(self.names[j], float(abs(self.delta[k[j], j])), float(self.se[k[j], j])) for j in columns]
+        at = np.abs(self.delta).argmax(0), np.arange(len(self.names))
+        return list(zip(self.names, np.abs(self.delta[at]).tolist(), self.se[at].tolist(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -41,7 +40,6 @@ class Fit:
 
     slope: float
     interval: tuple[float, float]
-    points: int
     resolved: bool  # at least three points rose above the noise
 
 
@@ -56,7 +54,7 @@ def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0
     keep = error > np.maximum(threshold * se, 1e-13)
     n = int(keep.sum())
     if n < 3:
-        return Fit(math.nan, (math.nan, math.nan), n, False)
+        return Fit(math.nan, (math.nan, math.nan), False)
     a, b = np.log(x[keep]), np.log(error[keep])
     relative = np.hypot(se[keep] / error[keep], floor)
     line, cov = np.polyfit(a, b, 1, w=1 / relative, cov="unscaled")
@@ -65,7 +63,7 @@ def fit(x: ArrayLike, error: ArrayLike, se: ArrayLike, *, threshold: float = 4.0
     if chi2 < 1:  # few points: their scatter, by Student's t, where that is wider
         half = max(half, float(stats.t.ppf(0.975, n - 2)) * math.sqrt(chi2 * cov[0, 0]))
     slope = float(line[0])
-    return Fit(slope, (slope - half, slope + half), n, True)
+    return Fit(slope, (slope - half, slope + half), True)
 
 
 def ratio(a: float, se_a: float, b: float, se_b: float, z: float = 1.96) -> tuple[float, float]:
@@ -96,9 +94,6 @@ class Row:
     error: float
     standard_error: float
 
-    def json(self) -> dict[str, Any]:
-        return {k: _number(v) for k, v in vars(self).items()}
-
 
 @dataclass(frozen=True)
 class Verdict:
@@ -118,17 +113,18 @@ class Verdict:
     interval: tuple[float, float]
     expected: float
     tolerance: float
-    passed: bool | None
     control: bool = False
     x: float | None = None  # where a quantity that is no slope stands on the axis of the figure
-
-    def json(self) -> dict[str, Any]:
-        out = {k: _number(v) for k, v in vars(self).items() if k != "passed"}
-        return {**out, "interval": [_number(v) for v in self.interval], "pass": self.passed}
+    passed: bool | None = None
 
 
-def _number(v: Any) -> Any:
-    return None if isinstance(v, float) and not math.isfinite(v) else v
+_AXES = {"eta2": "time of one step", "ell": "ell", "kappa": "kappa"}
+_OUTCOMES = {  # of (control, passed)
+    (False, True): "pass",
+    (False, False): "FAIL",
+    (True, True): "fails, as it must",
+    (True, False): "FAIL: not shown to fail",
+}
 
 
 @dataclass
@@ -155,118 +151,99 @@ class Result:
     ) -> None:
         self.rows += [Row(self.check, optimizer, noise, arm, eta2, ell, kappa, n, e, s) for n, e, s in m.worst()]
 
-    def series(
-        self, optimizer: str, noise: str, arm: str, function: str
-    ) -> tuple[list[float], list[float], list[float]]:
-        """(x, error, standard error) of one line of the figure."""
-        key = (optimizer, noise, arm, function)
-        rows = [r for r in self.rows if (r.optimizer, r.noise, r.arm, r.function) == key]
-        return [getattr(r, self.axis) for r in rows], [r.error for r in rows], [r.standard_error for r in rows]
-
-    def functions(self, optimizer: str, noise: str, arm: str) -> list[str]:
-        rows = [r for r in self.rows if (r.optimizer, r.noise, r.arm) == (optimizer, noise, arm)]
-        return list(dict.fromkeys(r.function for r in rows))
+    def series(self, optimizer: str, noise: str, arm: str) -> dict[str, np.ndarray]:
+        """The lines of the figure: function -> (3, n) of x, error, standard error."""
+        lines: dict[str, list[tuple[float, float, float]]] = {}
+        for r in self.rows:
+            if (r.optimizer, r.noise, r.arm) == (optimizer, noise, arm):
+                lines.setdefault(r.function, []).append((getattr(r, self.axis), r.error, r.standard_error))
+        return {function: np.array(points, float).T for function, points in lines.items()}
 
     def judge(
-        self,
-        optimizer: str,
-        noise: str,
-        arm: str,
-        expected: float,
-        tolerance: float,
-        *,
-        only: Iterable[str] | None = None,
-        control: bool = False,
-        shift: float = 0.0,
-        skip_first: int = 0,
-    ) -> None:
+        self, optimizer: str, noise: str, arm: str, expected: float, tolerance: float, *,
+        only: Iterable[str] | None = None, control: bool = False, shift: float = 0.0, skip_first: int = 0,
+    ) -> None:  # fmt: skip
         """Fit the order of every function (or `only` some) against the axis and record the verdicts."""
-        for function in only or self.functions(optimizer, noise, arm):
-            x, error, se = (a[skip_first:] for a in self.series(optimizer, noise, arm, function))
-            f = fit([a + shift for a in x], error, se)
-            passed = abs(f.slope - expected) <= tolerance
+        lines = self.series(optimizer, noise, arm)
+        name = {"eta2": "eta^2", "ell": "ell", "kappa": "kappa - 1" if shift else "kappa"}[self.axis]
+        for function in only or lines:
+            x, error, se = lines[function][:, skip_first:] if function in lines else np.empty((3, 0))
+            f = fit(x + shift, error, se)
             if control:
                 passed = f.interval[1] < expected - tolerance or f.interval[0] > expected + tolerance
-            name = {"eta2": "eta^2", "ell": "ell", "kappa": "kappa - 1" if shift else "kappa"}[self.axis]
+            else:
+                passed = abs(f.slope - expected) <= tolerance
             self.fits.append(
                 Verdict(
                     self.check, optimizer, noise, arm, function, f"slope in {name}", f.slope, f.interval, expected,
-                    tolerance, passed if f.resolved else None, control,
+                    tolerance, control, passed=passed if f.resolved else None,
                 )
             )  # fmt: skip
 
-    def json(self) -> dict[str, Any]:
-        return {
-            "check": self.check,
-            "claim": self.claim,
-            "pass": self.passed,
-            "seconds": round(self.seconds, 2),
-            "conditions": self.conditions,
-            "notes": self.notes,
-        }
 
-
-def show(results: Sequence[Result], console: Any) -> None:
-    """Print each check's conditions, its verdicts as a table, and its notes."""
+def show(r: Result, console: Any) -> None:
+    """Print a check's conditions, its verdicts as a table, and its notes."""
+    from rich.markup import escape
     from rich.table import Table
 
-    for r in results:
-        console.rule(f"[bold]{r.check}[/]  {r.claim}")
-        for line in r.conditions:
-            console.print("  " + line, highlight=False, markup=False)
-        table = Table(box=None, pad_edge=False)
-        for c in (
-            "optimizer",
-            "noise",
-            "arm",
-            "function",
-            "quantity",
-            "measured",
-            "95% interval",
-            "expected",
-            "verdict",
-        ):
-            table.add_column(c, justify="right" if c in ("measured", "95% interval", "expected") else "left")
-        for f in r.fits:
-            bound = ">= " if f.quantity.startswith("ratio to") else ""
-            pm = f" ± {f.tolerance:.2g}" if f.tolerance else ""
-            verdict = "noise wins" if f.passed is None else "pass" if f.passed else "FAIL"
-            if f.control:
-                verdict = (
-                    "fails, as it must" if f.passed else "noise wins" if f.passed is None else "FAIL: not shown to fail"
-                )
-            table.add_row(
-                f.optimizer, f.noise, f.arm, f.function, f.quantity, f"{f.slope:.3f}",
-                f"[{f.interval[0]:.3f}, {f.interval[1]:.3f}]".replace("[", r"\["),
-                f"{bound}{f.expected:.4g}{pm}", verdict,
-            )  # fmt: skip
-        console.print(table)
-        for note in r.notes:
-            console.print("  note: " + note, highlight=False, markup=False)
-        console.print(f"  {r.check}: {'pass' if r.passed else 'FAIL'} in {r.seconds:.1f} s", highlight=False)
+    console.rule(f"[bold]{r.check}[/]  {r.claim}")
+    for line in r.conditions:
+        console.print("  " + line, highlight=False, markup=False)
+    table = Table(box=None, pad_edge=False)
+    for c in ("optimizer", "noise", "arm", "function", "quantity", "measured", "95% interval", "expected", "verdict"):
+        table.add_column(c, justify="right" if c in ("measured", "95% interval", "expected") else "left")
+    for f in r.fits:
+        bound = ">= " if f.quantity.startswith("ratio to") else ""
+        pm = f" ± {f.tolerance:.2g}" if f.tolerance else ""
+        table.add_row(
+            f.optimizer, f.noise, f.arm, f.function, f.quantity, f"{f.slope:.3f}",
+            escape(f"[{f.interval[0]:.3f}, {f.interval[1]:.3f}]"), f"{bound}{f.expected:.4g}{pm}",
+            "noise wins" if f.passed is None else _OUTCOMES[f.control, f.passed],
+        )  # fmt: skip
+    console.print(table)
+    for note in r.notes:
+        console.print("  note: " + note, highlight=False, markup=False)
+    console.print(f"  {r.check}: {'pass' if r.passed else 'FAIL'} in {r.seconds:.1f} s", highlight=False)
 
 
 def draw(result: Result, path: Path) -> None:
     """The figure of a check as a PNG, 1000 pixels wide: what its verdicts judge, against its axis, log-log.
 
-    Of every arm the functions that were judged: of a rule all, of a control one. Verdicts that have an `x` are drawn
-    as points beside their prediction (a line).
+    Of every arm the functions that were judged: of a rule all, of a control one. Where verdicts have an `x`, these are
+    drawn as points beside their prediction (a line), a panel for what stands before the comma of their function.
     """
     from matplotlib.figure import Figure
 
-    points = [v for v in result.fits if v.x is not None]
-    if points:
-        panels = list(dict.fromkeys((v.optimizer, v.function.split(",")[0]) for v in points))
-    else:
-        panels = list(dict.fromkeys((v.optimizer, v.noise) for v in result.fits))
+    points = any(v.x is not None for v in result.fits)
+    judged = [  # panel, entry of the legend, verdict
+        ((v.optimizer, v.function.split(", ")[0]), v.function.split(", ")[1], v)
+        if points
+        else ((v.optimizer, v.noise), v.arm, v)
+        for v in result.fits
+        if not points or v.x is not None
+    ]
+    panels = list(dict.fromkeys(panel for panel, _, _ in judged))
+    names = list(dict.fromkeys(name for _, name, _ in judged))
     columns = min(2, len(panels))
     rows = -(-len(panels) // columns)
     figure = Figure(figsize=(1.6 + 2.8 * columns, 3.1 * rows + 1.2), dpi=140, layout="constrained")
     axes = figure.subplots(rows, columns, squeeze=False).ravel()
     entries: dict[str, Any] = {}
     for ax, panel in zip(axes, panels, strict=False):
-        xs = _draw_points(ax, points, panel, entries) if points else _draw_errors(ax, result, *panel, entries)
-        xs = [x for x in xs if math.log2(x).is_integer()]  # others stand too close for words
+        seen: set[float] = set()
+        for name, function in dict.fromkeys((n, v.function) for p, n, v in judged if p == panel):
+            i = names.index(name)
+            if points:
+                line = [v for _, _, v in judged if v.function == function]
+                x, y = [v.x or math.nan for v in line], [v.slope for v in line]
+                se = [(v.interval[1] - v.interval[0]) / 2 for v in line]
+                ax.plot(x, [v.expected for v in line], color=f"C{i}", lw=1)
+                entries[name] = ax.errorbar(x, y, se, color=f"C{i}", marker="o", ms=5, ls="")
+            else:
+                x, y, se = result.series(*panel, name)[function]
+                entries[name] = ax.errorbar(x, y, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=1)
+            seen.update(x)
+        xs = [x for x in sorted(seen) if math.log2(x).is_integer()]  # others stand too close for words
         ax.set(xscale="log", yscale="log", xlabel=_AXES[result.axis])
         ax.set_xticks(xs, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in xs])
         ax.set_title(", ".join(panel), fontsize=11)
@@ -283,29 +260,3 @@ def draw(result: Result, path: Path) -> None:
         title_fontsize=10, frameon=False,
     )  # fmt: skip
     figure.savefig(path)
-
-
-_AXES = {"eta2": "time of one step", "ell": "ell", "kappa": "kappa"}
-
-
-def _draw_errors(ax: Any, result: Result, optimizer: str, noise: str, entries: dict[str, Any]) -> list[float]:
-    arms = list(dict.fromkeys(v.arm for v in result.fits))
-    lines = dict.fromkeys((v.arm, v.function) for v in result.fits if (v.optimizer, v.noise) == (optimizer, noise))
-    seen: list[float] = []
-    for arm, function in lines:
-        x, error, se = result.series(optimizer, noise, arm, function)
-        i = arms.index(arm)
-        entries[arm] = ax.errorbar(x, error, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=1)
-        seen += x
-    return sorted(set(seen))
-
-
-def _draw_points(ax: Any, verdicts: list[Verdict], panel: tuple[str, str], entries: dict[str, Any]) -> list[float]:
-    chosen = [v for v in verdicts if (v.optimizer, v.function.split(",")[0]) == panel]
-    for i, name in enumerate(dict.fromkeys(v.function.split(", ")[1] for v in chosen)):
-        line = [v for v in chosen if v.function.endswith(", " + name)]
-        x = [v.x for v in line]
-        ax.plot(x, [v.expected for v in line], color=f"C{i}", lw=1)
-        half = [(v.interval[1] - v.interval[0]) / 2 for v in line]
-        entries[name] = ax.errorbar(x, [v.slope for v in line], half, color=f"C{i}", marker="o", ms=5, ls="")
-    return sorted({v.x for v in chosen if v.x is not None})

@@ -12,7 +12,9 @@ only by the fluctuation of v, so what is left to average has a standard deviatio
 
 from __future__ import annotations
 
+import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,7 +22,8 @@ import numpy as np
 from threadpoolctl import threadpool_limits
 
 from scaling_exps.theory import discrete, exact, sde
-from scaling_exps.theory.keyed import LANES
+from scaling_exps.theory.keyed import LANES, brownian, dyadic_level
+from scaling_exps.theory.oracles import apply
 from scaling_exps.theory.problem import Chain, Problem
 from scaling_exps.theory.result import Measurement
 
@@ -32,63 +35,57 @@ BUDGET = 4e8  # coordinate-steps spent on one measurement at most
 
 @dataclass(frozen=True, eq=False)
 class Functions:
-    """The test functions of a problem: first and second moments of theta, u and m; f; cos(sum theta)."""
+    """Functions of a state whose means are known where it is Gaussian: coordinates, products, f and cos(sum theta)."""
 
-    names: tuple[str, ...]
-    first: tuple[int, ...]  # rows of (theta, m, u)
-    pairs: tuple[tuple[int, int], ...]
     oracle: Any
+    rows: Sequence[int]  # of (theta, m, u)
+    pairs: Sequence[tuple[int, int]]
+    names: tuple[str, ...] = ()
+    loss: bool = True
+    cosine: bool = True
 
-    def __call__(self, states: Array) -> Array:
-        """(3 d, N) -> (nf, N)."""
-        d = self.oracle.dim
-        x = states[:d]
-        products = [states[i] * states[j] for i, j in self.pairs]
-        return np.stack([*states[list(self.first)], *products, self.oracle.f(x.T), np.cos(x.sum(0))])
+    def __call__(self, states: Array, centre: Array | None = None) -> Array:
+        """(3 d, N) -> (nf, N); `centre` (3 d,) is taken off the factors of products."""
+        x = states[: self.oracle.dim]
+        c = states if centre is None else states - centre[:, None]
+        values = [*states[list(self.rows)], *(c[i] * c[j] for i, j in self.pairs)]
+        values += [self.oracle.f(x.T)] if self.loss else []
+        return np.stack([*values, np.cos(x.sum(0))] if self.cosine else values)
 
-    def expectation(self, moments: exact.Moments) -> Array:
-        """E g under the SDE, where (theta, m) is Gaussian and u deterministic: (nf,)."""
-        d, p = self.oracle.dim, len(moments.mean)
-        mu, C = np.zeros(3 * d), np.zeros((3 * d, 3 * d))
-        mu[:p], C[:p, :p], mu[2 * d :] = moments.mean, moments.cov, moments.u
+    def expectation(self, moments: exact.Moments, centred: bool = False) -> Array:
+        """E g (nf,), where (theta, m) is Gaussian and u deterministic."""
+        o, d, (mu, C) = self.oracle, self.oracle.dim, moments.of_state()
         second = C + np.outer(mu, mu)
-        o = self.oracle
-        f = 0.5 * np.sum(o.H * second[:d, :d]) + o.b @ mu[:d]
+        values = [*mu[list(self.rows)], *((C if centred else second)[i, j] for i, j in self.pairs)]
+        values += [0.5 * np.sum(o.H * second[:d, :d]) + o.b @ mu[:d]] if self.loss else []
         cosine = math.cos(mu[:d].sum()) * math.exp(-0.5 * C[:d, :d].sum())
-        return np.array([*mu[list(self.first)], *(second[i, j] for i, j in self.pairs), f, cosine])
+        return np.array([*values, cosine] if self.cosine else values)
 
 
 def functions(problem: Problem) -> Functions:
-    """The test functions for this optimizer (SGD has theta alone, RMSprop no m)."""
+    """The test functions: first and second moments of theta, u (not SGD) and m (Adam); f; cos(sum theta)."""
     d = problem.oracle.dim
-    letters = {"rmsprop": "xu", "adam": "xmu", "sgd": "x"}[problem.algorithm]
-    rows = {c: ["xmu".index(c) * d + i for i in range(d)] for c in letters}
-    label = {"x": "theta", "m": "m", "u": "u"}
-    first = [r for c in letters for r in rows[c]]
-    names = [f"{label[c]}[{i}]" for c in letters for i in range(d)]
-    pairs = [(r, r) for r in first]
-    names += [f"{n}^2" for n in names]
-    for c in letters:
-        for i in range(d):
-            for j in range(i + 1, d):
-                if c != "u":
-                    pairs.append((rows[c][i], rows[c][j]))
-                    names.append(f"{label[c]}[{i}]{label[c]}[{j}]")
-    if "m" in letters:
-        for i in range(d):
-            pairs.append((rows["x"][i], rows["m"][i]))
-            names.append(f"theta[{i}]m[{i}]")
-    return Functions((*names, "f", "cos(sum theta)"), tuple(first), tuple(pairs), problem.oracle)
+    kinds = {"rmsprop": {"theta": 0, "u": 2}, "adam": {"theta": 0, "m": 1, "u": 2}, "sgd": {"theta": 0}}
+    first = {f"{name}[{i}]": k * d + i for name, k in kinds[problem.algorithm].items() for i in range(d)}
+    products = {f"{n}^2": (r, r) for n, r in first.items()}
+    two = [(a + b, (r, q)) for (a, r), (b, q) in itertools.combinations(first.items(), 2) if q < 2 * d]  # no u
+    products |= {n: (r, q) for n, (r, q) in two if r // d == q // d}
+    products |= {n: (r, q) for n, (r, q) in two if q - r == d}  # theta[i] m[i]
+    names = (*first, *products, "f", "cos(sum theta)")
+    return Functions(problem.oracle, tuple(first.values()), tuple(products.values()), names)
+
+
+def _controls(problem: Problem) -> Functions:
+    """Functions of the frozen twin: y, products of y, u, and cos(sum theta) for Gaussian draws."""
+    d = problem.oracle.dim
+    y = range(2 * d if problem.algorithm == "adam" else d)
+    rows = (*y, *(range(2 * d, 3 * d) if problem.algorithm != "sgd" else ()))
+    pairs = tuple(itertools.combinations_with_replacement(y, 2))
+    return Functions(problem.oracle, rows, pairs, loss=False, cosine=problem.oracle.noise.law == "gaussian")
 
 
 def measure(
-    problem: Problem,
-    chain: Chain,
-    times: Array,
-    *,
-    seed: int,
-    budget: float = BUDGET,
-    target: float = TARGET,
+    problem: Problem, chain: Chain, times: Array, *, seed: int, budget: float = BUDGET, target: float = TARGET
 ) -> Measurement:
     """Weak error of `chain` against the exact SDE of a quadratic `problem`.
 
@@ -99,17 +96,15 @@ def measure(
         times: (T,) increasing times after t0, each a whole number of the chain's steps.
         target: wanted standard error / error.
     """
-    g = functions(problem)
     fractions = np.asarray(times, float) / problem.horizon * chain.steps
     observe = np.round(fractions).astype(np.int64)
     if np.abs(fractions - observe).max() > 1e-6:
         raise ValueError(f"times {list(times)} were given for {chain.steps} steps; allowed: whole numbers of steps")
+    g, controls, d = functions(problem), _controls(problem), problem.oracle.dim
     twin = exact.frozen_twin(problem, chain, observe)
-    reference = np.stack([g.expectation(m) for m in exact.sde_moments(problem, times)])  # (T, nf)
-    controls = _Controls(problem)
-    known = [controls.expectation(m) for m in twin.moments]
-    sums = [_Sums(len(g.names) + len(k)) for k in known]
-    d = problem.oracle.dim
+    wanted = [g.expectation(m)[:, None] for m in exact.sde_moments(problem, times)]
+    known = [controls.expectation(m, centred=True)[:, None] for m in twin.moments]
+    sums = [_Sums(len(g.names)) for _ in times]
     per_path = chain.steps * d * (len(chain.weights) + 1)
     done = 0
     while True:
@@ -117,60 +112,32 @@ def measure(
         states = discrete.run_fused(
             problem, chain, twin.factors, observe, blocks=blocks, first_block=done // LANES, seed=seed
         )
-        for t, s in enumerate(sums):
-            rows = np.concatenate(
-                [g(states[t, : 3 * d]) - reference[t][:, None], controls(states[t, 3 * d :], known[t])]
-            )
-            s.add(rows)
+        for t, (own, s) in enumerate(zip(states, sums, strict=True)):
+            centre = twin.moments[t].of_state()[0]
+            s.add(g(own[: 3 * d]) - wanted[t], controls(own[3 * d :], centre) - known[t])
         done += blocks * LANES
-        delta, se = (np.stack(a) for a in zip(*(s.regress(len(g.names)) for s in sums), strict=True))
-        result = Measurement(g.names, np.asarray(times, float), delta, se, done)
+        result = _measurement(g, times, sums)
         if all(s <= target * e for _, e, s in result.worst()) or done * per_path >= budget:
             return result
-
-
-class _Controls:
-    """Functions of the frozen twin with known means: y, y y^T, u, and cos(sum theta) for Gaussian draws."""
-
-    def __init__(self, problem: Problem) -> None:
-        d = problem.oracle.dim
-        self.d, self.p = d, 2 * d if problem.algorithm == "adam" else d
-        self.cosine = problem.oracle.noise.law == "gaussian"
-        self.with_u = problem.algorithm != "sgd"
-        self.pairs = [(i, j) for i in range(self.p) for j in range(i, self.p)]
-
-    def expectation(self, m: exact.Moments) -> Array:
-        out = [*m.mean, *(m.cov[i, j] for i, j in self.pairs)]  # products of centred coordinates
-        out += list(m.u) if self.with_u else []
-        if self.cosine:
-            out.append(math.cos(m.mean[: self.d].sum()) * math.exp(-0.5 * m.cov[: self.d, : self.d].sum()))
-        return np.array(out)
-
-    def __call__(self, states: Array, known: Array) -> Array:
-        y = states[: self.p]
-        c = y - known[: self.p, None]
-        rows = [*y, *(c[i] * c[j] for i, j in self.pairs)]
-        rows += list(states[2 * self.d :]) if self.with_u else []
-        if self.cosine:
-            rows.append(np.cos(states[: self.d].sum(0)))
-        return np.stack(rows) - known[:, None]
 
 
 class _Sums:
     """Running sums for regression on control variates: memory does not grow with paths."""
 
-    def __init__(self, size: int) -> None:
-        self.n, self.one, self.two = 0, np.zeros(size), np.zeros((size, size))
+    def __init__(self, nf: int) -> None:
+        self.nf, self.n, self.one, self.two = nf, 0, np.zeros(()), np.zeros(())
 
-    def add(self, rows: Array) -> None:
+    def add(self, *parts: Array) -> None:
+        """Rows of the nf functions, then of the controls, whose mean is 0: (_, N)."""
+        rows = np.concatenate(parts)
         self.n += rows.shape[1]
-        self.one += rows.sum(1)
+        self.one = self.one + rows.sum(1)
         with threadpool_limits(1, "blas"):  # BLAS threads beside numba's fight for the cores: 30 times slower
-            self.two += rows @ rows.T
+            self.two = self.two + rows @ rows.T
 
-    def regress(self, nf: int) -> tuple[Array, Array]:
-        """(mean of the first nf rows, corrected by the others whose mean is 0; its standard error)."""
-        mean = self.one / self.n
+    def regress(self) -> tuple[Array, Array]:
+        """(mean of the functions, corrected by the controls; its standard error)."""
+        nf, mean = self.nf, self.one / self.n
         C = self.two / self.n - np.outer(mean, mean)
         scale = np.sqrt(np.diag(C)).clip(1e-300)
         R = C / np.outer(scale, scale)
@@ -178,6 +145,11 @@ class _Sums:
         delta = mean[:nf] - scale[:nf] * (beta.T @ (mean[nf:] / scale[nf:]))
         left = np.diag(R[:nf, :nf]) - np.einsum("cf,cf->f", beta, R[nf:, :nf])
         return delta, scale[:nf] * np.sqrt(left.clip(1e-24) / self.n)
+
+
+def _measurement(g: Functions, times: Array, sums: list[_Sums]) -> Measurement:
+    delta, se = (np.stack(a) for a in zip(*(s.regress() for s in sums), strict=True))
+    return Measurement(g.names, np.asarray(times, float), delta, se, sums[0].n)
 
 
 def paired(
@@ -192,19 +164,21 @@ def paired(
         step: 1, 1/2, 1/4, ...; times: whole numbers of it.
         paths: how many; seed: of the Brownian path.
     """
-    chain = problem.discretise(step)
+    chain, g, level = problem.discretise(step), functions(problem), dyadic_level(step)
     observe = [problem.steps(step, float(t)) for t in times]
-    d = problem.oracle.dim
-    g = functions(problem)
     sums = [_Sums(len(g.names)) for _ in times]
     for first in range(0, paths, chunk):
         size = min(chunk, paths - first)
-        draw = discrete.coupled_draw(problem, chain.sigma, step, seed, first, size)
+
+        def draw(x: Array, k: int, first: int = first, size: int = size) -> Array:
+            R = problem.oracle.root(x)  # (d, r) or (N, d, r)
+            dW = brownian(seed, first, size, R.shape[-1], level, k)
+            return problem.oracle.grad(x) + chain.sigma * apply(R, dW / step**0.5)
+
         rows = discrete.run(problem, chain, observe, paths=size, seed=seed, first=first, draw=draw)
-        fine = [
+        coarse, fine = (
             sde.simulate(problem, step / 2**r, times, paths=size, seed=seed, first=first) for r in (refine, refine + 1)
-        ]
-        for t, s in enumerate(sums):
-            s.add(g(rows[t, : 3 * d]) - 2 * g(fine[1][t]) + g(fine[0][t]))
-    delta, se = (np.stack(a) for a in zip(*(s.regress(len(g.names)) for s in sums), strict=True))
-    return Measurement(g.names, np.asarray(times, float), delta, se, paths)
+        )
+        for s, own, a, b in zip(sums, rows, coarse, fine, strict=True):
+            s.add(g(own) - 2 * g(b) + g(a))
+    return _measurement(g, times, sums)
