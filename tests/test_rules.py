@@ -218,7 +218,7 @@ def test_refusal_names_the_largest_legal_batch_and_it_is_legal() -> None:
         (lambda: Powers(name="r", **FIELDS | {"goals": {"adam": "match"}}), "adaptive, sgd, sign"),
         (lambda: Powers(name="r", **FIELDS | {"goals": {"sgd": "fast"}}), "match, best, control"),
         (lambda: OPTIMIZERS["muon"].default("match"), "goal=match for muon"),
-        (lambda: optimizers.of(3.0), "unknown optimizer class float; allowed: Adam, AdamW"),
+        (lambda: optimizers.of(3.0, {}), "unknown optimizer class float; allowed: Adam, AdamW"),
         (lambda: find("sqroot", "adaptive"), "unknown rule"),
         (lambda: find("sqrt", "sgd"), r"not for sgd.*allowed here: linear, lr_only, none, linear_momentum"),
         (lambda: find("adamw_sde", "adaptive", l2=True), "inside the gradient"),

@@ -61,6 +61,13 @@ checkpoint on: `scalerun fork RUN_DIR`.
 group `scalerun.rules` names an instance of it, and `scaling_exps.rules.laws.check(rule)` tests the laws.
 """
 
+_IN_NUMBERS = """
+The same in numbers, κ = 4 (B0 = 256, B_n = 1024) from η = 0.001, β = (0.9, 0.999), ε = 1e-8, λ = 0.1;
+SGD from η = 0.1, μ = 0.9, λ = 0.0005:
+
+| rule | η' | β' or μ' | ε' | λ' |
+|---|---|---|---|---|"""
+
 
 def markdown(rules: list[Rule]) -> str:
     """The page for these rules.
@@ -74,20 +81,13 @@ def markdown(rules: list[Rule]) -> str:
         f = r.formulas()
         goals = "; ".join(f"{goal} ({families})" for goal, families in _goals(r).items())
         cells = (f"[{r.name}](#{r.name})", f["lr"], f["betas"], f["eps"], f["weight_decay"], goals, r.evidence)
-        out.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
-    out.append(
-        "\nThe same in numbers, κ = 4 (B0 = 256, B_n = 1024) from η = 0.001, β = (0.9, 0.999), ε = 1e-8, λ = 0.1;"
-    )
-    out.append("SGD from η = 0.1, μ = 0.9, λ = 0.0005:\n\n| rule | η' | β' or μ' | ε' | λ' |\n|---|---|---|---|---|")
-    out += [_example(r) for r in rules]
-    out.append("")
+        out.append(f"| {' | '.join(cells)} |")
+    out += [_IN_NUMBERS, *map(_example, rules), ""]
     for r in rules:
         answers = "\n".join(f"For {f} optimizers it answers `{g}`: {QUESTIONS[g]}\n" for g, f in _goals(r).items())
         out.append(
-            f"## {r.name}\n\n{answers}\n"
-            f"* Evidence: **{r.evidence}**. {r.because}\n* Conditions: {r.conditions}\n"
-            f"* Leaves alone: {r.leaves_alone}.\n"
-            f"* Source: {r.source}.\n"
+            f"## {r.name}\n\n{answers}\n* Evidence: **{r.evidence}**. {r.because}\n* Conditions: {r.conditions}\n"
+            f"* Leaves alone: {r.leaves_alone}.\n* Source: {r.source}.\n"
         )
     return "\n".join(out).rstrip() + "\n"
 
