@@ -26,118 +26,97 @@ from scaling_exps.plan import Schedule
 from scaling_exps.rules import Hyper
 
 
-class PaperRMSprop(torch.optim.Optimizer):
+class _Paper(torch.optim.Optimizer):
+    """An optimizer of Malladi et al. 2022; coordinates are independent, so a leading axis of paths is fine."""
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
+        with torch.enable_grad():
+            loss = None if closure is None else closure()
+        for group in self.param_groups:
+            params = [p for p in group["params"] if p.grad is not None]
+            grads = [p.grad for p in params]
+            if params and group["weight_decay"]:
+                grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
+            if params:
+                self._move(group, params, grads)
+        return loss
+
+    def _move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        raise NotImplementedError
+
+
+class PaperRMSprop(_Paper):
     """RMSprop of Malladi et al. 2022 (Def. 2.3):
 
         theta_{k+1} = theta_k - lr g_k / (sqrt(v_k) + eps),   v_{k+1} = beta v_k + (1 - beta) g_k^2
 
     Args:
-        params: tensors of any shape; coordinates are independent, so a leading axis of paths is fine.
+        params: tensors of any shape.
         lr, beta, eps, weight_decay: >= 0; weight_decay is L2, added to the gradient.
         v0: the second moment at k = 0 (a number, for every coordinate); None takes g_0^2.
     """
 
     def __init__(
-        self,
-        params: Iterable[Any],
-        lr: float,
-        beta: float,
-        eps: float,
-        weight_decay: float = 0.0,
-        v0: float | None = None,
+        self, params: Iterable[Any], lr: float, beta: float, eps: float, weight_decay: float = 0.0, v0: Any = None
     ) -> None:
         super().__init__(params, {"lr": lr, "beta": beta, "eps": eps, "weight_decay": weight_decay, "v0": v0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            params, grads = _with_gradients(group)
-            if not params:
-                continue
-            for p, g in zip(params, grads, strict=True):
-                if not self.state[p]:
-                    self.state[p]["v"] = g * g if group["v0"] is None else torch.full_like(p, group["v0"])
-            vs = [self.state[p]["v"] for p in params]
-            denominator = torch._foreach_sqrt(vs)
-            torch._foreach_add_(denominator, group["eps"])
-            torch._foreach_addcdiv_(params, grads, denominator, -group["lr"])
-            torch._foreach_mul_(vs, group["beta"])
-            torch._foreach_addcmul_(vs, grads, grads, 1 - group["beta"])
-        return loss
+    def _move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        for p, g in zip(params, grads, strict=True):
+            if not self.state[p]:
+                self.state[p]["v"] = g * g if group["v0"] is None else torch.full_like(p, group["v0"])
+        vs = [self.state[p]["v"] for p in params]
+        denominator = torch._foreach_sqrt(vs)
+        torch._foreach_add_(denominator, group["eps"])
+        torch._foreach_addcdiv_(params, grads, denominator, -group["lr"])
+        torch._foreach_mul_(vs, group["beta"])
+        torch._foreach_addcmul_(vs, grads, grads, 1 - group["beta"])
 
 
-class PaperAdam(torch.optim.Optimizer):
+class PaperAdam(_Paper):
     """Adam of Malladi et al. 2022 (Def. 2.4): NEW m over OLD v.
 
         m_{k+1} = beta1 m_k + (1 - beta1) g_k,   v_{k+1} = beta2 v_k + (1 - beta2) g_k^2
         theta_{k+1} = theta_k - lr [m_{k+1} / (1 - beta1^{k+1})] / (sqrt(v_k / (1 - beta2^k)) + eps)
 
-    At k = 0 the denominator is 0/0: the moments move and the parameters do not.
-
-    Args:
-        params: tensors of any shape.
-        lr, betas, eps, weight_decay: as in PaperRMSprop.
+    At k = 0 the denominator is 0/0: the moments move and the parameters do not. Arguments as in PaperRMSprop.
     """
 
     def __init__(
-        self, params: Iterable[Any], lr: float, betas: tuple[float, float], eps: float, weight_decay: float = 0.0
+        self, params: Iterable[Any], lr: float, betas: tuple[float, ...], eps: float, weight_decay: float = 0.0
     ) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "k": 0})
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
-        loss = _evaluate(closure)
-        for group in self.param_groups:
-            params, grads = _with_gradients(group)
-            if not params:
-                continue
-            for p in params:
-                if not self.state[p]:
-                    self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
-            ms, vs = ([self.state[p][name] for p in params] for name in "mv")
-            (beta1, beta2), k = group["betas"], group["k"]
-            torch._foreach_lerp_(ms, grads, 1 - beta1)
-            if k > 0:
-                denominator = torch._foreach_div(vs, 1 - beta2**k)
-                torch._foreach_sqrt_(denominator)
-                torch._foreach_add_(denominator, group["eps"])
-                torch._foreach_addcdiv_(params, ms, denominator, -group["lr"] / (1 - beta1 ** (k + 1)))
-            torch._foreach_mul_(vs, beta2)
-            torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
-            group["k"] = k + 1
-        return loss
-
-
-def _evaluate(closure: Callable[[], float] | None) -> float | None:
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
-
-
-def _with_gradients(group: dict[str, Any]) -> tuple[list[Tensor], list[Tensor]]:
-    params = [p for p in group["params"] if p.grad is not None]
-    grads = [p.grad for p in params]
-    if params and group["weight_decay"]:
-        grads = list(torch._foreach_add(grads, params, alpha=group["weight_decay"]))
-    return params, grads
+    def _move(self, group: dict[str, Any], params: list[Tensor], grads: list[Tensor]) -> None:
+        for p in params:
+            if not self.state[p]:
+                self.state[p] = {"m": torch.zeros_like(p), "v": torch.zeros_like(p)}
+        ms, vs = ([self.state[p][name] for p in params] for name in "mv")
+        (beta1, beta2), k = group["betas"], group["k"]
+        torch._foreach_lerp_(ms, grads, 1 - beta1)
+        if k > 0:
+            denominator = torch._foreach_div(vs, 1 - beta2**k)
+            torch._foreach_sqrt_(denominator)
+            torch._foreach_add_(denominator, group["eps"])
+            torch._foreach_addcdiv_(params, ms, denominator, -group["lr"] / (1 - beta1 ** (k + 1)))
+        torch._foreach_mul_(vs, beta2)
+        torch._foreach_addcmul_(vs, grads, grads, 1 - beta2)
+        group["k"] = k + 1
 
 
 def build(name: str, params: Iterable[Tensor], hyper: Hyper) -> torch.optim.Optimizer:
     """The optimizer called `name` (see the table above) over `params` with exactly `hyper`."""
     params = [p for p in params if p.requires_grad]
     lr, betas, eps, decay = hyper.lr, hyper.betas, hyper.eps, hyper.weight_decay
-    if name in ("adam", "rmsprop"):
-        return torch.optim.Adam(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
-    if name == "adamw":
-        return torch.optim.AdamW(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
-    if name == "paper_adam":
-        return PaperAdam(params, lr, (betas[0], betas[1]), eps, decay)
+    if name == "sgd":
+        return torch.optim.SGD(params, lr, betas[0], weight_decay=decay, fused=True)
     if name == "paper_rmsprop":
         return PaperRMSprop(params, lr, betas[0], eps, decay)
-    assert name == "sgd", name
-    return torch.optim.SGD(params, lr, betas[0], weight_decay=decay, fused=True)
+    if name == "paper_adam":
+        return PaperAdam(params, lr, betas, eps, decay)
+    kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
+    return kind(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
 
 
 @torch.no_grad()
@@ -159,26 +138,24 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> Tensor | None:
 
 
 def multiplier(schedule: Schedule, samples: float) -> float:
-    """The learning rate at `samples` seen, as a share of its peak; a function of nothing else.
+    """The learning rate at `samples` >= 0 seen, as a share of its peak; a function of nothing else.
 
-    Args:
-        schedule: warm-up and decay, in samples.
-        samples: >= 0; a step asks at the middle of the samples it covers, so that the integral of the
-            rate over the same samples agrees between batch sizes to second order.
+    A step asks at the middle of the samples it covers, so that the integral of the rate over the same samples agrees
+    between batch sizes to second order.
     """
     if samples < schedule.warmup_samples:
         share = samples / schedule.warmup_samples
         if schedule.warmup == "geometric":
             return schedule.warmup_from ** (1 - share)
         return schedule.warmup_from + (1 - schedule.warmup_from) * share
-    if schedule.decay == "milestones":
-        return float(schedule.gamma ** sum(samples >= m for m in schedule.milestones))
-    if schedule.decay in ("cosine", "linear"):
-        share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
-        share = min(1.0, share)
-        return 1 - share if schedule.decay == "linear" else 0.5 * (1 + math.cos(math.pi * share))
-    if schedule.decay == "inverse_sqrt":
-        assert schedule.warmup_samples > 0, "the plan refuses it"
-        return math.sqrt(schedule.warmup_samples / samples)
-    assert schedule.decay == "constant", schedule.decay
+    share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
+    match schedule.decay:
+        case "milestones":
+            return float(schedule.gamma ** sum(samples >= m for m in schedule.milestones))
+        case "cosine":
+            return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+        case "linear":
+            return 1 - min(1.0, share)
+        case "inverse_sqrt":
+            return math.sqrt(schedule.warmup_samples / samples)
     return 1.0
