@@ -16,6 +16,7 @@ What may be typed as `key=value`, from `scaling_exps/config/schema.py`. A group 
 `recipe=`, `launch=`, `experiment=`) takes the name of a file of `conf/GROUP/`, which gives its keys their values; a
 default that stands in `conf/config.yaml` is in the last column. `scalerun --cfg job ...` prints what was composed.
 """
+_TABLE = "| key | allowed | unit | meaning | default |\n|---|---|---|---|---|"
 
 
 def markdown(rows: list[Key]) -> str:
@@ -26,33 +27,22 @@ def markdown(rows: list[Key]) -> str:
     """
     from omegaconf import OmegaConf
 
-    defaults = OmegaConf.load(CONF / "config.yaml")
-    groups: dict[str, list[Key]] = {}
-    for key in rows:
-        groups.setdefault(key.name.rpartition(".")[0], []).append(key)
+    defaults: Any = OmegaConf.to_container(OmegaConf.load(CONF / "config.yaml"))
+    groups = dict.fromkeys(key.name.rpartition(".")[0] for key in rows)
     out = [_HEAD]
     for group in sorted(groups, key=bool):  # the keys of no group first
-        out.append(
-            f"## {group or 'The command'}\n\n| key | allowed | unit | meaning | default |\n|---|---|---|---|---|"
-        )
-        for key in groups[group]:
-            meaning = key.meaning + (f" (only {', '.join(key.variants)})" if key.variants else "")
-            cells = (f"`{key.name}`", key.allowed, key.unit, meaning, _default(defaults, key.name))
-            out.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
+        out.append(f"## {group or 'The command'}\n\n{_TABLE}")
+        for key in rows:
+            of, _, name = key.name.rpartition(".")
+            if of == group:
+                meaning = key.meaning + (f" (only {', '.join(key.variants)})" if key.variants else "")
+                node = defaults.get(of) or {} if of else defaults
+                # as written: `${oc.env:...}` is not resolved
+                default = f"`{node[name]}`".replace("`None`", "`null`") if name in node else ""
+                cells = (f"`{key.name}`", key.allowed, key.unit, meaning, default)
+                out.append("| " + " | ".join(c.replace("|", "\\|") for c in cells) + " |")
         out.append("")
     return "\n".join(out).rstrip() + "\n"
-
-
-def _default(defaults: Any, name: str) -> str:
-    """What config.yaml says of a key, as it is written there; empty if nothing."""
-    node = defaults
-    *groups, last = name.split(".")
-    for group in groups:
-        node = node.get(group) or {}
-    if last not in node:
-        return ""
-    value = node._get_node(last)._value()  # as written: `${oc.env:...}` is not resolved
-    return f"`{'null' if value is None else value}`"
 
 
 if __name__ == "__main__":
