@@ -59,13 +59,7 @@ class Files:
 
 
 class FileStream(Stream):
-    """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test.
-
-    Args:
-        files: of the data set.
-        dataset: the `dataset` group of the config.
-        seed, device, purpose: see Stream.
-    """
+    """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test."""
 
     def __init__(
         self, files: Files, dataset: FileDataset, seed: int, device: torch.device, purpose: str = "train"
@@ -225,21 +219,14 @@ def random_crop(width: int, height: int, area: list[float], aspect: list[float],
 
 
 def load(dataset: FileDataset, path: str | None) -> Files:
-    """The files of the `dataset` group of the config; nothing is decoded.
+    """The files, see `data.load`; nothing is decoded.
 
-    Args:
-        dataset: the group. A size below what there is takes the first so many of a fixed shuffle, since files lie
-            sorted by class.
-        path: folder of the raw data, or None for the data home's.
-
-    Raises:
-        DataError: nothing there, unreadable, fewer images or more classes than the config says.
+    A size below what there is takes the first so many of a fixed shuffle, since files lie sorted by class.
     """
     files = listing(str(raw_folder(dataset.name, path).resolve()), dataset.name)
     parts = {}
-    for which, part, want in (
-        ("train", files.train, dataset.train_size), ("test", files.test, dataset.test_size),
-    ):  # fmt: skip
+    wanted = {"train": (files.train, dataset.train_size), "test": (files.test, dataset.test_size)}
+    for which, (part, want) in wanted.items():
         have = len(part.labels)
         if want is not None and want > have:
             raise DataError(f"dataset.{which}_size={want}: there are only {have} {which} images")
@@ -268,9 +255,8 @@ def listing(folder: str, name: str) -> Files:
     if strange := set(_class_folders(test)) - set(classes):
         raise DataError(f"{str(test)!r} has the class {min(strange)!r}, which {str(root / 'train')!r} has not")
     digest = hashlib.sha256()
-    return Files(
-        _folder(root / "train", classes, digest), _folder(test, classes, digest), digest.hexdigest()[:16]
-    )  # in this order: the digest reads both
+    train, held_out = (_folder(part, classes, digest) for part in (root / "train", test))
+    return Files(train, held_out, digest.hexdigest()[:16])
 
 
 def _class_folders(folder: Path) -> list[str]:

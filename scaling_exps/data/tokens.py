@@ -19,13 +19,7 @@ IGNORE = -100  # target of a position that is not predicted: torch's cross_entro
 
 
 class TokenStream(Stream):
-    """A stream over a memory-mapped corpus.
-
-    Args:
-        tokens: of the corpus.
-        dataset: the `dataset` group of the config.
-        seed, device, purpose: see Stream.
-    """
+    """A stream over a memory-mapped corpus."""
 
     def __init__(
         self, tokens: Tokens, dataset: TokenDataset, seed: int, device: torch.device, purpose: str = "train"

@@ -10,32 +10,37 @@ from scaling_exps.rules import OPTIMIZERS
 RECIPE_KEYS = {"beta1", "beta2", "momentum", "l2", "decoupled_decay"}  # that not every optimizer takes
 
 
-def duration(config: Config) -> list[str]:
-    """Why the command has no number of samples; without one, nothing can be planned."""
+def samples(config: Config, duration: float) -> int:
+    """Samples of a run of `duration` times the recipe's length.
+
+    Raises:
+        PlanError: the command has no number of samples, or none is left.
+    """
     recipe, size = config.recipe, config.dataset.train_size
     if recipe.epochs is not None and size is None:
-        return ["recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"]
+        raise PlanError(
+            "recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"
+        )
     base = recipe.samples if recipe.epochs is None else round(recipe.epochs * (size or 0))
-    for given, total in (("", base or 0), (f" duration={config.duration:g}", (base or 0) * config.duration)):
-        if round(total) < 1:
-            return [
-                f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples}{given} is no sample: a run needs one; "
-                "give a longer duration"
-            ]
-    return []
+    total = round((base or 0) * duration)
+    if total < 1:
+        raise PlanError(
+            f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples} duration={duration:g} is no sample: a run "
+            "needs one; give a longer duration"
+        )
+    return total
 
 
 def faults(config: Config) -> list[str]:
     """What the groups of one command make wrong together."""
     optimizer = OPTIMIZERS[config.optimizer]
-    wrong: list[str] = []
+    lists = {"batch": config.batch, "rule": config.rule, "svag": config.svag, "seed": config.seed}
+    wrong = [f"{key}=[] is empty: give at least one value" for key, value in lists.items() if value == []]
     taken = {*optimizer.betas, "decoupled_decay" if optimizer.decoupled else "l2"}
     typed = {word.split("=")[0].removeprefix("recipe.") for word in config.words if word.startswith("recipe.")}
+    takes = ", ".join(sorted(f"recipe.{k}" for k in taken if k))
     for key in sorted(typed & RECIPE_KEYS - taken):
-        wrong.append(
-            f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes "
-            f"{', '.join(sorted('recipe.' + k for k in taken if k))}"
-        )
+        wrong.append(f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes {takes}")
     for name in config.tested or []:
         try:
             rules.find(name, optimizer.family)
