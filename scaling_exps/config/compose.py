@@ -7,8 +7,7 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -67,7 +66,6 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
         ConfigError: with all faults, where one of them leaves nothing to go on with.
     """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -82,9 +80,7 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
 
     try:
         if any(word.startswith("-") for word in argv):
-            with _arguments(argv):
-                main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-                main(lambda cfg: collect(cfg, HydraConfig.get()))()
+            _main(argv, collect)
         else:  # hydra.main composes everything twice
             with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = hydra.compose("config", overrides=argv, return_hydra_config=True)
@@ -100,19 +96,22 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
     return _hydra(known, faults)
 
 
-@contextmanager
-def _arguments(argv: list[str]) -> Iterator[None]:
-    """Hydra's main reads the process's arguments; in here they are `argv`."""
+def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
+    """Hydra's own command line, which knows its flags; it reads the process's arguments, in here they are `argv`."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
     saved = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
     if {"--help", "-h"} & set(argv):
         argv = [*argv, "hydra/help=scalerun"]
+    first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
-        first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
         sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
         try:
-            yield
+            main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+            main(lambda cfg: collect(cfg, HydraConfig.get()))()
         finally:
             sys.argv = saved
 
@@ -151,6 +150,9 @@ def _optimizers(file: Path) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
     text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
         return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
@@ -170,20 +172,11 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if lone := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
-        if "=" in word and not _readable(word):
+        try:
+            OverridesParser.create().parse_overrides([word] if "=" in word else [])
+        except HydraException:
             return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
     return first
-
-
-def _readable(word: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def _unknown_option(group: str, name: str) -> str:

@@ -50,8 +50,7 @@ def load(dataset: TokenDataset, path: str | None) -> Tokens:
     held = tokenizer_content(dataset.tokenizer, dataset.tokenizer_revision)
     identity = json.dumps([2, content(files), dataset.tokenizer, held, dataset.vocab])
     folder = cache() / f"{dataset.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        keep(folder, lambda aside: _convert(files, dataset.tokenizer, held, dataset.vocab, aside))
+    keep(folder, lambda aside: _convert(files, dataset.tokenizer, held, dataset.vocab, aside))
     tokens = _mapped(folder)
     for part, ids, want in (("train", tokens.train, dataset.train_size), ("test", tokens.test, dataset.test_size)):
         have = (len(ids) - (dataset.context + 1 if part == "train" else 0)) // dataset.context

@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -69,7 +69,7 @@ class FileStream(Stream):
         self.height, self.width, _ = dataset.shape
         self.area, self.flip, self.resize = dataset.area, dataset.flip, dataset.resize
         self._normalise = Normalise(dataset.mean, dataset.std, device)
-        self._ahead: tuple[tuple[int, int], _Decoding] | None = None
+        self._ahead: tuple[tuple[int, int], Callable[[], Tensor]] | None = None
 
     def sibling(self, seed: int, purpose: str) -> Self:
         other = super().sibling(seed, purpose)
@@ -111,12 +111,10 @@ class FileStream(Stream):
         left, top = round((w - self.width) / 2), round((h - self.height) / 2)  # as torchvision's CenterCrop
         return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
 
-    def _decode_train(self, start: int, stop: int) -> _Decoding:
-        rows = self.indices(start, stop)
-        work = [
-            (self._train_image, row, *crop) for row, crop in zip(rows.tolist(), self.crops(start, stop), strict=True)
-        ]
-        return _Decoding(work, (self.height, self.width), self.device)
+    def _decode_train(self, start: int, stop: int) -> Callable[[], Tensor]:
+        rows, crops = self.indices(start, stop).tolist(), self.crops(start, stop)
+        work = [(self._train_image, row, *crop) for row, crop in zip(rows, crops, strict=True)]
+        return _decoding(work, (self.height, self.width), self.device)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to decode samples start..stop-1; one such slice is kept."""
@@ -125,8 +123,8 @@ class FileStream(Stream):
     def pixels(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Augmented pixels, uint8 (n, H, W, 3), and labels, int64 (n,), of samples start..stop-1; on the host."""
         ahead, self._ahead = self._ahead, None
-        decoding = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._decode_train(start, stop)
-        return decoding.result(), self.files.train.labels[self.indices(start, stop)]
+        decoded = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._decode_train(start, stop)
+        return decoded(), self.files.train.labels[self.indices(start, stop)]
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Normalised float32 images (n, 3, H, W), channels_last in memory, and labels, of samples start..stop-1.
@@ -138,35 +136,34 @@ class FileStream(Stream):
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Test images start..stop-1, normalised, and their labels; shorter at the end."""
-        rows = range(start, min(stop, self.test_size))
-        decoding = _Decoding([(self._test_image, row) for row in rows], (self.height, self.width), self.device)
-        return self._ready(decoding.result(), self.files.test.labels[start:stop])
+        work = [(self._test_image, row) for row in range(start, min(stop, self.test_size))]
+        decoded = _decoding(work, (self.height, self.width), self.device)
+        return self._ready(decoded(), self.files.test.labels[start:stop])
 
     def _ready(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self._normalise(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
 
-class _Decoding:
-    """Images on their way into one tensor, uint8 (n, H, W, 3); pinned where a GPU will read it."""
+def _decoding(work: list[tuple[Any, ...]], size: tuple[int, int], device: torch.device) -> Callable[[], Tensor]:
+    """Begin to make images, each by the function and arguments of a row of `work`; what waits for all of them.
 
-    def __init__(self, work: list[tuple[Any, ...]], size: tuple[int, int], device: torch.device) -> None:
-        self.out = torch.empty((len(work), *size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        into = self.out.numpy()
+    They come as one tensor, uint8 (n, H, W, 3); pinned where a GPU will read it.
+    """
+    out = torch.empty((len(work), *size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    into = out.numpy()
 
-        def one(k: int) -> None:
-            make, *given = work[k]
-            into[k] = make(*given)
+    def one(k: int) -> None:
+        make, *given = work[k]
+        into[k] = make(*given)
 
-        self.pending: list[Future[None]] = [_pool().submit(one, k) for k in range(len(work))]
+    ends = _pool().map(one, range(len(work)))  # its iterator raises the first failure and cancels the rest
 
-    def result(self) -> Tensor:
-        try:
-            for future in self.pending:
-                future.result()
-        finally:
-            for future in self.pending:
-                future.cancel()
-        return self.out
+    def result() -> Tensor:
+        for _ in ends:
+            pass
+        return out
+
+    return result
 
 
 @lru_cache(1)

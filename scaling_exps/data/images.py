@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -137,13 +137,12 @@ def _cifar10(path: str | None) -> Images:
                 "the hub's uoft-cs/cifar10 has them"
             )
     decoded = cache() / f"cifar10-{content([*files['train'], *files['test']])}"
-    if not decoded.exists():
-        keep(decoded, lambda aside: _decode_cifar10(files, aside))
+    keep(decoded, partial(_decode_cifar10, files))
     try:
         return _mapped(decoded)
     except (OSError, ValueError):  # damaged since
         shutil.rmtree(decoded)
-        keep(decoded, lambda aside: _decode_cifar10(files, aside))
+        keep(decoded, partial(_decode_cifar10, files))
         return _mapped(decoded)
 
 

@@ -78,9 +78,9 @@ def _model_faults(config: Config) -> list[str]:
 def svag(config: Config, batch: int, svag: int) -> list[str]:
     """Where SVAG is not defined: too few examples for two draws, a decoupled decay, SGD with momentum."""
     size, recipe, optimizer = config.dataset.train_size, config.recipe, OPTIMIZERS[config.optimizer]
-    wrong: list[str] = []
     if svag == 1:
-        return wrong
+        return []
+    wrong = []
     if size is not None and 2 * batch > size:
         wrong.append(
             f"svag={svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
@@ -107,7 +107,6 @@ def check_noise(spec: RunSpec) -> None:
     """
     s, n, unit = spec.science, spec.noise_examples, spec.noise_unit
     given = f"measure.noise_examples={n}, gradients of {unit} example(s) each"
-    low = max(2, n // unit)
     if unit > s.micro_batch:
         raise PlanError(f"measure.noise_unit={unit} must lie between 1 and the micro-batch {s.micro_batch}")
     if s.model.normalises_over_batch and unit != s.micro_batch:
@@ -116,10 +115,10 @@ def check_noise(spec: RunSpec) -> None:
             f"{s.micro_batch}; leave noise_unit null"
         )
     if n % unit or n // unit < 2:
+        low = max(2, n // unit)
         raise PlanError(
             f"{given}: a covariance needs a whole number of gradients, at least two; nearest that fit: "
             f"{low * unit} and {(low + 1) * unit}"
         )
-    size = s.dataset.train_size
-    if size is not None and n > size:
-        raise PlanError(f"{given}: only {size} training examples exist")
+    if s.dataset.train_size is not None and n > s.dataset.train_size:
+        raise PlanError(f"{given}: only {s.dataset.train_size} training examples exist")

@@ -110,7 +110,9 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
             f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
             "duration (recipe.epochs, recipe.samples, duration), a larger batch, or a smaller svag"
         )
-    world = _world_size(config.launch, batch // science.micro_batch)
+    micro_batches = batch // science.micro_batch
+    world = _world_size(config.launch, micro_batches)
+    accumulation = micro_batches // world * science.draws
     base_id, goal = run_id(base_science), rule.goals[optimizer.family]
     tested = rule.name in config.tested if config.tested is not None else goal != "control"
     tested |= svag > 1 and move.kappa == 1  # SVAG at the base batch tests the SDE, whatever the rule
@@ -122,11 +124,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
     spec = RunSpec(
         science=science,
         measure=config.measure,
-        placement=Placement(
-            world_size=world,
-            accumulation=batch // science.micro_batch // world * science.draws,
-            compile=config.launch.compile,
-        ),
+        placement=Placement(world_size=world, accumulation=accumulation, compile=config.launch.compile),
         arms=(arm,),
         dataset_path=config.dataset.path,
         experiment=config.experiment,
