@@ -5,9 +5,8 @@
 
 from scaling_exps.plan.expand import content, plan
 from scaling_exps.plan.show import describe, print_plan
-from scaling_exps.plan.spec import Arm, Numbers, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
+from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science
 
 __all__ = [
-    "Arm", "Numbers", "Placement", "PlanError", "Role", "RunSpec", "Schedule", "Science", "content", "describe",
-    "plan", "print_plan", "run_id",
+    "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "content", "describe", "plan", "print_plan",
 ]  # fmt: skip

@@ -46,13 +46,8 @@ def faults(config: Config) -> list[str]:
             rules.find(name, optimizer.family)
         except rules.RuleError as e:
             wrong.append(f"tested: {e}")
-    return wrong + _model_faults(config)
-
-
-def _model_faults(config: Config) -> list[str]:
     model, dataset = config.model, config.dataset
     language, tokens = isinstance(model, GPT | Roberta), isinstance(dataset, TokenDataset)
-    wrong: list[str] = []
     if language and config.recipe.freeze_last:
         wrong.append(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
     if not isinstance(model, Custom) and language != tokens:

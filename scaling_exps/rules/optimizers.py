@@ -69,7 +69,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
         replace(_RMSPROP, name="paper_rmsprop", classes=("PaperRMSprop",), field="beta", second_moments=("v",)),
         Optimizer("sgd", "sgd", ("momentum",), "linear", "opt_sgd", ("SGD",), field="momentum"),
         replace(
-            replace(_RMSPROP, name="torch_rmsprop", classes=("RMSprop",), field="alpha"),
+            _RMSPROP,
+            name="torch_rmsprop",
+            classes=("RMSprop",),
+            field="alpha",
             second_moments=("square_avg",),
             trainable=False,
         ),

@@ -115,12 +115,23 @@ def _recipe(given: dict[str, Any], rule: str | Rule | None, move: Move) -> dict[
     for name in given:
         if name in OTHER_NAMES:  # carried along unscaled it would be a wrong recipe that looks right
             raise RuleError(f"{name}={given[name]!r}: write it as {OTHER_NAMES[name]}")
+    if {"warmup_steps", "milestones"} & set(given) and not {"steps", "epochs"} & set(given):
+        raise RuleError(
+            "a schedule in steps (warmup_steps, milestones) without its length: give steps (of the whole run at the "
+            "base batch) or epochs, so that it ends where the data ends"
+        )
     chosen, out = _by_fields(given, "the recipe", rule, move)
     if "batch" in given:
         out["batch"] = move.batch
     if "ema" in given:
         out["ema"] = chosen.ema(_number(given["ema"], "ema"), move.kappa)
-    return {**out, **_clock(given, move.duration / move.kappa)}
+    for name in ("steps", "warmup_steps", "milestones"):
+        if (counts := given.get(name)) is not None:
+            several = name == "milestones"
+            new = [round(_number(n, name) * (move.duration / move.kappa), 9) for n in (counts if several else [counts])]
+            whole = [int(x) if x == int(x) else x for x in new]
+            out[name] = whole if several else whole[0]
+    return out
 
 
 def _by_fields(given: Mapping[str, Any], what: str, rule: str | Rule | None, move: Move) -> tuple[Rule, dict[str, Any]]:
@@ -273,21 +284,3 @@ def _written(old: Any, value: Any) -> Any:
     if isinstance(old, tuple | list):
         return type(old)(map(_written, old, value))
     return old.fill_(value) if hasattr(old, "fill_") else value
-
-
-def _clock(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Counts of steps, times `factor`; whole where they come out whole."""
-    if {"warmup_steps", "milestones"} & set(given) and not {"steps", "epochs"} & set(given):
-        raise RuleError(
-            "a schedule in steps (warmup_steps, milestones) without its length: give steps (of the whole run at the "
-            "base batch) or epochs, so that it ends where the data ends"
-        )
-
-    def times(value: Any, name: str) -> int | float:
-        x = round(_number(value, name) * factor, 9)
-        return int(x) if x == int(x) else x
-
-    new: dict[str, Any] = {k: times(given[k], k) for k in ("steps", "warmup_steps") if given.get(k) is not None}
-    if given.get("milestones") is not None:
-        new["milestones"] = [times(m, "milestones") for m in given["milestones"]]
-    return new
