@@ -62,9 +62,7 @@ class _Images(_Dataset, frozen=True, kw_only=True):
         channels = self.shape[2]
         wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
         if not len(self.mean) == len(self.std) == channels:
-            wrong.append(
-                f"dataset.mean={self.mean}, dataset.std={self.std} must have {channels} values each (channels)"
-            )
+            wrong.append(f"dataset.mean={self.mean}, dataset.std={self.std}: give {channels} values each (channels)")
         return wrong
 
 
@@ -143,9 +141,7 @@ class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
     def faults(self) -> list[str]:
         wrong = [f"model.depth={self.depth} must be 6n + 2: 8, 14, 20, ..."] if (self.depth - 2) % 6 else []
         if self.norm == "group" and self.width % 4:
-            wrong.append(
-                f"model.width={self.width} must be a multiple of 4, the channels of a group (model.norm=group)"
-            )
+            wrong.append(f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4)")
         return wrong
 
 
@@ -243,9 +239,7 @@ class Recipe(Group, frozen=True, kw_only=True):
     def faults(self) -> list[str]:
         wrong = []
         if (self.epochs is None) == (self.samples is None):
-            wrong.append(
-                f"recipe.epochs={self.epochs}, recipe.samples={self.samples}: give exactly one, the other null"
-            )
+            wrong.append(f"recipe.epochs={self.epochs} recipe.samples={self.samples}: give exactly one, the other null")
         if self.warmup == "geometric" and self.warmup_from == 0:
             wrong.append("recipe.warmup_from=0.0 must be > 0 for recipe.warmup=geometric")
         if self.decay == "inverse_sqrt" and self.warmup_fraction == 0:  # its peak would be that of the first step
@@ -436,9 +430,8 @@ def _group(groups: list[type[Group]], raw: Any, key: str, faults: list[str]) -> 
     for name in sorted(set(raw) - set(fields) - {tag}):
         close = difflib.get_close_matches(str(name), fields, 1)
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
-        faults.append(
-            f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(n for n in fields if n != 'words')}"
-        )
+        known = ", ".join(n for n in fields if n != "words")
+        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {known}")
     if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
         faults.append(f"missing: {', '.join(missing)}; give them")
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}

@@ -38,9 +38,9 @@ def load(dataset: Dataset, path: str | None) -> Any:
     return KINDS[type(dataset)][0](dataset, path)
 
 
-def stream(dataset: Dataset, path: str | None, seed: int, device: torch.device, purpose: str = "train") -> Stream:
+def stream(dataset: Dataset, path: str | None, seed: int, device: torch.device) -> Stream:
     """The training stream of one seed, and its test set; arguments as in `load` and `Stream`."""
-    return KINDS[type(dataset)][1](load(dataset, path), dataset, seed, device, purpose)
+    return KINDS[type(dataset)][1](load(dataset, path), dataset, seed, device)
 
 
 def check_content(dataset: Dataset, content: str, path: str | None) -> None:

@@ -61,10 +61,8 @@ class Files:
 class FileStream(Stream):
     """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test."""
 
-    def __init__(
-        self, files: Files, dataset: FileDataset, seed: int, device: torch.device, purpose: str = "train"
-    ) -> None:
-        super().__init__(len(files.train.labels), len(files.test.labels), seed, device, purpose)
+    def __init__(self, files: Files, dataset: FileDataset, seed: int, device: torch.device) -> None:
+        super().__init__(len(files.train.labels), len(files.test.labels), seed, device)
         self.files, self.fingerprint = files, files.fingerprint
         self.height, self.width, _ = dataset.shape
         self.area, self.flip, self.resize = dataset.area, dataset.flip, dataset.resize

@@ -42,10 +42,8 @@ class Normalise:
 class ImageStream(Stream):
     """A stream over resident images: padded crop, flip, and label noise by the sample's index."""
 
-    def __init__(
-        self, images: Images, dataset: ImageDataset, seed: int, device: torch.device, purpose: str = "train"
-    ) -> None:
-        super().__init__(len(images.train), len(images.test), seed, device, purpose)
+    def __init__(self, images: Images, dataset: ImageDataset, seed: int, device: torch.device) -> None:
+        super().__init__(len(images.train), len(images.test), seed, device)
         self.shift, self.flip, self.noise = dataset.shift, dataset.flip, dataset.label_noise
         self.classes = dataset.classes
         self.height, self.width, self.channels = dataset.shape

@@ -18,9 +18,7 @@ def samples(config: Config, duration: float) -> int:
     """
     recipe, size = config.recipe, config.dataset.train_size
     if recipe.epochs is not None and size is None:
-        raise PlanError(
-            "recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"
-        )
+        raise PlanError("recipe.epochs needs dataset.train_size; or give recipe.epochs=null recipe.samples=N")
     base = recipe.samples if recipe.epochs is None else round(recipe.epochs * (size or 0))
     total = round((base or 0) * duration)
     if total < 1:

@@ -79,9 +79,7 @@ def _differing(asked: list[dict[str, Any]]) -> list[str]:
             continue
         shown = dict.fromkeys(str(g.__struct_config__.tag if isinstance(g, Group) else g) for g in given)
         if len(shown) > 1:
-            wrong.append(
-                f"{key}={','.join(shown)}: this setting does not change the run, so it cannot be swept; give one value"
-            )
+            wrong.append(f"{key}={','.join(shown)}: it does not change the run, so it cannot be swept; give one value")
     return wrong
 
 

@@ -363,9 +363,8 @@ def find(name: str, family: Family | None = None, *, l2: bool = False) -> Rule:
     rule = known[name]
     fits = [r for r in known.values() if family is None or family in r.families]
     if rule not in fits:
-        raise RuleError(
-            f"rule {name!r} is not for {family} optimizers; allowed here: {', '.join(r.name for r in fits)}"
-        )
+        allowed = ", ".join(r.name for r in fits)
+        raise RuleError(f"rule {name!r} is not for {family} optimizers; allowed here: {allowed}")
     if l2 and rule.decoupled:
         raise RuleError(
             f"rule {name!r} scales a decoupled weight decay, and this one lies inside the gradient (L2), where it is "

@@ -206,7 +206,7 @@ class _Branching:
         t.optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))  # torch would share the tensors
         s = self.spec.science
         scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
-        t.stream = data.stream(s.dataset, self.spec.dataset_path, s.seed, t.device, f"fork/{repeat}")
+        t.stream = t.stream.sibling(s.seed, f"fork/{repeat}")
         return t
 
     def loss(self, noise: float | None, repeat: int) -> float:
