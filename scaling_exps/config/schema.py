@@ -62,7 +62,7 @@ class _Images(_Dataset, frozen=True, kw_only=True):
         channels = self.shape[2]
         wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
         if not len(self.mean) == len(self.std) == channels:
-            wrong.append(f"dataset.mean={self.mean}, dataset.std={self.std}: give {channels} values each (channels)")
+            wrong.append(f"dataset.mean={self.mean} dataset.std={self.std} must have {channels} values each (channels)")
         return wrong
 
 
