@@ -5,6 +5,7 @@ Training reads; only `scalerun data` downloads.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import importlib
 import os
@@ -15,9 +16,6 @@ from pathlib import Path
 from types import ModuleType
 
 GATED = {"imagenet": "ILSVRC/imagenet-1k"}
-TEXTS = ("stdlib", "text", "wikitext103", "wikibooks")
-IMAGES = ("digits", "cifar10", "imagenet", "imagefolder")
-EMBEDDED = ("digits", "stdlib")
 PICTURES = (".jpeg", ".jpg", ".png")
 LAYOUT = (
     "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg, or parquet files train*.parquet and "
@@ -66,16 +64,6 @@ def raw_folder(name: str, path: str | None) -> Path:
     )
 
 
-def no_path_if_embedded(name: str, path: str | None) -> None:
-    """Refuse a path for what is part of this package or of Python.
-
-    Raises:
-        DataError: a path is given.
-    """
-    if name in EMBEDDED and path is not None:
-        raise DataError(f"dataset.path={path!r}: {name} is embedded and takes no path; drop it")
-
-
 def how(name: str) -> str:
     """The command that fetches a data set."""
     return f"scalerun data {name}" + (f" (gated: {access(GATED[name])})" if name in GATED else "")
@@ -87,11 +75,7 @@ def access(hub_id: str) -> str:
 
 
 def need(module: str, what: str) -> ModuleType:
-    """Import a module of the extra `data`.
-
-    Raises:
-        DataError: it is not installed; one sentence says what needs it and how to install it.
-    """
+    """Import a module of the extra `data`; where it is not installed, a DataError says `what` needs it."""
     try:
         return importlib.import_module(module)
     except ModuleNotFoundError as e:
@@ -108,20 +92,13 @@ def fingerprint(
 
     * text: the content of its files. imagefolder: the relative names and the sizes of its files, not their content.
     * stdlib: the version of Python. All others: nothing.
-    * and of a tokenizer: the content of its folder, or its commit on the hub.
-
-    Args:
-        name: of the data set, one of IMAGES or TEXTS.
-        path: `dataset.path`; None is the embedded one or the data home's.
-        tokenizer: bytes, bpe, a folder or a name of the hub; None for images.
-        tokenizer_revision: commit of a tokenizer of the hub; None is the one that lies in the local cache.
+    * and of a tokenizer: the content of its folder, or its commit on the hub (None: the one in the local cache).
 
     Raises:
-        DataError: an unknown name, nothing there, or not readable.
+        DataError: nothing there, not readable, or a path for what is part of this package or of Python.
     """
-    if name not in (*IMAGES, *TEXTS):
-        raise DataError(f"unknown dataset {name!r}; allowed: {', '.join((*IMAGES, *TEXTS))}")
-    no_path_if_embedded(name, path)
+    if path is not None and name in ("digits", "stdlib"):
+        raise DataError(f"dataset.path={path!r}: {name} is embedded and takes no path; drop it")
     held = ""
     if name == "text":
         held = content(text_files(name, path))
@@ -129,7 +106,7 @@ def fingerprint(
         held = f"python-{platform.python_version()}"
     elif name == "imagefolder":
         held = _names_and_sizes(raw_folder(name, path))
-    return " ".join(part for part in (held, tokenizer_content(tokenizer or "bytes", tokenizer_revision)) if part)
+    return f"{held} {tokenizer_content(tokenizer or 'bytes', tokenizer_revision)}".strip()
 
 
 def tokenizer_content(name: str, revision: str | None) -> str:
@@ -142,13 +119,11 @@ def tokenizer_content(name: str, revision: str | None) -> str:
         return revision
     hub = need("huggingface_hub.constants", f"tokenizer {name!r}")
     folder = Path(hub.HF_HUB_CACHE) / f"models--{name.replace('/', '--')}"
-    try:
+    with contextlib.suppress(OSError):
         commit = (folder / "refs" / "main").read_text().strip()
-    except OSError:
-        commit = ""
-    if not commit or not (folder / "snapshots" / commit).is_dir():
-        raise DataError(no_tokenizer(name, None))
-    return commit
+        if commit and (folder / "snapshots" / commit).is_dir():
+            return commit
+    raise DataError(no_tokenizer(name, None))
 
 
 def no_tokenizer(name: str, revision: str | None) -> str:
@@ -162,14 +137,10 @@ def no_tokenizer(name: str, revision: str | None) -> str:
 
 
 def text_files(name: str, path: str | None) -> list[Path]:
-    """The files of a text corpus, in the order in which their documents are read.
+    """The files of a text corpus, in the order in which their documents are read; a DataError if there are none.
 
     stdlib: the standard library's own sources, without its tests and what was installed beside it.
-
-    Raises:
-        DataError: nothing there, or a path given for stdlib.
     """
-    no_path_if_embedded(name, path)
     if name == "stdlib":
         sources = []
         for base, subfolders, names in os.walk(sysconfig.get_path("stdlib")):
@@ -189,10 +160,7 @@ def content(files: list[Path]) -> str:
     """SHA-256 of files, 16 hex digits: of their bytes, and of their names below the folder that holds them all.
 
     A single text file is its bytes alone (its name decides nothing). The hash is kept in the cache by path, size and
-    time of change, so only the first call reads the files.
-
-    Raises:
-        DataError: a file cannot be read.
+    time of change, so only the first call reads the files. Raises DataError where one cannot be read.
     """
     digest = hashlib.sha256()
     try:
@@ -209,28 +177,21 @@ def content(files: list[Path]) -> str:
     except OSError as e:
         raise DataError(f"cannot read {e.filename!r}: {e.strerror}; make it readable, or give other files") from e
     if max(s[2] for s in stats) / 1e9 < time.time() - JUST_WRITTEN:
-        _keep(kept, digest.hexdigest()[:16])
+        aside = kept.with_name(f".{kept.name}.{os.getpid()}")
+        with contextlib.suppress(OSError):  # a cache that cannot be written costs time, nothing else
+            kept.parent.mkdir(parents=True, exist_ok=True)
+            aside.write_text(digest.hexdigest()[:16])
+            os.replace(aside, kept)
     return digest.hexdigest()[:16]
 
 
-def _keep(file: Path, text: str) -> None:
-    aside = file.with_name(f".{file.name}.{os.getpid()}")
-    try:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        aside.write_text(text)
-        os.replace(aside, file)
-    except OSError:  # a cache that cannot be written costs time, nothing else
-        return
-
-
 def _names_and_sizes(folder: Path) -> str:
-    digest, count = hashlib.sha256(), 0
+    rows = []
     for base, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()
         for name in sorted(n for n in names if n.lower().endswith((*PICTURES, ".parquet"))):
             file = Path(base, name)
-            digest.update(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\n".encode())
-            count += 1
-    if not count:
+            rows.append(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\n")
+    if not rows:
         raise DataError(f"no images in {str(folder)!r}: {LAYOUT}")
-    return digest.hexdigest()[:16]
+    return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]

@@ -208,7 +208,6 @@ def test_what_the_name_and_the_revision_fix_needs_no_fingerprint(tmp_path: Path)
         assert sources.fingerprint(name, None) == ""
     assert sources.fingerprint("stdlib", None, "bytes", None) == f"python-{platform.python_version()}"
     for arguments, says in (
-        (("mnist", None), "unknown dataset 'mnist'; allowed: digits"),
         (("text", None), "needs dataset.path=FILE or FOLDER"),
         (("text", str(tmp_path)), "no .parquet and no .txt file"),
         (("text", str(tmp_path / "nowhere")), "does not exist"),
@@ -277,8 +276,6 @@ def test_a_missing_extra_is_one_sentence() -> None:
 
 
 def test_refusals(tmp_path: Path) -> None:
-    with pytest.raises(data.DataError, match="takes no path"):
-        data.load(dataset("digits"), "somewhere")
     with pytest.raises(data.DataError, match="no train"):
         data.load(dataset("cifar10"), str(tmp_path))
     with pytest.raises(data.DataError, match="there are only 1437"):

@@ -236,6 +236,17 @@ def test_devices_auto_counts_cards_only_with_a_torch_that_can_use_them(cuda: str
     assert row["placement"]["world_size"] == world
 
 
+def test_more_processes_than_cards_are_refused_by_the_plan(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fails if only the launch said so. Without a card a process is one of the CPU, and SLURM's are elsewhere."""
+    two = ["batch=128", "launch.devices=2"]
+    monkeypatch.setattr("scaling_exps.plan.expand._gpus", lambda: 1)
+    with pytest.raises(plan.PlanError, match=r"launch.devices=2, and this machine shows 1 GPU\(s\); allowed: 1 to 1"):
+        planned(*two)
+    assert planned("launch=slurm", *two)[0].placement.world_size == 2
+    monkeypatch.setattr("scaling_exps.plan.expand._gpus", lambda: 0)
+    assert planned(*two)[0].placement.world_size == 2
+
+
 def plan_json_with(path: Path, **environment: str) -> list[dict[str, Any]]:
     """`scalerun plan --json batch=128` (two micro-batches), with `path` before the installed packages."""
     env = {**ENVIRONMENT, **environment, "PYTHONPATH": f"{path}{os.pathsep}{ROOT}"}

@@ -12,12 +12,9 @@ from scaling_exps.config.schema import (
     FileDataset,
     Group,
     ImageDataset,
-    Launch,
     LocalLaunch,
-    Margin,
     Measure,
     Model,
-    Recipe,
     ResNet,
     ResNet50,
     Roberta,
@@ -30,6 +27,6 @@ from scaling_exps.config.schema import (
 
 __all__ = [
     "CONF", "GPT", "VGG16", "Checkpoint", "Config", "ConfigError", "Custom", "Dataset", "FileDataset", "Group",
-    "ImageDataset", "Launch", "LocalLaunch", "Margin", "Measure", "Model", "Recipe", "ResNet", "ResNet50", "Roberta",
+    "ImageDataset", "LocalLaunch", "Measure", "Model", "ResNet", "ResNet50", "Roberta",
     "SlurmLaunch", "Timm", "TokenDataset", "Wandb", "compose", "dataset", "keys", "recipes_for",
 ]  # fmt: skip

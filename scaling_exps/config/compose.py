@@ -7,11 +7,9 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
-from functools import lru_cache
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, get_args
+from typing import Any
 
 from scaling_exps.config import schema
 from scaling_exps.config.schema import Config, ConfigError, Dataset
@@ -33,16 +31,11 @@ def compose(argv: list[str]) -> list[Config]:
     Raises:
         ConfigError: unknown group, option or key, or a value of the wrong type.
     """
-    faults: list[str] = []
-    words = []
-    for word in argv:
-        if fault := _illegal(word):
-            faults.append(fault)
-        else:  # what timm, a factory or sbatch take is theirs to name: these keys alone may be new
-            words.append(f"++{word}" if re.match(r"(model\.options|launch\.sbatch)[.=]", word) else word)
-    composed = _hydra(words, faults)
+    faults = [fault for word in argv if (fault := _illegal(word))]
+    theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]")  # timm, a factory, sbatch: these keys alone may be new
+    words = [f"++{word}" if theirs.match(word) else word for word in argv if not _illegal(word)]
     configs = []
-    for raw in composed:
+    for raw in _hydra(words, faults):
         try:
             configs.append(schema.build(Config, raw))
         except ConfigError as e:
@@ -73,7 +66,6 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
         ConfigError: with all faults, where one of them leaves nothing to go on with.
     """
     import hydra
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
     from omegaconf import DictConfig, OmegaConf
     from omegaconf.errors import OmegaConfBaseException
@@ -88,9 +80,7 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
 
     try:
         if any(word.startswith("-") for word in argv):
-            with _arguments(argv):
-                main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
-                main(lambda cfg: collect(cfg, HydraConfig.get()))()
+            _main(argv, collect)
         else:  # hydra.main composes everything twice
             with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
                 cfg = hydra.compose("config", overrides=argv, return_hydra_config=True)
@@ -106,25 +96,24 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
     return _hydra(known, faults)
 
 
-@contextmanager
-def _arguments(argv: list[str]) -> Iterator[None]:
-    """Hydra's main reads the process's arguments; in here they are `argv`."""
-    saved = sys.argv, os.environ.get("HYDRA_FULL_ERROR")
+def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
+    """Hydra's own command line, which knows its flags; it reads the process's arguments, in here they are `argv`."""
+    import hydra
+    from hydra.core.hydra_config import HydraConfig
+
+    saved = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
     if {"--help", "-h"} & set(argv):
         argv = [*argv, "hydra/help=scalerun"]
+    first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
-        first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
         sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
-        os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
         try:
-            yield
+            main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
+            main(lambda cfg: collect(cfg, HydraConfig.get()))()
         finally:
-            sys.argv = saved[0]
-            if saved[1] is None:
-                del os.environ["HYDRA_FULL_ERROR"]
-            else:
-                os.environ["HYDRA_FULL_ERROR"] = saved[1]
+            sys.argv = saved
 
 
 def dataset(name: str) -> Dataset:
@@ -134,16 +123,13 @@ def dataset(name: str) -> Dataset:
         ConfigError: there is no such file, or it has a fault.
     """
     import hydra
-
-    options = sorted(p.stem for p in (CONF / "dataset").glob("*.yaml"))
-    if name not in options:
-        raise ConfigError(f"unknown dataset {name!r}; allowed: {', '.join(options)}")
     from omegaconf import OmegaConf
 
+    if not (CONF / "dataset" / f"{name}.yaml").exists():
+        raise ConfigError(_unknown_option("dataset", name))
     with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
         raw: Any = OmegaConf.to_container(hydra.compose(f"dataset/{name}"), resolve=True)
-    kinds = {str(k.__struct_config__.tag): k for k in get_args(Dataset)}
-    group: Dataset = schema.build(kinds[raw["dataset"]["kind"]], raw["dataset"])
+    group: Dataset = schema.build(Dataset, raw["dataset"], "dataset")
     return group
 
 
@@ -164,7 +150,10 @@ def _optimizers(file: Path) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    text = str(error).split("\nSee https://")[0].strip()
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+    from hydra.errors import HydraException
+
+    text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
         return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
     if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
@@ -174,7 +163,7 @@ def _explain(error: Exception, argv: list[str]) -> str:
             group_name, _, value = word.partition("=")
             if group_name and (CONF / group_name).is_dir() and not (CONF / group_name / f"{value}.yaml").exists():
                 return _unknown_option(group_name, value)
-    first = text.splitlines()[0] if text else repr(error)
+    first = text.splitlines()[0]
     if merge := re.search(r"Error merging override \+*([^=]+)=(.*)", first):
         kind = next((k.allowed for k in schema.keys() if k.name == merge[1]), "a group of keys")  # noqa: SIM118
         return f"{merge[1]}={merge[2]} must be {kind}"
@@ -183,27 +172,18 @@ def _explain(error: Exception, argv: list[str]) -> str:
     if lone := re.search(r"Error parsing override '([^=]*)'$", first):
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
-        if "=" in word and not _readable(word):
+        try:
+            OverridesParser.create().parse_overrides([word] if "=" in word else [])
+        except HydraException:
             return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
     return first
-
-
-def _readable(word: str) -> bool:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
-
-    try:
-        OverridesParser.create().parse_override(word)
-    except HydraException:
-        return False
-    return True
 
 
 def _unknown_option(group: str, name: str) -> str:
     options = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
     if group != "recipe":
-        close = difflib.get_close_matches(name, options, 1)
-        return f"unknown {group} {name!r}{_did_you_mean(close)}; allowed: {', '.join(options)}"
+        close = "".join(f" (did you mean {o!r}?)" for o in difflib.get_close_matches(name, options, 1))
+        return f"unknown {group} {name!r}{close}; allowed: {', '.join(options)}"
     asked = name.split("-")  # data set, network or size class
     near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
     return (
@@ -213,22 +193,15 @@ def _unknown_option(group: str, name: str) -> str:
     )
 
 
-def _did_you_mean(close: list[str]) -> str:
-    return f" (did you mean {close[0]!r}?)" if close else ""
-
-
-@lru_cache(1)
-def _keys() -> list[str]:
-    return list(dict.fromkeys(key.name for key in schema.keys()))  # noqa: SIM118 (no dictionary)
-
-
 def _nearest_key(word: str) -> str:
     key = word.split("=")[0].split("@")[0]
     for old, new in SPLIT.items():
         if key in (old, old.split(".")[1]):
             return f"its numbers have names of their own: {new}"
-    known = _keys()
-    if variants := [v for k in schema.keys() if k.name == key for v in k.variants]:  # noqa: SIM118 (no dictionary)
+    known: dict[str, list[str]] = {}  # its name -> the kinds of the group that have it, where not all have
+    for k in schema.keys():  # noqa: SIM118 (no dictionary)
+        known.setdefault(k.name, []).extend(k.variants)
+    if variants := known.get(key):
         return f"the one chosen has it not; only of kind {', '.join(dict.fromkeys(variants))}"
     inside = [k for k in known if k.endswith(f".{key}")]  # lr=0.1 is meant for recipe.lr
     groups = list(dict.fromkeys(k.split(".")[0] for k in known))

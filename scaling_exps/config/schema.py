@@ -8,7 +8,8 @@ import difflib
 import math
 import types
 from dataclasses import dataclass, replace
-from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin
+from functools import cache
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
@@ -61,9 +62,7 @@ class _Images(_Dataset, frozen=True, kw_only=True):
         channels = self.shape[2]
         wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
         if not len(self.mean) == len(self.std) == channels:
-            wrong.append(
-                f"dataset.mean={self.mean} and dataset.std={self.std} must have {channels} values each (channels)"
-            )
+            wrong.append(f"dataset.mean={self.mean} dataset.std={self.std} must have {channels} values each (channels)")
         return wrong
 
 
@@ -75,19 +74,15 @@ class ImageDataset(_Images, frozen=True, kw_only=True, tag="images"):
     label_noise: Annotated[Fraction, _is("share of labels drawn at random, afresh at each occurrence")]
 
     def faults(self) -> list[str]:
-        sizes = {"train_size": self.train_size, "test_size": self.test_size}
-        return super().faults() + [
-            f"dataset.{k}=null: {self.name} needs a number" for k, v in sizes.items() if v is None
-        ]
+        lacking = [k for k in ("train_size", "test_size") if getattr(self, k) is None]
+        return super().faults() + [f"dataset.{k}=null: {self.name} needs a number" for k in lacking]
 
 
 class FileDataset(_Images, frozen=True, kw_only=True, tag="files"):
     """Images that are decoded as they are needed."""
 
     name: Literal["imagenet", "imagefolder"]
-    area: Annotated[
-        list[Fraction], _is("smallest and largest share of the image in a random crop", min_length=2, max_length=2)
-    ]
+    area: Annotated[list[Fraction], _is("least and largest share of an image in a crop", min_length=2, max_length=2)]
     resize: Annotated[Positive, _is("shorter side of a test image before its central crop", "pixels")]
 
     def faults(self) -> list[str]:
@@ -146,9 +141,7 @@ class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
     def faults(self) -> list[str]:
         wrong = [f"model.depth={self.depth} must be 6n + 2: 8, 14, 20, ..."] if (self.depth - 2) % 6 else []
         if self.norm == "group" and self.width % 4:
-            wrong.append(
-                f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4 channels)"
-            )
+            wrong.append(f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4)")
         return wrong
 
 
@@ -175,9 +168,7 @@ class Timm(_Model, frozen=True, kw_only=True, tag="timm"):
 class Custom(_Model, frozen=True, kw_only=True, tag="custom"):
     """Your own network: a function that returns a torch.nn.Module."""
 
-    factory: Annotated[
-        str | None, _is("package.module:function; called with shape=(H, W, C), classes=K or vocab=V, context=T")
-    ]
+    factory: Annotated[str | None, _is("package.module:function of shape=(H, W, C), classes or vocab, context")]
     options: Annotated[dict[str, Any], _is("further keywords of the function")]
     norm: Annotated[Norm, _is(ANY_NORM)]
 
@@ -216,6 +207,7 @@ Model = ResNet | ResNet50 | VGG16 | Timm | Custom | GPT | Roberta
 Trainable = Literal["adam", "adamw", "rmsprop", "invariant_adam", "paper_adam", "paper_rmsprop", "sgd"]
 assert set(get_args(Trainable)) == {name for name, o in OPTIMIZERS.items() if o.trainable}
 Beta = Annotated[float, _is("", ge=0, lt=1)]
+Strength = Annotated[float, _is("", ge=0, le=10**6)]
 
 
 class Recipe(Group, frozen=True, kw_only=True):
@@ -228,11 +220,10 @@ class Recipe(Group, frozen=True, kw_only=True):
     beta1: Annotated[Beta | None, _is("decay of the average of gradients (Adam), a step; null: not tuned")]
     beta2: Annotated[Beta | None, _is("decay of the average of squared gradients, a step; null: not tuned")]
     momentum: Annotated[Beta | None, _is("of SGD, a step; null: not tuned")]
-    eps: Annotated[float, _is("added to the root of the second moment", "gradient", ge=0, le=10**6)]
-    l2: Annotated[float, _is("weight decay inside the gradient (all but adamw and invariant_adam)", ge=0, le=10**6)]
+    eps: Annotated[Strength, _is("added to the root of the second moment", "gradient")]
+    l2: Annotated[Strength, _is("weight decay inside the gradient (all but adamw and invariant_adam)")]
     decoupled_decay: Annotated[
-        float,
-        _is("weight decay outside the gradient, lr times this a step (adamw, invariant_adam)", ge=0, le=10**6),
+        Strength, _is("weight decay outside the gradient, lr times this a step (adamw, invariant_adam)")
     ]
     epochs: Annotated[Annotated[float, _is("", gt=0, le=10**6)] | None, _is("duration; give it or samples", "epochs")]
     samples: Annotated[Examples | None, _is("duration; give it or epochs", "examples")]
@@ -245,16 +236,12 @@ class Recipe(Group, frozen=True, kw_only=True):
     milestones_fraction: Annotated[list[Fraction], _is("where decay=milestones lowers the rate")]
     gamma: Annotated[float, _is("what a milestone multiplies the rate by", gt=0, le=1)]
     freeze_last: Annotated[bool, _is("keep the last linear layer at N(0, 0.01^2), as the authors' VGG")]
-    statistics_samples: Annotated[
-        Examples, _is("training examples on which BN's evaluation statistics are recomputed", "examples")
-    ]
+    statistics_samples: Annotated[Examples, _is("training examples for BN's evaluation statistics", "examples")]
 
     def faults(self) -> list[str]:
         wrong = []
         if (self.epochs is None) == (self.samples is None):
-            wrong.append(
-                f"recipe.epochs={self.epochs}, recipe.samples={self.samples}: give exactly one, the other null"
-            )
+            wrong.append(f"recipe.epochs={self.epochs} recipe.samples={self.samples}: give exactly one, the other null")
         if self.warmup == "geometric" and self.warmup_from == 0:
             wrong.append("recipe.warmup_from=0.0 must be > 0 for recipe.warmup=geometric")
         if self.decay == "inverse_sqrt" and self.warmup_fraction == 0:  # its peak would be that of the first step
@@ -264,9 +251,7 @@ class Recipe(Group, frozen=True, kw_only=True):
 
 # ---- where and how it runs ----
 
-Devices = Annotated[
-    Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: as many as the machine and the batch allow")
-]
+Devices = Annotated[Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: the most that fit")]
 
 
 class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local"):
@@ -275,10 +260,7 @@ class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local
     devices: Devices
     parallel: Annotated[Positive, _is("runs of a sweep side by side")]
     compile: Annotated[bool, _is("torch.compile the network")]
-    minutes: Annotated[
-        Minutes | None,
-        _is("after so long, runs save and stop; the same command goes on. null: no limit", "minutes"),
-    ]
+    minutes: Annotated[Minutes | None, _is("after so long runs save and stop; null: no limit", "minutes")]
 
 
 class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm"):
@@ -300,9 +282,7 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     qos: Annotated[str | None, _is("sbatch --qos")]
     constraint: Annotated[str | None, _is("sbatch --constraint")]
     exclude: Annotated[str | None, _is("sbatch --exclude")]
-    sbatch: Annotated[
-        dict[str, str | int | bool], _is("further options of sbatch: {gres: 'gpu:a100:1', exclusive: true}")
-    ]
+    sbatch: Annotated[dict[str, str | int | bool], _is("further options: {gres: 'gpu:a100:1', exclusive: true}")]
     setup: Annotated[list[str], _is("lines of the job script before srun: module load cuda")]
     container: Annotated[list[str], _is("words put before python: [apptainer, exec, --nv, image.sif]")]
     python: Annotated[str | None, _is("on the nodes; null: the one that submits")]
@@ -311,12 +291,10 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     dry_run: Annotated[bool, _is("print the job scripts, and submit nothing")]
 
     def faults(self) -> list[str]:
-        if self.signal_seconds >= 60 * self.minutes:
-            return [
-                f"launch.signal_seconds={self.signal_seconds} must be below the time limit, "
-                f"{60 * self.minutes} s (launch.minutes={self.minutes})"
-            ]
-        return []
+        limit = 60 * self.minutes
+        if self.signal_seconds < limit:
+            return []
+        return [f"launch.signal_seconds={self.signal_seconds} must be below the time limit, {limit} s (launch.minutes)"]
 
 
 Launch = LocalLaunch | SlurmLaunch
@@ -329,10 +307,7 @@ class Measure(Group, frozen=True, kw_only=True):
     train_records: Annotated[Positive, _is("each is the mean loss of the samples since the last")]
     noise: Annotated[
         Literal["auto", "free", "full", "none"],
-        _is(
-            "gradient noise: free (of the micro-batches of a step), full (of examples of its own), "
-            "auto (free where a step has several micro-batches, else full)"
-        ),
+        _is("gradient noise: free (of a step's micro-batches), full (of examples of its own), auto (free, else full)"),
     ]
     noise_records: Annotated[Positive, _is("measurements of the noise, evenly spaced in samples")]
     noise_examples: Annotated[
@@ -378,6 +353,7 @@ class Wandb(Group, frozen=True, kw_only=True):
 Ell = Annotated[int, _is("", ge=1, le=10**3)]
 Name = Annotated[str, _is("", min_length=1)]
 Seed = Annotated[int, _is("", ge=0, lt=2**31)]
+NoiseScale = Annotated[float, _is("", gt=0, le=10**15)]
 
 
 class Config(Group, frozen=True, kw_only=True):
@@ -394,26 +370,14 @@ class Config(Group, frozen=True, kw_only=True):
     wandb: Wandb
     batch: Annotated[
         Batch | list[Batch] | None,
-        _is(
-            "examples per optimizer step over all devices and accumulation; null: the recipe's; a list is a sweep",
-            "examples",
-        ),
+        _is("examples of a step, on all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
     ]
     seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
-    goal: Annotated[
-        Literal["match", "best"], _is("which default rule: the base run (match), or the best at this batch (best)")
-    ]
-    rule: Annotated[
-        Name | list[Name] | None, _is("scaling rule; null: the optimizer's default for the goal; a list is a sweep")
-    ]
-    tested: Annotated[
-        list[Name] | None, _is("rules under test, all others are controls; null: by the rules' own goals")
-    ]
+    goal: Annotated[Literal["match", "best"], _is("default rule: for the same run (match), or the best at this batch")]
+    rule: Annotated[Name | list[Name] | None, _is("scaling rule; null: the default for the goal; a list is a sweep")]
+    tested: Annotated[list[Name] | None, _is("rules under test, others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
-    noise_scale: Annotated[
-        Annotated[float, _is("", gt=0, le=10**15)] | None,
-        _is("measured B_noise, for the rules that need it", "examples"),
-    ]
+    noise_scale: Annotated[NoiseScale | None, _is("measured B_noise, for the rules that need it", "examples")]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
     precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
@@ -426,36 +390,50 @@ class Config(Group, frozen=True, kw_only=True):
 
 # ---- reading plain values ----
 
-G = TypeVar("G", bound=Group)
 
-
-def build(kind: type[G], raw: Any) -> G:
-    """Plain values as the group `kind`, checked.
+def build(kind: Any, raw: Any, key: str = "") -> Any:
+    """Plain values as a group of the type `kind` (or the one of a union that `raw` names), checked.
 
     Raises:
         ConfigError: with every fault, one a line.
     """
     faults: list[str] = []
-    value: G | None = _group(kind, raw, "", faults)
-    if faults or value is None:
+    value = _value(kind, raw, key, faults)
+    if faults:
         raise ConfigError("\n".join(faults))
     return value
 
 
-def _group(kind: type[Group], raw: Any, prefix: str, faults: list[str]) -> Any:
-    if not isinstance(raw, dict):
-        name = prefix.rstrip(".")
-        faults.append(f"{name}={raw!r} must be a group of keys, or the name of an option of the group {name!r}")
+def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
+    if groups := _groups(kind):
+        return _group(groups, raw, key, faults)
+    try:
+        value = msgspec.convert(raw, kind)
+        if not _sound(value):
+            raise msgspec.ValidationError
+        return value
+    except msgspec.ValidationError:
+        meaning = _annotations(kind)[1].get("description")
+        quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
+        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else "") + quoted)
+        return None
+
+
+def _group(groups: list[type[Group]], raw: Any, key: str, faults: list[str]) -> Any:
+    tag, by = groups[0].__struct_config__.tag_field, {g.__struct_config__.tag: g for g in groups}
+    kind = by.get(raw.get(tag) if tag else None) if isinstance(raw, dict) else None
+    if kind is None:
+        given = f"{key}.{tag}={raw.get(tag)!r}" if isinstance(raw, dict) else f"{key}={raw!r}"
+        options = "one of " + ", ".join(map(str, by)) if tag else "a group of keys, or the name of one of its options"
+        faults.append(f"{given} must be {options}")
         return None
     fields = {f.name: f for f in msgspec.structs.fields(kind)}
-    tag = kind.__struct_config__.tag_field
-    before = len(faults)
+    prefix, before = key and key + ".", len(faults)
     for name in sorted(set(raw) - set(fields) - {tag}):
         close = difflib.get_close_matches(str(name), fields, 1)
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
-        faults.append(
-            f"unknown key {prefix + str(name)!r}{hint}; allowed: {', '.join(n for n in fields if n != 'words')}"
-        )
+        known = ", ".join(n for n in fields if n != "words")
+        faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {known}")
     if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
         faults.append(f"missing: {', '.join(missing)}; give them")
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}
@@ -466,35 +444,9 @@ def _group(kind: type[Group], raw: Any, prefix: str, faults: list[str]) -> Any:
     return group
 
 
-def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
-    if groups := _groups(kind):
-        if len(groups) == 1:
-            return _group(groups[0], raw, key + ".", faults)
-        by = {g.__struct_config__.tag: g for g in groups}
-        field = groups[0].__struct_config__.tag_field
-        chosen = by.get(raw.get(field)) if isinstance(raw, dict) else None
-        if chosen is None:
-            given = f"{key}.{field}={raw.get(field)!r}" if isinstance(raw, dict) else f"{key}={raw!r}"
-            faults.append(f"{given} must be one of {', '.join(map(str, by))}")
-            return None
-        return _group(chosen, raw, key + ".", faults)
-    try:
-        value = msgspec.convert(raw, kind)
-        if not _sound(value):
-            raise msgspec.ValidationError
-        return value
-    except msgspec.ValidationError:
-        meaning = _described(kind)
-        quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
-        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else "") + quoted)
-        return None
-
-
 def _groups(kind: Any) -> list[type[Group]]:
     """The groups that a field may hold; none for a plain value."""
-    if isinstance(kind, type) and issubclass(kind, Group):
-        return [kind]
-    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else ()
+    members = get_args(kind) if get_origin(kind) in (Union, types.UnionType) else (kind,)
     return [m for m in members if isinstance(m, type) and issubclass(m, Group)]
 
 
@@ -507,38 +459,43 @@ def _sound(value: Any) -> bool:
     return "\0" not in value if isinstance(value, str) else not isinstance(value, float) or math.isfinite(value)
 
 
+# ---- describing types ----
+
+
+def _annotations(kind: Any) -> tuple[Any, dict[str, Any]]:
+    """A type without its annotations, and all that these say of it."""
+    if get_origin(kind) is not Annotated:
+        return kind, {}
+    names = ("ge", "gt", "le", "lt", "min_length", "max_length", "description", "extra")
+    metas = kind.__metadata__
+    return get_args(kind)[0], {n: x for m in metas for n in names if (x := getattr(m, n)) not in (None, "")}
+
+
 def allowed(kind: Any) -> str:
     """What a value of this type may be, in words.
 
     >>> allowed(Annotated[float, msgspec.Meta(gt=0, le=1)] | None)
     'a number in (0, 1], or null'
     """
-    limits: dict[str, Any] = {}
-    while get_origin(kind) is Annotated:
-        kind, *metas = get_args(kind)
-        for meta in metas:
-            names = ("ge", "gt", "le", "lt", "min_length", "max_length")
-            limits |= {n: getattr(meta, n) for n in names if getattr(meta, n) is not None}
-    if get_origin(kind) in (Union, types.UnionType):
-        return ", or ".join(allowed(k) for k in sorted(get_args(kind), key=lambda k: k is type(None)))
-    if get_origin(kind) is Literal:
-        return "one of " + ", ".join(map(str, get_args(kind))) if len(get_args(kind)) > 1 else str(get_args(kind)[0])
-    if get_origin(kind) is list:
-        inner = allowed(get_args(kind)[0]).removeprefix("an ").removeprefix("a ")
+    kind, limits = _annotations(kind)
+    origin, inside = get_origin(kind), get_args(kind)
+    if origin in (Union, types.UnionType):
+        return ", or ".join(map(allowed, sorted(inside, key=lambda k: k is type(None))))
+    if origin is Literal:
+        return "one of " * (len(inside) > 1) + ", ".join(map(str, inside))
+    if origin is list:
         least, most = limits.get("min_length"), limits.get("max_length")
         count = "" if least is None else f" of {least}" if least == most else " of at least one"
-        return f"a list{count}, each {inner}"
+        return f"a list{count}, each {allowed(inside[0]).removeprefix('an ').removeprefix('a ')}"
+    if kind is str and "min_length" in limits:
+        return "text that is not empty"
     words = {int: "an integer", float: "a number", str: "text", bool: "true or false", type(None): "null"}
     name = words.get(kind, "keywords {KEY:VALUE}")
-    if kind is str and limits.get("min_length"):
-        return "text that is not empty"
-    low = next((_short(limits[n]) for n in ("ge", "gt") if n in limits), None)
-    high = next((_short(limits[n]) for n in ("le", "lt") if n in limits), None)
-    if low is None:
-        return name
-    if high is None:
-        return f"{name} {'>=' if 'ge' in limits else '>'} {low}"
-    return f"{name} in {'[' if 'ge' in limits else '('}{low}, {high}{']' if 'le' in limits else ')'}"
+    low = next((text + _short(limits[n]) for n, text in (("ge", "["), ("gt", "(")) if n in limits), "")
+    high = next((_short(limits[n]) + text for n, text in (("le", "]"), ("lt", ")")) if n in limits), "")
+    if low and not high:
+        return f"{name} {'>=' if low[0] == '[' else '>'} {low[1:]}"
+    return f"{name} in {low}, {high}" if low else name
 
 
 def _short(limit: float) -> str:
@@ -547,11 +504,6 @@ def _short(limit: float) -> str:
         return str(limit)
     base = 10 if str(limit).strip("0") == "1" else 2
     return f"{base}^{round(math.log(limit, base))}"
-
-
-def _described(kind: Any) -> str:
-    metas = get_args(kind)[1:] if get_origin(kind) is Annotated else ()
-    return next((m.description for m in metas if m.description), "")
 
 
 @dataclass(frozen=True)
@@ -565,18 +517,17 @@ class Key:
     variants: tuple[str, ...] = ()
 
 
+@cache
 def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
     """Every key of the configuration, in the order of the schema; one that means several things, once for each."""
     rows: list[Key] = []
     for field in msgspec.structs.fields(kind):
-        groups = _groups(field.type)
-        if not groups and _described(field.type):
-            metas = get_args(field.type)[1:]
-            unit = next((m.extra["unit"] for m in metas if m.extra and m.extra["unit"]), "")
-            rows.append(Key(prefix + field.name, allowed(field.type), unit, _described(field.type)))
+        name, (_, said), groups = prefix + field.name, _annotations(field.type), _groups(field.type)
+        if "description" in said:
+            rows.append(Key(name, allowed(field.type), said["extra"]["unit"], said["description"]))
         tags: dict[Key, list[str]] = {}
         for group in groups:
-            for key in keys(group, f"{prefix}{field.name}."):
+            for key in keys(group, f"{name}."):
                 tags.setdefault(key, []).append(str(group.__struct_config__.tag))
         order = list(dict.fromkeys(key.name for key in tags))
         for key in sorted(tags, key=lambda k: order.index(k.name)):

@@ -30,9 +30,7 @@ KINDS: dict[type[Dataset], tuple[Any, Any]] = {  # what loads it, its stream
 def load(dataset: Dataset, path: str | None) -> Any:
     """The data of the `dataset` group of the config, converted if need be and checked against it.
 
-    Args:
-        dataset: the group.
-        path: of the raw data, or None for the embedded or the data home's.
+    `path` is that of the raw data; None is the embedded one's or the data home's.
 
     Raises:
         DataError: nothing there, unreadable, or of other sizes than the config says.
@@ -40,18 +38,13 @@ def load(dataset: Dataset, path: str | None) -> Any:
     return KINDS[type(dataset)][0](dataset, path)
 
 
-def stream(dataset: Dataset, path: str | None, seed: int, device: torch.device, purpose: str = "train") -> Stream:
+def stream(dataset: Dataset, path: str | None, seed: int, device: torch.device) -> Stream:
     """The training stream of one seed, and its test set; arguments as in `load` and `Stream`."""
-    return KINDS[type(dataset)][1](load(dataset, path), dataset, seed, device, purpose)
+    return KINDS[type(dataset)][1](load(dataset, path), dataset, seed, device)
 
 
 def check_content(dataset: Dataset, content: str, path: str | None) -> None:
-    """Refuse data that is not what a run was planned with.
-
-    Args:
-        dataset: of the run.
-        content: its fingerprint when the run was planned, see `sources.fingerprint`.
-        path: of the raw data on this machine, or None.
+    """Refuse data whose fingerprint is not `content`, the one that a run was planned with; see `sources.fingerprint`.
 
     Raises:
         DataError: the data holds something else, or cannot be read.

@@ -20,7 +20,7 @@ import numpy as np
 
 from scaling_exps.config import TokenDataset
 from scaling_exps.data.store import bar, keep
-from scaling_exps.sources import TEXTS, DataError, cache, content, need, no_tokenizer, text_files, tokenizer_content
+from scaling_exps.sources import DataError, cache, content, need, no_tokenizer, text_files, tokenizer_content
 
 TEST_SHARE = 20  # one document in so many is test, where a corpus comes without a test part
 PART = re.compile(r"(train|valid(?:ation)?|val|test)(?![a-z])")  # how a file's name says its part: no testament.txt
@@ -33,10 +33,7 @@ Encode = Callable[[list[bytes]], Iterable[np.ndarray]]
 
 @dataclass(frozen=True)
 class Tokens:
-    """A converted corpus: memory-mapped, one-dimensional.
-
-    bytes_per_token: of the test part's text. fingerprint: of the tokens themselves.
-    """
+    """A converted corpus: memory-mapped, one-dimensional. bytes_per_token: of the test part's text."""
 
     train: np.ndarray
     test: np.ndarray
@@ -46,26 +43,14 @@ class Tokens:
 
 
 def load(dataset: TokenDataset, path: str | None) -> Tokens:
-    """The corpus as tokens, converted now if it was not before.
-
-    Args:
-        dataset: the `dataset` group of the config; `vocab` is what a trained tokenizer gets, what any other must fit.
-        path: file or folder of the raw text; None is the data home's (stdlib is embedded).
-
-    Raises:
-        DataError: nothing there, unreadable, a tokenizer that needs a larger vocabulary, or fewer sequences than the
-            config says.
-    """
-    if dataset.name not in TEXTS:
-        raise DataError(f"unknown dataset {dataset.name!r}; allowed: {', '.join(TEXTS)}")
+    """The corpus as tokens, see `data.load`. A trained tokenizer gets `dataset.vocab` ids, any other must fit it."""
     if dataset.tokenizer == "bytes" and dataset.vocab != 256:
         raise DataError(f"dataset.vocab={dataset.vocab}: the tokenizer `bytes` has 256 ids; use dataset.vocab=256")
     files = text_files(dataset.name, path)
     held = tokenizer_content(dataset.tokenizer, dataset.tokenizer_revision)
     identity = json.dumps([2, content(files), dataset.tokenizer, held, dataset.vocab])
     folder = cache() / f"{dataset.name}-{hashlib.sha256(identity.encode()).hexdigest()[:12]}"
-    if not folder.exists():
-        keep(folder, lambda aside: _convert(files, dataset.tokenizer, held, dataset.vocab, aside))
+    keep(folder, lambda aside: _convert(files, dataset.tokenizer, held, dataset.vocab, aside))
     tokens = _mapped(folder)
     for part, ids, want in (("train", tokens.train, dataset.train_size), ("test", tokens.test, dataset.test_size)):
         have = (len(ids) - (dataset.context + 1 if part == "train" else 0)) // dataset.context
@@ -143,12 +128,13 @@ def _tokenizer(name: str, revision: str, vocab: int, files: list[Path], folder: 
     if len(hub) > vocab:
         raise DataError(f"dataset.vocab={vocab}: tokenizer {name!r} has {len(hub)} ids; use dataset.vocab={len(hub)}")
     last = [hub.eos_token_id] if hub.eos_token_id is not None else []
-    return lambda texts: (
-        np.array([*ids, *last], dtype=np.int64)
-        for ids in hub([t.decode(errors="replace") for t in texts], add_special_tokens=False, verbose=False)[
-            "input_ids"
-        ]
-    )
+
+    def encode(texts: list[bytes]) -> Iterator[np.ndarray]:
+        given = [t.decode(errors="replace") for t in texts]
+        for ids in hub(given, add_special_tokens=False, verbose=False)["input_ids"]:
+            yield np.array([*ids, *last], dtype=np.int64)
+
+    return encode
 
 
 # ---- documents ----

@@ -88,12 +88,7 @@ def main(words: list[str]) -> int:
 
 
 def fetch(name: str, source: str | None = None, out: str | None = None) -> None:
-    """Bring one data set to where training finds it, checked and converted.
-
-    Args:
-        name: one of NAMES.
-        source: a file or folder to take it from; None is the hub.
-        out: folder; None is the data home's.
+    """Bring one data set of NAMES, from `source` or the hub, to `out` or the data home, checked and converted.
 
     Raises:
         DataError: unknown name, nothing to take, the hub refuses or cannot be reached, no room, or wrong content.
@@ -132,11 +127,7 @@ def _convert(name: str, path: str | None) -> None:
 
 
 def fetch_tokenizer(hub_id: str, revision: str | None) -> None:
-    """A tokenizer into the hub's cache, where training finds it; its newest commit where `revision` is None.
-
-    Raises:
-        DataError: the hub refuses or cannot be reached.
-    """
+    """A tokenizer into the hub's cache, where training finds it; its newest commit where `revision` is None."""
     auto = need("transformers", f"tokenizer {hub_id!r}").AutoTokenizer
     try:
         auto.from_pretrained(hub_id, revision=revision, local_files_only=True)
@@ -170,24 +161,23 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
     aside = folder.with_name(f".{folder.name}.partial")  # kept when a download is cut: the next one goes on with it
     aside.mkdir(parents=True, exist_ok=True)
     origin = [str(source)]
-    arrived: dict[str, Path] = {}  # by final name
-    sums: dict[str, str] = {}  # the hub's checksums
+    arrived: dict[str, tuple[Path, str | None]] = {}  # by final name; the hub's checksum
     try:
         if source is None:
-            origin = [_download(name, part, aside, arrived, sums) for part in SETS[name]]
+            origin = [_download(name, part, aside, arrived) for part in SETS[name]]
         else:
-            arrived = _copy(name, source, aside)
-        described = {final: _describe(file) for final, file in arrived.items()}
-        for final, said in sums.items():
-            if described[final]["sha256"] != said:
-                arrived[final].unlink()
+            arrived = {file.name: (file, None) for file in _copy(name, source, aside)}
+        described = {final: _describe(file) for final, (file, _) in arrived.items()}
+        for final, (file, said) in arrived.items():
+            if said not in (None, described[final]["sha256"]):
+                file.unlink()
                 raise DataError(f"{final} arrived damaged; run the same command again")
         _check(name, described)
     except BaseException:
         if source is not None or not [*aside.rglob("*.parquet"), *aside.rglob("*.incomplete")]:  # nothing to go on with
             shutil.rmtree(aside)
         raise
-    for final, file in arrived.items():
+    for final, (file, _) in arrived.items():
         os.replace(file, aside / final)
     for below in filter(Path.is_dir, [*aside.iterdir()]):
         shutil.rmtree(below)
@@ -198,8 +188,8 @@ def _bring(name: str, source: Path | None, folder: Path) -> None:
     print(f"{name}: {sum(f['rows'] for f in described.values()):,} rows in {len(described)} files, {folder}")
 
 
-def _download(name: str, part: Source, aside: Path, arrived: dict[str, Path], sums: dict[str, str]) -> str:
-    """Bring a part from the hub; add its files and their checksums to `arrived` and `sums`; repository and commit."""
+def _download(name: str, part: Source, aside: Path, arrived: dict[str, tuple[Path, str | None]]) -> str:
+    """Bring a part from the hub; add its files and their checksums to `arrived`; repository and commit."""
     revision = part.revision or config.dataset(name).revision
     folder = aside / part.repository.replace("/", "--")
     with _asking(part.repository) as hub:
@@ -213,10 +203,7 @@ def _download(name: str, part: Source, aside: Path, arrived: dict[str, Path], su
             part.repository, repo_type="dataset", revision=info.sha, allow_patterns=part.pattern, local_dir=folder
         )
     for file, f in wanted.items():
-        final = part.prefix + Path(file).name
-        arrived[final] = folder / file
-        if f.lfs is not None:
-            sums[final] = f.lfs.sha256
+        arrived[part.prefix + Path(file).name] = folder / file, f.lfs and f.lfs.sha256
     return f"{part.repository}@{info.sha}"
 
 
@@ -247,16 +234,15 @@ def _asking(what: str, otherwise: str = "give --from FOLDER with a copy of the f
 
 
 def _room(name: str, size: int, aside: Path) -> None:
-    free = shutil.disk_usage(aside).free
-    if size > free:
+    if size > (free := shutil.disk_usage(aside).free):
         raise DataError(
             f"{name} needs {size / 1e9:.1f} GB, and {str(aside.parent)!r} has {free / 1e9:.1f} GB left; make room, or "
             "give another --out=FOLDER"
         )
 
 
-def _copy(name: str, source: Path, aside: Path) -> dict[str, Path]:
-    """Parquet files that lie below `source`, or an image folder, which is packed into parquet files; by name."""
+def _copy(name: str, source: Path, aside: Path) -> list[Path]:
+    """Parquet files that lie below `source`, or an image folder, which is packed into parquet files."""
     if not source.is_dir():
         raise DataError(f"--from {str(source)!r} is no folder")
     heads = tuple(sorted({head for part in SETS[name] for head in part.rows}))
@@ -270,7 +256,7 @@ def _copy(name: str, source: Path, aside: Path) -> dict[str, Path]:
     _room(name, sum(f.stat().st_size for f in parquet), aside)
     for f in parquet:
         shutil.copyfile(f, aside / f.name)
-    return {f.name: f for f in sorted(aside.glob("*.parquet"))}
+    return sorted(aside.glob("*.parquet"))
 
 
 def _pack(images: files.Files, aside: Path) -> None:
@@ -309,16 +295,13 @@ def _check(name: str, described: dict[str, dict[str, Any]]) -> None:
     """Refuse files, described by their names, that are not those of a data set."""
     for part in SETS[name]:
         for head, rows in part.rows.items():
-            have = 0
-            for file, f in described.items():
-                if not file.startswith(head):
-                    continue
+            group = {file: f for file, f in described.items() if file.startswith(head)}
+            for file, f in group.items():
                 if not f["columns"]:
                     raise DataError(f"{file} is no whole parquet file; fetch {name} again")
                 if lacking := [c for c in part.columns if c not in f["columns"]]:
                     raise DataError(f"{file} has the columns {f['columns']}, and {name} needs {lacking[0]!r}")
-                have += f["rows"]
-            if have != rows:
+            if (have := sum(f["rows"] for f in group.values())) != rows:
                 raise DataError(
                     f"{name} has {rows:,} rows in {head}*.parquet, and here are {have:,}: a file is missing, or it is "
                     "another data set (train on it with dataset.path=FOLDER and its sizes)"

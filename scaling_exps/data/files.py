@@ -11,7 +11,7 @@ import io
 import math
 import os
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache, partial
 from pathlib import Path
@@ -59,23 +59,15 @@ class Files:
 
 
 class FileStream(Stream):
-    """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test.
+    """A stream over image files: random resized crop and flip by the sample's index; the central crop for the test."""
 
-    Args:
-        files: of the data set.
-        dataset: the `dataset` group of the config.
-        seed, device, purpose: see Stream.
-    """
-
-    def __init__(
-        self, files: Files, dataset: FileDataset, seed: int, device: torch.device, purpose: str = "train"
-    ) -> None:
-        super().__init__(len(files.train.labels), len(files.test.labels), seed, device, purpose)
+    def __init__(self, files: Files, dataset: FileDataset, seed: int, device: torch.device) -> None:
+        super().__init__(len(files.train.labels), len(files.test.labels), seed, device)
         self.files, self.fingerprint = files, files.fingerprint
         self.height, self.width, _ = dataset.shape
         self.area, self.flip, self.resize = dataset.area, dataset.flip, dataset.resize
         self._normalise = Normalise(dataset.mean, dataset.std, device)
-        self._ahead: tuple[tuple[int, int], _Decoding] | None = None
+        self._ahead: tuple[tuple[int, int], Callable[[], Tensor]] | None = None
 
     def sibling(self, seed: int, purpose: str) -> Self:
         other = super().sibling(seed, purpose)
@@ -117,12 +109,10 @@ class FileStream(Stream):
         left, top = round((w - self.width) / 2), round((h - self.height) / 2)  # as torchvision's CenterCrop
         return np.asarray(image.crop((left, top, left + self.width, top + self.height)))
 
-    def _decode_train(self, start: int, stop: int) -> _Decoding:
-        rows = self.indices(start, stop)
-        work = [
-            (self._train_image, row, *crop) for row, crop in zip(rows.tolist(), self.crops(start, stop), strict=True)
-        ]
-        return _Decoding(work, (self.height, self.width), self.device)
+    def _decode_train(self, start: int, stop: int) -> Callable[[], Tensor]:
+        rows, crops = self.indices(start, stop).tolist(), self.crops(start, stop)
+        work = [(self._train_image, row, *crop) for row, crop in zip(rows, crops, strict=True)]
+        return _decoding(work, (self.height, self.width), self.device)
 
     def prefetch(self, start: int, stop: int) -> None:
         """Begin to decode samples start..stop-1; one such slice is kept."""
@@ -131,8 +121,8 @@ class FileStream(Stream):
     def pixels(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Augmented pixels, uint8 (n, H, W, 3), and labels, int64 (n,), of samples start..stop-1; on the host."""
         ahead, self._ahead = self._ahead, None
-        decoding = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._decode_train(start, stop)
-        return decoding.result(), self.files.train.labels[self.indices(start, stop)]
+        decoded = ahead[1] if ahead is not None and ahead[0] == (start, stop) else self._decode_train(start, stop)
+        return decoded(), self.files.train.labels[self.indices(start, stop)]
 
     def batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Normalised float32 images (n, 3, H, W), channels_last in memory, and labels, of samples start..stop-1.
@@ -144,35 +134,34 @@ class FileStream(Stream):
 
     def test_batch(self, start: int, stop: int) -> tuple[Tensor, Tensor]:
         """Test images start..stop-1, normalised, and their labels; shorter at the end."""
-        rows = range(start, min(stop, self.test_size))
-        decoding = _Decoding([(self._test_image, row) for row in rows], (self.height, self.width), self.device)
-        return self._ready(decoding.result(), self.files.test.labels[start:stop])
+        work = [(self._test_image, row) for row in range(start, min(stop, self.test_size))]
+        decoded = _decoding(work, (self.height, self.width), self.device)
+        return self._ready(decoded(), self.files.test.labels[start:stop])
 
     def _ready(self, pixels: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
         return self._normalise(pixels.to(self.device, non_blocking=True)), labels.to(self.device, non_blocking=True)
 
 
-class _Decoding:
-    """Images on their way into one tensor, uint8 (n, H, W, 3); pinned where a GPU will read it."""
+def _decoding(work: list[tuple[Any, ...]], size: tuple[int, int], device: torch.device) -> Callable[[], Tensor]:
+    """Begin to make images, each by the function and arguments of a row of `work`; what waits for all of them.
 
-    def __init__(self, work: list[tuple[Any, ...]], size: tuple[int, int], device: torch.device) -> None:
-        self.out = torch.empty((len(work), *size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
-        into = self.out.numpy()
+    They come as one tensor, uint8 (n, H, W, 3); pinned where a GPU will read it.
+    """
+    out = torch.empty((len(work), *size, 3), dtype=torch.uint8, pin_memory=device.type == "cuda")
+    into = out.numpy()
 
-        def one(k: int) -> None:
-            make, *given = work[k]
-            into[k] = make(*given)
+    def one(k: int) -> None:
+        make, *given = work[k]
+        into[k] = make(*given)
 
-        self.pending: list[Future[None]] = [_pool().submit(one, k) for k in range(len(work))]
+    ends = _pool().map(one, range(len(work)))  # its iterator raises the first failure and cancels the rest
 
-    def result(self) -> Tensor:
-        try:
-            for future in self.pending:
-                future.result()
-        finally:
-            for future in self.pending:
-                future.cancel()
-        return self.out
+    def result() -> Tensor:
+        for _ in ends:
+            pass
+        return out
+
+    return result
 
 
 @lru_cache(1)
@@ -225,21 +214,14 @@ def random_crop(width: int, height: int, area: list[float], aspect: list[float],
 
 
 def load(dataset: FileDataset, path: str | None) -> Files:
-    """The files of the `dataset` group of the config; nothing is decoded.
+    """The files, see `data.load`; nothing is decoded.
 
-    Args:
-        dataset: the group. A size below what there is takes the first so many of a fixed shuffle, since files lie
-            sorted by class.
-        path: folder of the raw data, or None for the data home's.
-
-    Raises:
-        DataError: nothing there, unreadable, fewer images or more classes than the config says.
+    A size below what there is takes the first so many of a fixed shuffle, since files lie sorted by class.
     """
     files = listing(str(raw_folder(dataset.name, path).resolve()), dataset.name)
     parts = {}
-    for which, part, want in (
-        ("train", files.train, dataset.train_size), ("test", files.test, dataset.test_size),
-    ):  # fmt: skip
+    wanted = {"train": (files.train, dataset.train_size), "test": (files.test, dataset.test_size)}
+    for which, (part, want) in wanted.items():
         have = len(part.labels)
         if want is not None and want > have:
             raise DataError(f"dataset.{which}_size={want}: there are only {have} {which} images")
@@ -268,9 +250,8 @@ def listing(folder: str, name: str) -> Files:
     if strange := set(_class_folders(test)) - set(classes):
         raise DataError(f"{str(test)!r} has the class {min(strange)!r}, which {str(root / 'train')!r} has not")
     digest = hashlib.sha256()
-    return Files(
-        _folder(root / "train", classes, digest), _folder(test, classes, digest), digest.hexdigest()[:16]
-    )  # in this order: the digest reads both
+    train, held_out = (_folder(part, classes, digest) for part in (root / "train", test))
+    return Files(train, held_out, digest.hexdigest()[:16])
 
 
 def _class_folders(folder: Path) -> list[str]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import shutil
 from dataclasses import dataclass, fields
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,7 @@ from torch import Tensor
 from scaling_exps.config import ImageDataset
 from scaling_exps.data.store import bar, keep
 from scaling_exps.data.stream import Stream, random_bits, uniform
-from scaling_exps.sources import DataError, cache, content, need, no_path_if_embedded, raw_folder
+from scaling_exps.sources import DataError, cache, content, need, raw_folder
 
 
 @dataclass(frozen=True)
@@ -40,18 +40,10 @@ class Normalise:
 
 
 class ImageStream(Stream):
-    """A stream over resident images: padded crop, flip, and label noise by the sample's index.
+    """A stream over resident images: padded crop, flip, and label noise by the sample's index."""
 
-    Args:
-        images: decoded images.
-        dataset: the `dataset` group of the config.
-        seed, device, purpose: see Stream.
-    """
-
-    def __init__(
-        self, images: Images, dataset: ImageDataset, seed: int, device: torch.device, purpose: str = "train"
-    ) -> None:
-        super().__init__(len(images.train), len(images.test), seed, device, purpose)
+    def __init__(self, images: Images, dataset: ImageDataset, seed: int, device: torch.device) -> None:
+        super().__init__(len(images.train), len(images.test), seed, device)
         self.shift, self.flip, self.noise = dataset.shift, dataset.flip, dataset.label_noise
         self.classes = dataset.classes
         self.height, self.width, self.channels = dataset.shape
@@ -99,18 +91,8 @@ class ImageStream(Stream):
 
 
 def load(dataset: ImageDataset, path: str | None) -> Images:
-    """The decoded images of the `dataset` group of the config; decoded once, then read from the cache.
-
-    Args:
-        dataset: the group.
-        path: folder of the raw data, or None for the embedded one or the data home's.
-
-    Raises:
-        DataError: nothing there, unreadable, or of other sizes than the config says.
-    """
-    if dataset.name not in LOADERS:
-        raise DataError(f"unknown dataset {dataset.name!r}; allowed: {', '.join(LOADERS)}")
-    images = LOADERS[dataset.name](path)
+    """The decoded images, see `data.load`; decoded once, then read from the cache."""
+    images = _digits() if dataset.name == "digits" else _cifar10(path)
     if list(images.train.shape[1:]) != list(dataset.shape):
         raise DataError(f"dataset.shape={list(dataset.shape)}, but the images are {list(images.train.shape[1:])}")
     n, m = dataset.train_size, dataset.test_size
@@ -125,9 +107,8 @@ def load(dataset: ImageDataset, path: str | None) -> Images:
 # ---- digits ----
 
 
-def _digits(path: str | None) -> Images:
+def _digits() -> Images:
     """8x8 counts in 0..16 and labels of 1,797 digits, as scikit-learn's load_digits has them; see DIGITS."""
-    no_path_if_embedded("digits", path)
     with np.load(DIGITS) as file:
         counts, labels = torch.from_numpy(file["images"]), torch.from_numpy(file["labels"]).long()
     pixels = (counts.double() * (255 / 16)).round().to(torch.uint8).unsqueeze(-1)
@@ -146,22 +127,20 @@ DIGITS = Path(__file__).with_name("digits.npz")
 
 def _cifar10(path: str | None) -> Images:
     folder = raw_folder("cifar10", path)
-    files: dict[str, list[Path]] = {}
-    for part in ("train", "test"):
-        files[part] = sorted(p.resolve() for p in folder.glob(f"{part}*.parquet"))
-        if not files[part]:
+    files = {part: sorted(p.resolve() for p in folder.glob(f"{part}*.parquet")) for part in ("train", "test")}
+    for part, shards in files.items():
+        if not shards:
             raise DataError(
                 f"no {part}*.parquet in {str(folder)!r}: dataset.path must be a folder of CIFAR-10 parquet files as "
                 "the hub's uoft-cs/cifar10 has them"
             )
     decoded = cache() / f"cifar10-{content([*files['train'], *files['test']])}"
-    if not decoded.exists():
-        keep(decoded, lambda aside: _decode_cifar10(files, aside))
+    keep(decoded, partial(_decode_cifar10, files))
     try:
         return _mapped(decoded)
     except (OSError, ValueError):  # damaged since
         shutil.rmtree(decoded)
-        keep(decoded, lambda aside: _decode_cifar10(files, aside))
+        keep(decoded, partial(_decode_cifar10, files))
         return _mapped(decoded)
 
 
@@ -173,31 +152,22 @@ def _mapped(folder: Path) -> Images:
 
 
 def _decode_cifar10(files: dict[str, list[Path]], into: Path) -> None:
-    import datasets
-
-    pillow = need("PIL.Image", "dataset=cifar10")
+    pillow, parquet = need("PIL.Image", "dataset=cifar10"), need("pyarrow.parquet", "dataset=cifar10")
     arrays: dict[str, np.ndarray] = {}
     try:
-        parts = datasets.load_dataset(
-            "parquet", data_files={k: [str(f) for f in v] for k, v in files.items()}, cache_dir=str(cache() / "arrow")
-        )
-        for part in ("train", "test"):
-            rows = parts[part]
+        for part, shards in files.items():
+            rows = parquet.read_table(shards)
             column = next(c for c in ("img", "image") if c in rows.column_names)
-            cells = rows.cast_column(column, datasets.Image(decode=False)).data.column(column).to_pylist()
             decoded = []
-            with bar(f"decoding {part}", len(cells)) as advance:
-                for cell in cells:
+            with bar(f"decoding {part}", len(rows)) as advance:
+                for cell in rows.column(column).to_pylist():
                     decoded.append(np.asarray(pillow.open(io.BytesIO(cell["bytes"])).convert("RGB")))
                     advance(1)
-            arrays |= {part: np.stack(decoded), f"{part}_labels": np.array(rows["label"][:], dtype=np.int64)}
-    except Exception as e:  # datasets raises its own kinds for a corrupt file, a missing column
+            arrays |= {part: np.stack(decoded), f"{part}_labels": rows.column("label").to_numpy().astype(np.int64)}
+    except Exception as e:  # pyarrow and PIL have kinds of their own for every damage
         raise DataError(
             f"cannot read CIFAR-10 from the files {[str(f) for p in files.values() for f in p]}: {type(e).__name__}: "
             f"{str(e).splitlines()[0] if str(e) else e!r}. Fetch them again, or give another dataset.path=FOLDER"
         ) from e
     for name, array in arrays.items():
         np.save(into / f"{name}.npy", array)
-
-
-LOADERS = {"digits": _digits, "cifar10": _cifar10}

@@ -17,11 +17,13 @@ from scaling_exps.sources import DataError
 
 
 def keep(folder: Path, write: Callable[[Path], None]) -> None:
-    """Make `folder` by `write`, which is given another one to fill, so that a reader sees all or nothing.
+    """Make `folder`, if it is not there, by `write`, which fills another one, so that a reader sees all or nothing.
 
     Raises:
         DataError: no room, or no right to write.
     """
+    if folder.exists():
+        return
     aside = folder.with_name(f".{folder.name}.{socket.gethostname()}.{os.getpid()}")
     try:
         shutil.rmtree(aside, ignore_errors=True)  # of a process of the same number that was killed

@@ -53,17 +53,16 @@ class Stream:
         test_size: test examples.
         seed: of the run.
         device: where batches are made.
-        purpose: streams of different purposes are independent (the loop's is "train").
     """
 
     fingerprint = ""  # of the data, where the config alone does not fix it
 
-    def __init__(self, size: int, test_size: int, seed: int, device: torch.device, purpose: str = "train") -> None:
-        self.size, self.test_size, self.seed, self.purpose, self.device = size, test_size, seed, purpose, device
+    def __init__(self, size: int, test_size: int, seed: int, device: torch.device) -> None:
+        self.size, self.test_size, self.seed, self.device, self.purpose = size, test_size, seed, device, "train"
         self._epoch = lru_cache(2)(self._make_epoch)
 
     def sibling(self, seed: int, purpose: str) -> Self:
-        """Another stream over the same data, which it shares."""
+        """Another stream over the same data, which it shares; streams of different purposes are independent."""
         other = copy.copy(self)
         other.seed, other.purpose = seed, purpose
         other._epoch = lru_cache(2)(other._make_epoch)

@@ -19,21 +19,13 @@ IGNORE = -100  # target of a position that is not predicted: torch's cross_entro
 
 
 class TokenStream(Stream):
-    """A stream over a memory-mapped corpus.
+    """A stream over a memory-mapped corpus."""
 
-    Args:
-        tokens: of the corpus.
-        dataset: the `dataset` group of the config.
-        seed, device, purpose: see Stream.
-    """
-
-    def __init__(
-        self, tokens: Tokens, dataset: TokenDataset, seed: int, device: torch.device, purpose: str = "train"
-    ) -> None:
+    def __init__(self, tokens: Tokens, dataset: TokenDataset, seed: int, device: torch.device) -> None:
         t = self.context = dataset.context
         whole = (len(tokens.train) - t - 1) // t  # so that every offset below T leaves room
         size, test_size = dataset.train_size or whole, dataset.test_size or (len(tokens.test) - 1) // t
-        super().__init__(size, test_size, seed, device, purpose)
+        super().__init__(size, test_size, seed, device)
         self.tokens, self.vocab, self.fingerprint = tokens, tokens.vocab, tokens.fingerprint
         self.hidden = round(dataset.mask * t)  # positions of each sequence
         self.bytes_per_token = tokens.bytes_per_token

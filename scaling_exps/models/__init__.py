@@ -10,7 +10,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -25,29 +25,25 @@ __all__ = ["ModelError", "build", "has_batch_norm", "recompute_statistics"]
 
 
 def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) -> nn.Module:
-    """The network, its weights a function of `seed` alone.
+    """The network for what `dataset` holds, its weights a function of `seed` alone.
 
-    Args:
-        model: the `model` group of the config.
-        dataset: the `dataset` group: what the network reads and predicts.
-        seed: of the initial weights.
-        freeze_last: draw the last linear layer anew from N(0, 0.01^2) and keep it there (VGG of the authors' code).
+    `freeze_last` draws the last linear layer anew from N(0, 0.01^2) and keeps it there (VGG of the authors' code).
 
     Raises:
-        ModelError: a data set or image size that the network cannot take, a factory that fails, no linear layer to
-            freeze, or another normalisation than `model.norm` says.
+        ModelError: an image size that the network cannot take, a factory that fails, no linear layer to freeze, or
+            another normalisation than `model.norm` says.
     """
     with torch.random.fork_rng(devices=[]):  # torch's initialisers know only the global generator
         torch.manual_seed(seed)
         net = _network(model, dataset)
         if freeze_last:
-            linear = [m for m in net.modules() if isinstance(m, nn.Linear)]
-            if not linear or isinstance(model, GPT | Roberta):  # (their output layer is the embedding)
-                raise ModelError(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
-            nn.init.normal_(linear[-1].weight, 0.0, 0.01)
-            if linear[-1].bias is not None:
-                nn.init.zeros_(linear[-1].bias)
-            linear[-1].requires_grad_(False)
+            last = next((m for m in reversed([*net.modules()]) if isinstance(m, nn.Linear)), None)
+            if last is None:
+                raise ModelError(f"recipe.freeze_last=true: model {model.name} has no linear layer; use false")
+            nn.init.normal_(last.weight, 0.0, 0.01)
+            if last.bias is not None:
+                nn.init.zeros_(last.bias)
+            last.requires_grad_(False)
     if has_batch_norm(net) != model.normalises_over_batch:
         has = "normalises over the batch" if has_batch_norm(net) else "has no batch normalisation"
         raise ModelError(
@@ -62,15 +58,12 @@ def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) 
 def _network(model: Model, dataset: Dataset) -> nn.Module:
     if isinstance(dataset, TokenDataset):
         vocab = dataset.vocab + (dataset.mask > 0)  # one id more, for the mask
-        if isinstance(model, Custom):
-            return _from_factory(model, {"vocab": vocab, "context": dataset.context})
-        assert isinstance(model, GPT | Roberta)
-        return language.network(model, vocab, dataset.context)
+        if isinstance(model, GPT | Roberta):
+            return language.network(model, vocab, dataset.context)
+        return _from_factory(model, vocab=vocab, context=dataset.context)
     height, width, channels = dataset.shape
     shape, classes = (height, width, channels), dataset.classes
     match model:
-        case Custom():
-            return _from_factory(model, {"shape": shape, "classes": classes})
         case ResNet():
             return vision.CifarResNet(model.depth, channels, classes, model.width, model.norm)
         case ResNet50():
@@ -79,18 +72,18 @@ def _network(model: Model, dataset: Dataset) -> nn.Module:
             return vision.vgg16(shape, classes, model.width)
         case Timm():
             return vision.timm_network(shape, classes, model.name, model.options)
-    raise AssertionError(model)
+    return _from_factory(model, shape=shape, classes=classes)
 
 
-def _from_factory(model: Custom, what: dict[str, Any]) -> nn.Module:
+def _from_factory(model: Model, **what: Any) -> nn.Module:
     """What the user's own function returns."""
+    assert isinstance(model, Custom), "the plan refuses data that a network cannot read"
     module, _, function = (model.factory or "").partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     options = {**what, **model.options}
     try:
-        call: Callable[..., Any] = getattr(importlib.import_module(module), function)
-        net = call(**options)
+        net = getattr(importlib.import_module(module), function)(**options)
     except Exception as e:  # whatever the user's code raises
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
         raise ModelError(f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}") from e
@@ -111,12 +104,8 @@ def has_batch_norm(net: nn.Module) -> bool:
 def recompute_statistics(net: nn.Module, batches: Iterable[Tensor]) -> list[Tensor]:
     """Set BN's running statistics to the mean over `batches` of each batch's mean and (unbiased) variance.
 
-    Args:
-        net: any network; without BN nothing happens.
-        batches: images, each of the micro-batch's size, normalised as training does.
-
-    Returns:
-        The buffers, for the caller to average over ranks.
+    `batches` are images, each of the micro-batch's size, normalised as training does; not read where there is no BN.
+    Returns the buffers, for the caller to average over ranks.
     """
     norms = _batch_norms(net)
     if not norms:

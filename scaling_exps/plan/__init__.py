@@ -3,11 +3,10 @@
 `expand` takes the product and applies the rule, `checks` refuses, `spec` is the result, `show` prints it.
 """
 
-from scaling_exps.plan.expand import content, plan, plan_one
+from scaling_exps.plan.expand import content, plan
 from scaling_exps.plan.show import describe, print_plan
-from scaling_exps.plan.spec import Arm, Numbers, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
+from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science
 
 __all__ = [
-    "Arm", "Numbers", "Placement", "PlanError", "Role", "RunSpec", "Schedule", "Science", "content", "describe",
-    "plan", "plan_one", "print_plan", "run_id",
+    "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "content", "describe", "plan", "print_plan",
 ]  # fmt: skip

@@ -10,44 +10,42 @@ from scaling_exps.rules import OPTIMIZERS
 RECIPE_KEYS = {"beta1", "beta2", "momentum", "l2", "decoupled_decay"}  # that not every optimizer takes
 
 
-def duration(config: Config) -> list[str]:
-    """Why the command has no number of samples; without one, nothing can be planned."""
+def samples(config: Config, duration: float) -> int:
+    """Samples of a run of `duration` times the recipe's length.
+
+    Raises:
+        PlanError: the command has no number of samples, or none is left.
+    """
     recipe, size = config.recipe, config.dataset.train_size
     if recipe.epochs is not None and size is None:
-        return ["recipe.epochs needs dataset.train_size (examples); or give recipe.epochs=null and recipe.samples=N"]
+        raise PlanError("recipe.epochs needs dataset.train_size; or give recipe.epochs=null recipe.samples=N")
     base = recipe.samples if recipe.epochs is None else round(recipe.epochs * (size or 0))
-    for given, total in (("", base or 0), (f" duration={config.duration:g}", (base or 0) * config.duration)):
-        if round(total) < 1:
-            return [
-                f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples}{given} is no sample: a run needs one; "
-                "give a longer duration"
-            ]
-    return []
+    total = round((base or 0) * duration)
+    if total < 1:
+        raise PlanError(
+            f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples} duration={duration:g} is no sample: a run "
+            "needs one; give a longer duration"
+        )
+    return total
 
 
 def faults(config: Config) -> list[str]:
     """What the groups of one command make wrong together."""
     optimizer = OPTIMIZERS[config.optimizer]
-    wrong: list[str] = []
+    lists = {"batch": config.batch, "rule": config.rule, "svag": config.svag, "seed": config.seed}
+    wrong = [f"{key}=[] is empty: give at least one value" for key, value in lists.items() if value == []]
     taken = {*optimizer.betas, "decoupled_decay" if optimizer.decoupled else "l2"}
     typed = {word.split("=")[0].removeprefix("recipe.") for word in config.words if word.startswith("recipe.")}
+    takes = ", ".join(sorted(f"recipe.{k}" for k in taken if k))
     for key in sorted(typed & RECIPE_KEYS - taken):
-        wrong.append(
-            f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes "
-            f"{', '.join(sorted('recipe.' + k for k in taken if k))}"
-        )
+        wrong.append(f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes {takes}")
     for name in config.tested or []:
         try:
             rules.find(name, optimizer.family)
         except rules.RuleError as e:
             wrong.append(f"tested: {e}")
-    return wrong + _model_faults(config)
-
-
-def _model_faults(config: Config) -> list[str]:
     model, dataset = config.model, config.dataset
     language, tokens = isinstance(model, GPT | Roberta), isinstance(dataset, TokenDataset)
-    wrong: list[str] = []
     if language and config.recipe.freeze_last:
         wrong.append(f"recipe.freeze_last=true: model {model.name} has no last layer of its own; use false")
     if not isinstance(model, Custom) and language != tokens:
@@ -73,9 +71,9 @@ def _model_faults(config: Config) -> list[str]:
 def svag(config: Config, batch: int, svag: int) -> list[str]:
     """Where SVAG is not defined: too few examples for two draws, a decoupled decay, SGD with momentum."""
     size, recipe, optimizer = config.dataset.train_size, config.recipe, OPTIMIZERS[config.optimizer]
-    wrong: list[str] = []
     if svag == 1:
-        return wrong
+        return []
+    wrong = []
     if size is not None and 2 * batch > size:
         wrong.append(
             f"svag={svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
@@ -106,7 +104,6 @@ def check_noise(spec: RunSpec) -> None:
     """
     s, n, unit = spec.science, spec.noise_examples, spec.noise_unit
     given = f"measure.noise_examples={n}, gradients of {unit} example(s) each"
-    low = max(2, n // unit)
     if unit > s.micro_batch:
         raise PlanError(f"measure.noise_unit={unit} must lie between 1 and the micro-batch {s.micro_batch}")
     if s.model.normalises_over_batch and unit != s.micro_batch:
@@ -115,10 +112,10 @@ def check_noise(spec: RunSpec) -> None:
             f"{s.micro_batch}; leave noise_unit null"
         )
     if n % unit or n // unit < 2:
+        low = max(2, n // unit)
         raise PlanError(
             f"{given}: a covariance needs a whole number of gradients, at least two; nearest that fit: "
             f"{low * unit} and {(low + 1) * unit}"
         )
-    size = s.dataset.train_size
-    if size is not None and n > size:
-        raise PlanError(f"{given}: only {size} training examples exist")
+    if s.dataset.train_size is not None and n > s.dataset.train_size:
+        raise PlanError(f"{given}: only {s.dataset.train_size} training examples exist")

@@ -14,9 +14,9 @@ import msgspec
 
 from scaling_exps import config as schema
 from scaling_exps import rules, sources
-from scaling_exps.config import Config, Dataset, LocalLaunch, SlurmLaunch, TokenDataset
+from scaling_exps.config import Config, Dataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
 from scaling_exps.plan import checks
-from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science, run_id
+from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
 MOST_STEPS = 10**9  # of a run; more is a slip of the finger
@@ -32,82 +32,62 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         PlanError: with every fault of every run, one a line.
     """
     runs: dict[str, RunSpec] = {}
-    faults = dict.fromkeys(_differing([_whole_list(c) for c in configs]))  # an ordered set: each is said once
+    faults = _differing([{"runs_dir": c.runs_dir, "noise_from": c.noise_from, "launch": c.launch} for c in configs])
     for config in configs:
-        lists = {key: _list(getattr(config, key)) for key in ("batch", "rule", "svag", "seed")}
-        faults |= dict.fromkeys(f"{key}=[] is empty: give at least one value" for key, v in lists.items() if not v)
-        faults |= dict.fromkeys(checks.faults(config))
+        values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
+        lists = [v if isinstance(v, list) else [v] for v in values]
+        faults += checks.faults(config)
+        held = ""
         try:
             held = content(config.dataset, config.dataset.path)
         except sources.DataError as e:
-            faults[str(e)] = None
-            held = ""
-        if no_samples := checks.duration(config):
-            faults |= dict.fromkeys(no_samples)
+            faults.append(str(e))
+        try:
+            for duration in (1.0, config.duration):
+                checks.samples(config, duration)
+        except PlanError as e:
+            faults.append(str(e))
             continue
-        for batch, rule, ell, seed in itertools.product(*lists.values()):
+        for batch, rule, ell, seed in itertools.product(*lists):
             try:
-                spec = plan_one(config, held, batch or config.recipe.batch, rule, ell, seed)
+                spec = _one(config, held, batch or config.recipe.batch, rule, ell, seed)
             except (PlanError, rules.RuleError) as e:
                 where = f"batch={batch or config.recipe.batch}" + (f" rule={rule}" if rule else "")
-                where += f" svag={ell}" if ell != 1 else ""
-                faults |= dict.fromkeys(f"{where}: {line}" for line in str(e).splitlines())
+                where += f" svag={ell}: " if ell != 1 else ": "
+                says_where = ("batch=", "svag=")
+                faults += [line if line.startswith(says_where) else where + line for line in str(e).splitlines()]
                 continue
-            known = runs.get(spec.run_id)
-            if known is not None:
-                faults |= dict.fromkeys(_differing([_beside_science(known), _beside_science(spec)]))
-                arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
-                spec = msgspec.structs.replace(known, arms=arms)
-            runs[spec.run_id] = spec
+            known = runs.setdefault(spec.run_id, spec)
+            # settings that are no part of the run id, and of which a run has one
+            beside = ("logger", "margin", "wandb", "measure", "checkpoint")
+            given = [{"dataset.path": s.dataset_path} | {k: getattr(s, k) for k in beside} for s in (known, spec)]
+            faults += _differing(given)
+            arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
+            runs[spec.run_id] = msgspec.structs.replace(known, arms=arms)
     if faults:
-        raise PlanError("\n".join(faults))
+        raise PlanError("\n".join(dict.fromkeys(faults)))
     return list(runs.values())
 
 
-def _list(value: Any) -> list[Any]:
-    return value if isinstance(value, list) else [value]
-
-
-def _whole_list(config: Config) -> dict[str, Any]:
-    """What one command takes once, for all of its runs."""
-    launch = msgspec.to_builtins(config.launch)
-    name = launch.pop("name")
-    keys = {"runs_dir": config.runs_dir, "noise_from": config.noise_from, "launch": name}
-    return keys | {f"launch.{k}": v for k, v in launch.items()}
-
-
-def _beside_science(spec: RunSpec) -> dict[str, Any]:
-    """Settings that are no part of the run id, and of which a run has one."""
-    return {
-        "dataset.path": spec.dataset_path,
-        "logger": spec.logger,
-        "margin": spec.margin,
-        **{f"wandb.{k}": v for k, v in msgspec.structs.asdict(spec.wandb).items()},
-        **{f"measure.{k}": v for k, v in msgspec.structs.asdict(spec.measure).items()},
-        **{f"checkpoint.{k}": v for k, v in msgspec.structs.asdict(spec.checkpoint).items()},
-    }
-
-
 def _differing(asked: list[dict[str, Any]]) -> list[str]:
-    """The keys that have several values where one is used, as faults."""
-    kinds = {a.get("launch") for a in asked}
-    first = [key for key in asked[0] if len(kinds) == 1 or not key.startswith("launch.")] if asked else []
-    values = {key: list(dict.fromkeys(str(a[key]) for a in asked)) for key in first}
-    return [
-        f"{key}={','.join(several)}: this setting does not change the run, so it cannot be swept; give one value"
-        for key, several in values.items()
-        if len(several) > 1
-    ]
+    """The keys that have several values where one is used, as faults; groups of one kind are compared key by key."""
+    wrong = []
+    for key in asked[0] if asked else ():
+        given = [a[key] for a in asked]
+        if isinstance(given[0], Group) and len({type(g) for g in given}) == 1:
+            wrong += _differing([{f"{key}.{k}": v for k, v in msgspec.structs.asdict(g).items()} for g in given])
+            continue
+        shown = dict.fromkeys(str(g.__struct_config__.tag if isinstance(g, Group) else g) for g in given)
+        if len(shown) > 1:
+            wrong.append(f"{key}={','.join(shown)}: it does not change the run, so it cannot be swept; give one value")
+    return wrong
 
 
-def plan_one(config: Config, held: str, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
-    """One run at one batch size, rule, ell and seed.
-
-    Args:
-        held: fingerprint of the data, see `content`.
+def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
+    """One run at one batch size, rule, ell and seed; `held` is the fingerprint of the data.
 
     Raises:
-        PlanError, RuleError: it cannot be; with every fault, one a line.
+        PlanError: it cannot be; with every fault, one a line.
     """
     recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
     wrong = _placement_faults(config, batch) + checks.svag(config, batch, svag)
@@ -128,29 +108,22 @@ def plan_one(config: Config, held: str, batch: int, rule_name: str | None, svag:
             f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
             "duration (recipe.epochs, recipe.samples, duration), a larger batch, or a smaller svag"
         )
-    world = _world_size(config.launch, batch // science.micro_batch)
+    micro_batches = batch // science.micro_batch
+    world = _world_size(config.launch, micro_batches)
+    accumulation = micro_batches // world * science.draws
     base_id, goal = run_id(base_science), rule.goals[optimizer.family]
     tested = rule.name in config.tested if config.tested is not None else goal != "control"
     tested |= svag > 1 and move.kappa == 1  # SVAG at the base batch tests the SDE, whatever the rule
+    role: Role = "base" if run_id(science) == base_id else "rule" if tested else "control"
+    arm = Arm(
+        rule=rule.name, goal=goal, role=role, kappa=move.kappa, duration=config.duration, base=base_science.numbers(),
+        base_run_id=base_id,
+    )  # fmt: skip
     spec = RunSpec(
         science=science,
         measure=config.measure,
-        placement=Placement(
-            world_size=world,
-            accumulation=batch // science.micro_batch // world * science.draws,
-            compile=config.launch.compile,
-        ),
-        arms=(
-            Arm(
-                rule=rule.name,
-                goal=goal,
-                role="base" if run_id(science) == base_id else "rule" if tested else "control",
-                kappa=move.kappa,
-                duration=config.duration,
-                base=base_science.numbers(),
-                base_run_id=base_id,
-            ),
-        ),
+        placement=Placement(world_size=world, accumulation=accumulation, compile=config.launch.compile),
+        arms=(arm,),
         dataset_path=config.dataset.path,
         experiment=config.experiment,
         logger=config.logger,
@@ -165,11 +138,7 @@ def plan_one(config: Config, held: str, batch: int, rule_name: str | None, svag:
 
 
 def base_hyper(config: Config) -> Hyper:
-    """The recipe's numbers for the optimizer.
-
-    Raises:
-        PlanError: the recipe has none for it.
-    """
+    """The recipe's numbers for the optimizer; a PlanError if it has none."""
     recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
     values = [0.0 if name is None else getattr(recipe, name) for name in optimizer.betas]
     lacking = [f"recipe.{n}" for n, v in zip(optimizer.betas, values, strict=True) if v is None]
@@ -186,13 +155,11 @@ def base_hyper(config: Config) -> Hyper:
 
 
 def _science(config: Config, held: str, hyper: Hyper, batch: int, svag: int, duration: float, seed: int) -> Science:
-    recipe, dataset = config.recipe, config.dataset
+    recipe, total = config.recipe, checks.samples(config, duration)
     hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
-    epochs = round((recipe.epochs or 0) * (dataset.train_size or 0))
-    total = round((recipe.samples if recipe.samples is not None else epochs) * duration)
     return Science(
         model=config.model,
-        dataset=msgspec.structs.replace(dataset, path=None),
+        dataset=msgspec.structs.replace(config.dataset, path=None),
         content=held,
         optimizer=config.optimizer,
         hyper=hyper,
@@ -227,6 +194,8 @@ def _micro_batch(config: Config, batch: int) -> int:
 def _placement_faults(config: Config, batch: int) -> list[str]:
     """Why the batch cannot be cut into micro-batches, or these be shared out."""
     devices, micro = config.launch.devices, _micro_batch(config, batch)
+    if isinstance(config.launch, LocalLaunch) and devices != "auto" and 0 < (gpus := _gpus()) < devices:
+        return [f"launch.devices={devices}, and this machine shows {gpus} GPU(s); allowed: 1 to {gpus}, auto"]
     if batch % micro:
         low = batch // micro * micro
         near = " and ".join(str(b) for b in (low, low + micro) if b)

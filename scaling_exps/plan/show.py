@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import msgspec
@@ -40,8 +39,8 @@ def print_plan(specs: list[RunSpec]) -> None:
     tables: dict[str, list[tuple[RunSpec, Arm]]] = {}
     for spec in specs:
         for arm in spec.arms if spec.science.batch != spec.arms[0].base.batch else spec.arms[:1]:
-            without_seed = msgspec.to_builtins(msgspec.structs.replace(spec.science, seed=0))
-            tables.setdefault(json.dumps([without_seed, arm.rule], sort_keys=True), []).append((spec, arm))
+            without_seed = repr(msgspec.structs.replace(spec.science, seed=0))
+            tables.setdefault(without_seed + arm.rule, []).append((spec, arm))
     for members in tables.values():
         spec, arm = members[0]
         science, placement = spec.science, spec.placement

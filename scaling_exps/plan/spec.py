@@ -210,15 +210,6 @@ class RunSpec(_Value, frozen=True, dict=True):
 def run_id(science: Science) -> str:
     """Hash of the science: 12 hexadecimal digits. Floats count to 12 significant digits, so that two ways to
     the same hyperparameters (kappa = 4, or 2 twice) are one run."""
-    text = json.dumps(_rounded(msgspec.to_builtins(science)), sort_keys=True, separators=(",", ":"))
+    rounded = json.loads(msgspec.json.encode(science), parse_float=lambda digits: float(f"{float(digits):.12g}"))
+    text = json.dumps(rounded, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]
-
-
-def _rounded(value: Any) -> Any:
-    if isinstance(value, float):
-        return float(f"{value:.12g}")
-    if isinstance(value, dict):
-        return {k: _rounded(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_rounded(v) for v in value]
-    return value

@@ -9,22 +9,6 @@ from scaling_exps.rules.rule import QUESTIONS, Rule
 from scaling_exps.rules.table import RULES, Powers, continuous_time, find, svag, svag_weights, third_party
 
 __all__ = [
-    "OPTIMIZERS",
-    "QUESTIONS",
-    "RULES",
-    "BetaMap",
-    "Evidence",
-    "Family",
-    "Goal",
-    "Hyper",
-    "Move",
-    "Optimizer",
-    "Powers",
-    "Rule",
-    "RuleError",
-    "continuous_time",
-    "find",
-    "svag",
-    "svag_weights",
-    "third_party",
-]
+    "OPTIMIZERS", "QUESTIONS", "RULES", "BetaMap", "Evidence", "Family", "Goal", "Hyper", "Move", "Optimizer", "Powers",
+    "Rule", "RuleError", "continuous_time", "find", "svag", "svag_weights", "third_party",
+]  # fmt: skip

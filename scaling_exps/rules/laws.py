@@ -10,6 +10,7 @@ Each law raises AssertionError with the case that breaks it. They need neither p
 from __future__ import annotations
 
 import itertools
+import math
 from dataclasses import asdict, replace
 from typing import get_args
 
@@ -38,7 +39,7 @@ def identity(rule: Rule, base: Hyper, move: Move) -> None:
 
 def composition(rule: Rule, base: Hyper, move: Move, kappa: float, duration: float = 1.0) -> None:
     """kappa1 and then kappa2 is kappa1 * kappa2; where one of the two is refused there is nothing to compare."""
-    onward = _onward(move, kappa, duration)
+    onward = replace(move, base_batch=move.batch, batch=move.batch * kappa, duration=duration)
     at_once = replace(move, batch=onward.batch, duration=move.duration * duration)
     try:
         in_two, direct = rule.scale(rule.scale(base, move), onward), rule.scale(base, at_once)
@@ -118,13 +119,9 @@ def recipes(rule: Rule) -> tuple[Hyper, ...]:
     return sgd if rule.families == ("sgd",) else adam
 
 
-def _onward(move: Move, kappa: float, duration: float) -> Move:
-    """The move that goes on from where `move` ends."""
-    return replace(move, base_batch=move.batch, batch=move.batch * kappa, duration=duration)
-
-
 def _close(a: Hyper, b: Hyper) -> bool:
     """To a relative 1e-9; 1 - beta also to 1e-12, because beta itself is rounded to 1e-15 and kappa magnifies that."""
-    pairs = [(a.lr, b.lr, 0.0), (a.eps, b.eps, 0.0), (a.weight_decay, b.weight_decay, 0.0)]
-    pairs += [(1 - x, 1 - y, 1e-12) for x, y in zip(a.betas, b.betas, strict=True)]
-    return all(abs(x - y) <= 1e-9 * max(abs(x), abs(y)) + slack for x, y, slack in pairs)
+    betas = (math.isclose(1 - x, 1 - y, rel_tol=1e-9, abs_tol=1e-12) for x, y in zip(a.betas, b.betas, strict=True))
+    return all(betas) and all(
+        math.isclose(x, y, rel_tol=1e-9) for x, y in ((a.lr, b.lr), (a.eps, b.eps), (a.weight_decay, b.weight_decay))
+    )

@@ -33,8 +33,8 @@ class RuleError(ValueError):
 class Hyper:
     """The hyperparameters a rule may move.
 
-    `betas`: `(beta1, beta2)` in torch's Adam form (RMSprop is `(0, beta)`), `(beta,)` for the
-    paper's RMSprop, `(momentum,)` for SGD.
+    `betas`: (beta1, beta2) of Adam, (0, beta) of RMSprop in Adam's form, (beta,) of the paper's RMSprop, (momentum,)
+    of SGD.
     """
 
     lr: float
@@ -43,15 +43,10 @@ class Hyper:
     weight_decay: float
 
     def __post_init__(self) -> None:
-        bad = []
-        if not (math.isfinite(self.lr) and self.lr > 0):
-            bad.append(f"lr={self.lr} must be > 0")
+        bad = [] if 0 < self.lr < math.inf else [f"lr={self.lr} must be > 0"]
         if not all(0 <= b < 1 for b in self.betas):
             bad.append(f"betas={list(self.betas)} must lie in [0, 1)")
-        if not (math.isfinite(self.eps) and self.eps >= 0):
-            bad.append(f"eps={self.eps} must be >= 0")
-        if not (math.isfinite(self.weight_decay) and self.weight_decay >= 0):
-            bad.append(f"weight_decay={self.weight_decay} must be >= 0")
+        bad += [f"{k}={x} must be >= 0" for k in ("eps", "weight_decay") if not 0 <= (x := getattr(self, k)) < math.inf]
         if bad:
             raise RuleError("; ".join(bad))
 
@@ -97,7 +92,7 @@ class Move:
         """New batch / base batch, > 0."""
         return self.batch / self.base_batch
 
-    def beta(self, beta: float, clock: float, rule: str, beta_map: BetaMap | None = None) -> float:
+    def beta(self, beta: float, clock: float, rule: str) -> float:
         """`beta` where one step lasts `clock` times as long; 0 ("no moving average") stays 0.
 
         `clock` must be proportional to kappa: the largest legal batch in the refusal is found that way.
@@ -110,7 +105,7 @@ class Move:
         """
         if beta == 0 or clock == 1:
             return beta
-        if (beta_map or self.beta_map) == "power":
+        if self.beta_map == "power":
             new = float(beta**clock)
             if new < 1e-300:  # on its way to 0.0, which would mean "no moving average" from there on
                 raise RuleError(f"rule {rule!r} maps beta={beta:g} to {beta:g}^{clock:g} = 0: use a smaller batch")
@@ -126,21 +121,3 @@ class Move:
                 "(beta -> beta^kappa), tune the base at a larger batch, use a beta nearer to 1, or a smaller batch"
             )
         return new
-
-    def gain(self, rule: str) -> float:
-        """h(B) / h(B0) with h(B) = 1 / (1 + B_n / B): what one step is worth, against the base's.
-
-        Raises:
-            RuleError: `noise_scale` not given.
-
-        >>> Move(100, 400, noise_scale=300).gain("demo")  # (1 + 3) / (1 + 0.75)
-        2.2857142857142856
-        """
-        if self.noise_scale is None:
-            raise RuleError(
-                f"rule {rule!r} needs noise_scale: it compares the batch sizes with the measured gradient-noise scale "
-                "B_n = tr(covariance of one example's gradient) / |mean gradient|^2, in examples. "
-                "Give noise_scale=N, or choose a rule that needs no measurement"
-            )
-        ratio = self.noise_scale / self.base_batch
-        return (1 + ratio) / (1 + ratio / self.kappa)

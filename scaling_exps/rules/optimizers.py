@@ -9,7 +9,7 @@ from typing import Any, Literal
 from scaling_exps.rules.move import Family, RuleError
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Optimizer:
     """One kind of optimizer.
 
@@ -24,7 +24,6 @@ class Optimizer:
         field: the key of a parameter group that holds the betas.
         moments: state names of averages of the gradient that start at 0 and are corrected for it.
         second_moments: state names of averages of its square, and of their maximum.
-        sums: its momentum buffer sums gradients instead of averaging them.
         trainable: scalerun trains with it; the others serve `scaling_exps.scale`.
     """
 
@@ -33,13 +32,12 @@ class Optimizer:
     betas: tuple[str | None, ...]
     match: str | None
     best: str | None
+    classes: tuple[str, ...]
     decoupled: bool = False
-    classes: tuple[str, ...] = ()
     field: str = "betas"
     moments: tuple[str, ...] = ()
     second_moments: tuple[str, ...] = ()
-    sums: bool = False
-    trainable: bool = False
+    trainable: bool = True
 
     def default(self, goal: Literal["match", "best"]) -> str:
         """The rule that answers `goal` for this optimizer, where the user names none.
@@ -50,57 +48,22 @@ class Optimizer:
         >>> OPTIMIZERS["adamw"].default("match"), OPTIMIZERS["sgd"].default("best")
         ('adamw_sde', 'opt_sgd')
         """
-        rule = {"match": self.match, "best": self.best}[goal]
+        rule = self.match if goal == "match" else self.best
         if rule is None:
             raise RuleError(f"no rule is known that answers goal={goal} for {self.name}; name one with rule=")
         return rule
 
 
-_ADAM = Optimizer(
-    name="adam",
-    family="adaptive",
-    betas=("beta1", "beta2"),
-    match="sqrt",
-    best="opt_sign",
-    classes=("Adam",),
-    moments=("exp_avg",),
-    second_moments=("exp_avg_sq", "max_exp_avg_sq"),
-    trainable=True,
-)
-_PAPER_RMSPROP = replace(
-    _ADAM,
-    name="paper_rmsprop",
-    betas=("beta2",),
-    classes=("PaperRMSprop",),
-    field="beta",
-    moments=(),
-    second_moments=("v",),
-)
-_LION = Optimizer(
-    name="lion",
-    family="sign",
-    betas=("beta1", "beta2"),
-    match="lion",
-    best="opt_sign",
-    decoupled=True,
-    classes=("Lion",),
-)
-_SGD = Optimizer(
-    name="sgd",
-    family="sgd",
-    betas=("momentum",),
-    match="linear",
-    best="opt_sgd",
-    classes=("SGD",),
-    field="momentum",
-    sums=True,
-    trainable=True,
-)
+_BETAS = ("beta1", "beta2")
+_V = ("exp_avg_sq", "max_exp_avg_sq")
+_ADAM = Optimizer("adam", "adaptive", _BETAS, "sqrt", "opt_sign", ("Adam",), moments=("exp_avg",), second_moments=_V)
+_RMSPROP = replace(_ADAM, betas=("beta2",), moments=())
+_LION = Optimizer("lion", "sign", _BETAS, "lion", "opt_sign", ("Lion",), decoupled=True, trainable=False)
 OPTIMIZERS: dict[str, Optimizer] = {
     o.name: o
     for o in (
         _ADAM,
-        replace(_ADAM, name="adamw", match="adamw_sde", decoupled=True, classes=("AdamW",)),
+        replace(_ADAM, name="adamw", match="adamw_sde", classes=("AdamW",), decoupled=True),
         replace(_ADAM, name="rmsprop", betas=(None, "beta2"), classes=()),  # trained as Adam: a live one is an Adam
         replace(
             _ADAM,
@@ -113,10 +76,10 @@ OPTIMIZERS: dict[str, Optimizer] = {
             second_moments=("exp_avg_sq",),
         ),
         replace(_ADAM, name="paper_adam", classes=("PaperAdam",), moments=("m",), second_moments=("v",)),
-        _PAPER_RMSPROP,
-        _SGD,
+        replace(_RMSPROP, name="paper_rmsprop", classes=("PaperRMSprop",), field="beta", second_moments=("v",)),
+        Optimizer("sgd", "sgd", ("momentum",), "linear", "opt_sgd", ("SGD",), field="momentum"),
         replace(
-            _PAPER_RMSPROP,
+            _RMSPROP,
             name="torch_rmsprop",
             classes=("RMSprop",),
             field="alpha",
@@ -129,27 +92,24 @@ OPTIMIZERS: dict[str, Optimizer] = {
 }
 
 
-def of(optimizer: object, group: Mapping[str, Any] | None = None) -> Optimizer:
+def of(optimizer: object, group: Mapping[str, Any]) -> Optimizer:
     """The row of a live optimizer, by its class or the first it inherits from that has one.
 
-    Args:
-        optimizer: the object, or its class.
-        group: one of its parameter groups: torch's Adam with `decoupled_weight_decay=True` is AdamW.
+    `group` is one of its parameter groups: torch's Adam with `decoupled_weight_decay=True` is AdamW.
 
     Raises:
         RuleError: no such class in the table.
 
-    >>> of(type("Adam", (), {})()).name, of(type("Adam", (), {}), {"decoupled_weight_decay": True}).name
+    >>> of(type("Adam", (), {})(), {}).name, of(type("Adam", (), {})(), {"decoupled_weight_decay": True}).name
     ('adam', 'adamw')
     """
-    classes = (optimizer if isinstance(optimizer, type) else type(optimizer)).__mro__
     rows = {name: row for row in OPTIMIZERS.values() for name in row.classes}
-    row = next((rows[c.__name__] for c in classes if c.__name__ in rows), None)
+    row = next((rows[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in rows), None)
     if row is None:
         raise RuleError(
-            f"unknown optimizer class {classes[0].__name__}; allowed: {', '.join(rows)} and what inherits from them. "
-            "For another, scale its param_groups with a rule named by you; its state is then yours to move"
+            f"unknown optimizer class {type(optimizer).__name__}; allowed: {', '.join(rows)} and what inherits from "
+            "them. For another, scale its param_groups with a rule named by you; its state is then yours to move"
         )
-    if row.name in ("adam", "adamw") and group is not None and "decoupled_weight_decay" in group:
+    if row.name in ("adam", "adamw") and "decoupled_weight_decay" in group:
         return OPTIMIZERS["adamw" if group["decoupled_weight_decay"] else "adam"]
     return row

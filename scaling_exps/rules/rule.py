@@ -20,8 +20,7 @@ QUESTIONS: dict[Goal, str] = {
 class Rule:
     """A scaling rule. A subclass writes `apply` and `formulas`; `scale` is what everybody calls.
 
-    To add one from another package: subclass, make an instance, and name it in the entry-point group
-    `scalerun.rules`; `scaling_exps.rules.laws.check(instance)` tests the laws that hold for every rule.
+    Another package's rule is an instance that its entry-point group `scalerun.rules` names; `laws.check` tests it.
 
     Args:
         name: what the user types after `rule=`.

@@ -16,7 +16,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import fields, replace
+from dataclasses import asdict, replace
 from typing import Any
 
 from scaling_exps.rules.move import BetaMap, Hyper, Move, RuleError
@@ -24,14 +24,9 @@ from scaling_exps.rules.optimizers import OPTIMIZERS, Optimizer, of
 from scaling_exps.rules.rule import Rule
 from scaling_exps.rules.table import find
 
-OTHER_NAMES = {  # that people give to what is scaled
-    "learning_rate": "lr",
-    "beta1": "betas=(beta1, beta2)",
-    "beta2": "betas=(beta1, beta2)",
-    "epsilon": "eps",
-    "wd": "weight_decay",
-    "decoupled_decay": "weight_decay",
-}
+_BOTH = "betas=(beta1, beta2)"
+OTHER_NAMES = {"learning_rate": "lr", "beta1": _BOTH, "beta2": _BOTH, "epsilon": "eps"}  # that people give to these
+OTHER_NAMES |= dict.fromkeys(("wd", "decoupled_decay"), "weight_decay")
 
 
 def scale(
@@ -69,14 +64,9 @@ def scale(
     model average); steps, warmup_steps, milestones (counts of optimizer steps, which become floats where kappa does
     not divide them).
 
-    Live switches. On a noisy quadratic (40,000 paths) the variance leaves that of the run that goes on as it was by
-    at most, at kappa = 4 and 16: Adam -5%, -15%; AdamW -1.6%, -3.7%; RMSprop -4%, -10%; that is the finite step and
-    the mean gradient, as theory wants. amsgrad's maximum moves like v, with 2 to 4 times Adam's error. SGD under
-    `linear` keeps a momentum buffer whose time in samples grows by kappa: at kappa = 16, mu = 0.9 its variance
-    overshoots by 438% before it settles. Use `linear_momentum` in mid-run, or start the run anew.
-
-    State and tensor-valued fields are written in place. A CUDA graph captured over the optimizer reads those anew;
-    betas, eps and weight decay that are plain floats are constants in it: capture it again.
+    How far a live switch is from the run that goes on as it was: docs/rules.md. State and tensor-valued fields are
+    written in place. A CUDA graph captured over the optimizer reads those anew; betas, eps and weight decay that are
+    plain floats are constants in it: capture it again.
 
     Raises:
         RuleError: no base batch, another name of what is scaled (epsilon, beta1, ...), a field missing that the rule
@@ -88,68 +78,70 @@ def scale(
     >>> scale({"lr": 0.1, "momentum": 0.9, "batch": 256, "nesterov": True}, batch=512, rule="linear")
     {'lr': 0.2, 'momentum': 0.9, 'batch': 512, 'nesterov': True}
     """
-    is_recipe = target is None or isinstance(target, Mapping)
-    recipe = {**(target or {}), **numbers} if is_recipe else {}
-    if not is_recipe and numbers:
+    recipe = {**(target or {}), **numbers} if target is None or isinstance(target, Mapping) else None
+    if recipe is None and numbers:
         raise RuleError(f"{', '.join(numbers)} given beside a {type(target).__name__}; give one or the other")
-    own = recipe.get("batch")
-    if base_batch is not None and own is not None and base_batch != own:
-        raise RuleError(f"base_batch={base_batch} and batch={own} in the recipe: which one is the base?")
-    base_batch = own if base_batch is None else base_batch
-    for name, value in (("base_batch", base_batch), ("batch", batch)):
+    own = recipe.get("batch") if recipe else None
+    base: Any = own if base_batch is None else base_batch
+    if own not in (None, base):
+        raise RuleError(f"base_batch={base} and batch={own} in the recipe: which one is the base?")
+    for name, value in (("base_batch", base), ("batch", batch)):
         if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
             raise RuleError(
                 f"{name}={value!r}: give the global batch in examples, a number > 0 (all devices, accumulation); "
                 "a recipe cannot be scaled without the batch size it was tuned at"
             )
-    assert base_batch is not None
-    move = Move(base_batch, batch, duration, noise_scale, beta_map)
-    optimizer = None if is_recipe or isinstance(target, list | tuple) else _unwrapped(target)
-    if scheduler is not None and not hasattr(optimizer, "param_groups"):
+    move = Move(base, batch, duration, noise_scale, beta_map)
+    optimizer = None if recipe is not None else _unwrapped(target)
+    if hasattr(optimizer, "param_groups"):
+        _live(optimizer, rule, move, scheduler)
+        return target
+    if scheduler is not None:
         raise RuleError("scheduler is given without its optimizer: scale(optimizer, scheduler=scheduler, ...)")
-    if is_recipe:
+    if recipe is not None:
         return _recipe(recipe, rule, move)
-    if isinstance(target, list | tuple):
-        return [_group(group, f"parameter group {i}", rule, move) for i, group in enumerate(target)]
-    if not hasattr(optimizer, "param_groups"):
+    if not isinstance(target, list | tuple):
         raise RuleError(
             f"cannot scale a {type(target).__name__}; allowed: numbers by keyword, a dict, a list of parameter groups, "
             "a torch optimizer"
         )
-    _live(optimizer, rule, move, scheduler)
-    return target
+    for i, group in enumerate(target):
+        if not isinstance(group, Mapping) or "params" not in group:
+            raise RuleError(f"group {i} is no torch parameter group: a dict of params, lr, ...")
+    return [_by_fields(group, f"parameter group {i}", rule, move)[1] for i, group in enumerate(target)]
 
 
 def _recipe(given: dict[str, Any], rule: str | Rule | None, move: Move) -> dict[str, Any]:
     for name in given:
         if name in OTHER_NAMES:  # carried along unscaled it would be a wrong recipe that looks right
             raise RuleError(f"{name}={given[name]!r}: write it as {OTHER_NAMES[name]}")
-    chosen, field = _by_fields(given, "the recipe", rule)
-    out = {**given, **_fields(chosen.scale(_hyper(given, field, "the recipe", chosen, move), move), given, field)}
+    if {"warmup_steps", "milestones"} & set(given) and not {"steps", "epochs"} & set(given):
+        raise RuleError(
+            "a schedule in steps (warmup_steps, milestones) without its length: give steps (of the whole run at the "
+            "base batch) or epochs, so that it ends where the data ends"
+        )
+    chosen, out = _by_fields(given, "the recipe", rule, move)
     if "batch" in given:
         out["batch"] = move.batch
     if "ema" in given:
         out["ema"] = chosen.ema(_number(given["ema"], "ema"), move.kappa)
-    return {**out, **_clock(given, move.duration / move.kappa)}
+    for name in ("steps", "warmup_steps", "milestones"):
+        if (counts := given.get(name)) is not None:
+            several = name == "milestones"
+            new = [round(_number(n, name) * (move.duration / move.kappa), 9) for n in (counts if several else [counts])]
+            whole = [int(x) if x == int(x) else x for x in new]
+            out[name] = whole if several else whole[0]
+    return out
 
 
-def _group(group: Any, where: str, rule: str | Rule | None, move: Move) -> dict[str, Any]:
-    if not isinstance(group, Mapping) or "params" not in group:
-        raise RuleError(f"{where} is no torch parameter group: a dict of params, lr and the optimizer's fields")
-    l2 = group.get("decoupled_weight_decay") is False and bool(group.get("weight_decay"))
-    chosen, field = _by_fields(group, where, rule, l2)
-    return {**group, **_fields(chosen.scale(_hyper(group, field, where, chosen, move), move), group, field)}
-
-
-def _by_fields(
-    given: Mapping[str, Any], what: str, rule: str | Rule | None, l2: bool = False
-) -> tuple[Rule, str | None]:
-    """(the rule, the field of the betas) where no optimizer class says what this is."""
+def _by_fields(given: Mapping[str, Any], what: str, rule: str | Rule | None, move: Move) -> tuple[Rule, dict[str, Any]]:
+    """(the rule, `given` scaled by it) where only its fields say what this is."""
     if rule is None:
         raise RuleError(
             "rule is not given, and without the optimizer's class there is no default: name one, such as "
             "rule='sqrt' (Adam, RMSprop), 'adamw_sde' (AdamW), 'linear' (SGD); docs/rules.md has them all"
         )
+    l2 = given.get("decoupled_weight_decay") is False and bool(given.get("weight_decay"))
     rule = rule if isinstance(rule, Rule) else find(rule, l2=l2)
     names = sorted({o.field for o in OPTIMIZERS.values()} & set(given), key=lambda f: f == "momentum")
     field = names[0] if names else None
@@ -157,7 +149,7 @@ def _by_fields(
         raise RuleError(f"{what} has {field} and momentum; no rule covers both: give {field}, or momentum (SGD)")
     if field and not {o.family for o in OPTIMIZERS.values() if o.field == field} & set(rule.families):
         raise RuleError(f"{what} has {field}, and rule {rule.name!r} is for {', '.join(rule.families)} optimizers")
-    return rule, field
+    return rule, {**given, **_fields(rule.scale(_hyper(given, field, what, rule, move), move), given, field)}
 
 
 def _live(optimizer: Any, rule: str | Rule | None, move: Move, scheduler: Any) -> None:
@@ -195,7 +187,9 @@ def _carry(
     states: Any, row: Optimizer, group: dict[str, Any], base: Hyper, new: Hyper, v_factor: float, kappa: float
 ) -> None:
     """Move the state of one group, in place; see the head of this module."""
-    steps = _step_factor(base.betas[-1], new.betas[-1], kappa) if row.second_moments else 1.0
+    steps = 1.0
+    if row.second_moments:  # as much is forgotten after t times this many steps as after t at the old beta2
+        steps = math.log(base.betas[-1]) / math.log(new.betas[-1]) if base.betas[-1] else 1 / kappa
     before = group.get("k", 0)  # PaperAdam counts once a group
     if "k" in group:
         group["k"] = before * steps
@@ -207,9 +201,9 @@ def _carry(
             before = float(state["step"])
             state["step"] = _written(state["step"], before * steps)
         if base.betas[0] != new.betas[0]:
-            for name in row.moments:
-                state[name].mul_(_mass(new.betas[0], before * steps) / _mass(base.betas[0], before))
-            if row.sums and state.get("momentum_buffer") is not None:
+            for name in row.moments if before > 0 else ():
+                state[name].mul_((1 - new.betas[0] ** (before * steps)) / (1 - base.betas[0] ** before))
+            if row.family == "sgd" and state.get("momentum_buffer") is not None:
                 state["momentum_buffer"].mul_((1 - base.betas[0]) / (1 - new.betas[0]))
 
 
@@ -222,11 +216,7 @@ def _unwrapped(target: Any) -> Any:
 
 
 def _schedulers(optimizer: Any, scheduler: Any) -> list[Any]:
-    """The scheduler and those that it is composed of.
-
-    Raises:
-        RuleError: none is given and one is attached; it is another optimizer's, or has rates beside base_lrs.
-    """
+    """The scheduler and those that it is composed of; refused where their base_lrs are not all that would move."""
     if scheduler is None:
         if any("initial_lr" in group for group in optimizer.param_groups):
             raise RuleError(
@@ -259,20 +249,12 @@ def _number(value: Any, name: str) -> float:
 
 
 def _hyper(given: Mapping[str, Any], field: str | None, where: str, rule: Rule, move: Move) -> Hyper:
-    """The numbers of `given`; 0 or () stands for what is missing and what `rule` leaves alone.
-
-    Raises:
-        RuleError: what it moves is missing, or is no number.
-    """
+    """The numbers of `given`, 0 or () for what is missing; a RuleError where `rule` moves what is missing."""
     few = rule.families == ("sgd",)
     trial = Hyper(1.0, (1 - 1e-6,) if few else (1 - 1e-6, 1 - 1e-6), 1.0, 1.0)  # none of the betas can be refused
     moved = rule.scale(trial, replace(move, beta_map="power"))
     names = {"betas": field or ("momentum" if few else "betas")}
-    needed = [
-        names.get(f.name, f.name)
-        for f in fields(Hyper)
-        if f.name == "lr" or getattr(moved, f.name) != getattr(trial, f.name)
-    ]
+    needed = [names.get(k, k) for k, x in asdict(moved).items() if k == "lr" or x != getattr(trial, k)]
     if missing := [name for name in needed if given.get(name) is None]:
         raise RuleError(
             f"{where} has no {', '.join(missing)}, and rule {rule.name!r} moves {', '.join(needed)}: give them all"
@@ -302,32 +284,3 @@ def _written(old: Any, value: Any) -> Any:
     if isinstance(old, tuple | list):
         return type(old)(map(_written, old, value))
     return old.fill_(value) if hasattr(old, "fill_") else value
-
-
-def _step_factor(old: float, new: float, kappa: float) -> float:
-    """ln(old) / ln(new): after t times this many steps at `new` as much is forgotten as after t at `old`."""
-    if old == new or not 0 < old < 1:
-        return 1.0 if old == new and old > 0 else 1 / kappa
-    return math.log(old) / math.log(new)
-
-
-def _mass(beta: float, steps: float) -> float:
-    return 1 - beta**steps if steps > 0 else 1.0
-
-
-def _clock(given: Mapping[str, Any], factor: float) -> dict[str, Any]:
-    """Counts of steps, times `factor`; whole where they come out whole."""
-    if ("warmup_steps" in given or "milestones" in given) and not {"steps", "epochs"} & set(given):
-        raise RuleError(
-            "a schedule in steps (warmup_steps, milestones) without its length: give steps (of the whole run at the "
-            "base batch) or epochs, so that it ends where the data ends"
-        )
-
-    def times(value: Any, name: str) -> int | float:
-        x = round(_number(value, name) * factor, 9)
-        return int(x) if x == int(x) else x
-
-    new: dict[str, Any] = {k: times(given[k], k) for k in ("steps", "warmup_steps") if given.get(k) is not None}
-    if given.get("milestones") is not None:
-        new["milestones"] = [times(m, "milestones") for m in given["milestones"]]
-    return new

@@ -6,10 +6,11 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from scaling_exps.rules.move import BetaMap, Family, Hyper, Move, RuleError
+from scaling_exps.rules.move import Family, Hyper, Move, RuleError
 from scaling_exps.rules.rule import Rule
 
 ENTRY_POINTS = "scalerun.rules"
+_ALONE = {"lr": "η", "betas": "β", "eps": "ε", "weight_decay": "λ"}  # the formulas of what does not move
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -37,10 +38,11 @@ class Powers(Rule):
     def apply(self, base: Hyper, move: Move) -> Hyper:
         r = move.kappa / move.duration if self.moves_duration else move.kappa
         moved = (self.beta1, self.beta2)[-len(base.betas) :] if base.betas else ()
-        forced: BetaMap | None = "power" if self.half_lives else None
+        if self.half_lives:
+            move = replace(move, beta_map="power")
         return Hyper(
             lr=base.lr * r**self.lr,
-            betas=tuple(move.beta(b, r, self.name, forced) if m else b for b, m in zip(base.betas, moved, strict=True)),
+            betas=tuple(move.beta(b, r, self.name) if m else b for b, m in zip(base.betas, moved, strict=True)),
             eps=base.eps * r**self.eps,
             weight_decay=base.weight_decay * r**self.weight_decay,
         )
@@ -79,12 +81,7 @@ class LinearMomentum(Rule):
         return replace(base, lr=base.lr * move.kappa * gain, betas=betas)
 
     def formulas(self) -> dict[str, str]:
-        return {
-            "lr": "κ·η·(1 - μ')/(1 - μ) = κ²·η (κ·η where μ = 0)",
-            "betas": "μ' = 1 - κ·(1 - μ)",
-            "eps": "ε",
-            "weight_decay": "λ",
-        }
+        return _ALONE | {"lr": "κ·η·(1 - μ')/(1 - μ) = κ²·η (κ·η where μ = 0)", "betas": "μ' = 1 - κ·(1 - μ)"}
 
 
 class Timescale(Rule):
@@ -94,28 +91,31 @@ class Timescale(Rule):
         return replace(base, weight_decay=base.weight_decay * move.kappa / move.duration)
 
     def formulas(self) -> dict[str, str]:
-        return {"lr": "η", "betas": "β", "eps": "ε", "weight_decay": "λ·κ/δ (any η': λ·κ·(η/η')/δ)"}
+        return _ALONE | {"weight_decay": "λ·κ/δ (any η': λ·κ·(η/η')/δ)"}
 
 
 @dataclass(frozen=True, kw_only=True)
 class Gain(Rule):
-    """eta -> eta [h(B) / h(B0)]^exponent with h(B) = 1 / (1 + B_n / B), B_n measured."""
+    """eta -> eta [h(B) / h(B0)]^exponent with h(B) = 1 / (1 + B_n / B), what a step is worth, B_n measured."""
 
     exponent: float
 
     def apply(self, base: Hyper, move: Move) -> Hyper:
-        return replace(base, lr=base.lr * move.gain(self.name) ** self.exponent)
+        if move.noise_scale is None:
+            raise RuleError(
+                f"rule {self.name!r} needs noise_scale: it compares the batch sizes with the measured gradient-noise "
+                "scale B_n = tr(covariance of one example's gradient) / |mean gradient|^2, in examples. "
+                "Give noise_scale=N, or choose a rule that needs no measurement"
+            )
+        ratio = move.noise_scale / move.base_batch
+        return replace(base, lr=base.lr * ((1 + ratio) / (1 + ratio / move.kappa)) ** self.exponent)
 
     def formulas(self) -> dict[str, str]:
         gain = "(1 + B_n/B0)/(1 + B_n/B)"
-        return {
-            "lr": f"η·{gain}" if self.exponent == 1 else f"η·√[{gain}]",
-            "betas": "β",
-            "eps": "ε",
-            "weight_decay": "λ",
-        }
+        return _ALONE | {"lr": f"η·{gain}" if self.exponent == 1 else f"η·√[{gain}]"}
 
 
+_SQRT = functools.partial(Powers, lr=0.5, beta1=True, beta2=True, eps=-0.5)
 _PAPER = "Malladi et al. 2022, Def. 5.2"
 _NOISE = (
     "Gradient noise dominates the mean gradient (κ·r ≪ 1, where r = |mean|²/variance of one base-batch gradient); "
@@ -127,7 +127,7 @@ _L2 = "weight decay inside the gradient (L2), gradient clipping"
 RULES: dict[str, Rule] = {
     r.name: r
     for r in (
-        Powers(
+        _SQRT(
             name="sqrt",
             goals={"adaptive": "match", "invariant": "control"},
             evidence="settled",
@@ -136,10 +136,6 @@ RULES: dict[str, Rule] = {
             source=_PAPER,
             conditions=_NOISE,
             leaves_alone=_L2,
-            lr=0.5,
-            beta1=True,
-            beta2=True,
-            eps=-0.5,
         ),
         Powers(
             name="linear",
@@ -185,7 +181,7 @@ RULES: dict[str, Rule] = {
             lr=0.5,
             eps=-0.5,
         ),
-        Powers(
+        _SQRT(
             name="sqrt_without_beta1",
             goals={"adaptive": "control"},
             evidence="experimental",
@@ -193,11 +189,9 @@ RULES: dict[str, Rule] = {
             source="ablation of " + _PAPER,
             conditions="Nothing moves much within the base's 1/(1 - β1) steps.",
             leaves_alone="beta1, " + _L2,
-            lr=0.5,
-            beta2=True,
-            eps=-0.5,
+            beta1=False,
         ),
-        Powers(
+        _SQRT(
             name="sqrt_without_eps",
             goals={"adaptive": "control"},
             evidence="experimental",
@@ -205,11 +199,9 @@ RULES: dict[str, Rule] = {
             source="ablation of " + _PAPER,
             conditions="ε ≪ √v.",
             leaves_alone="eps, " + _L2,
-            lr=0.5,
-            beta1=True,
-            beta2=True,
+            eps=0,
         ),
-        Powers(
+        _SQRT(
             name="linear_scaled",
             goals={"adaptive": "control"},
             evidence="experimental",
@@ -219,9 +211,6 @@ RULES: dict[str, Rule] = {
             conditions="None under which it is exact.",
             leaves_alone=_L2,
             lr=1,
-            beta1=True,
-            beta2=True,
-            eps=-0.5,
         ),
         LinearMomentum(
             name="linear_momentum",
@@ -250,7 +239,7 @@ RULES: dict[str, Rule] = {
             beta1=True,
             beta2=True,
         ),
-        Powers(
+        _SQRT(
             name="adamw_sde",
             goals={"adaptive": "match"},
             evidence="contested",
@@ -262,10 +251,6 @@ RULES: dict[str, Rule] = {
             conditions=_NOISE + " Decay decoupled as PyTorch applies it, η·λ a step (independent of η it needs κ·λ).",
             leaves_alone="gradient clipping",
             decoupled=True,
-            lr=0.5,
-            beta1=True,
-            beta2=True,
-            eps=-0.5,
             weight_decay=0.5,
         ),
         Timescale(
@@ -281,7 +266,7 @@ RULES: dict[str, Rule] = {
             decoupled=True,
             moves_duration=True,
         ),
-        Powers(
+        _SQRT(
             name="completed",
             goals={"adaptive": "best"},
             evidence="contested",
@@ -293,10 +278,6 @@ RULES: dict[str, Rule] = {
             leaves_alone="gradient clipping",
             decoupled=True,
             moves_duration=True,
-            lr=0.5,
-            beta1=True,
-            beta2=True,
-            eps=-0.5,
             weight_decay=0.5,
         ),
         Powers(
@@ -333,7 +314,7 @@ RULES: dict[str, Rule] = {
             leaves_alone="betas, eps, weight decay, gradient clipping",
             exponent=0.5,
         ),
-        Powers(
+        _SQRT(
             name="lion",
             goals={"sign": "match"},
             evidence="experimental",
@@ -343,9 +324,7 @@ RULES: dict[str, Rule] = {
             conditions=_NOISE,
             leaves_alone="gradient clipping",
             decoupled=True,
-            lr=0.5,
-            beta1=True,
-            beta2=True,
+            eps=0,
             weight_decay=0.5,
         ),
         Powers(
@@ -396,9 +375,7 @@ def third_party() -> dict[str, Rule]:
 def find(name: str, family: Family | None = None, *, l2: bool = False) -> Rule:
     """The rule called `name`, if it is meant for this family of optimizers (None: whichever).
 
-    Args:
-        l2: the recipe has a weight decay, and it lies inside the gradient: it is part of the loss, and a rule
-            that scales a decoupled decay would change the loss.
+    `l2`: the recipe has a weight decay inside the gradient, so it is part of the loss, which no rule may change.
 
     Raises:
         RuleError: no such rule, or one for other optimizers; the message lists those allowed.
@@ -412,9 +389,8 @@ def find(name: str, family: Family | None = None, *, l2: bool = False) -> Rule:
     rule = known[name]
     fits = [r for r in known.values() if family is None or family in r.families]
     if rule not in fits:
-        raise RuleError(
-            f"rule {name!r} is not for {family} optimizers; allowed here: {', '.join(r.name for r in fits)}"
-        )
+        allowed = ", ".join(r.name for r in fits)
+        raise RuleError(f"rule {name!r} is not for {family} optimizers; allowed here: {allowed}")
     if l2 and rule.decoupled:
         raise RuleError(
             f"rule {name!r} scales a decoupled weight decay, and this one lies inside the gradient (L2), where it is "

@@ -29,7 +29,7 @@ from msgspec.structs import replace
 from scipy import stats
 from torch import Tensor
 
-from scaling_exps import data, optim
+from scaling_exps import optim
 from scaling_exps.noise import estimators
 from scaling_exps.plan import Placement, RunSpec
 from scaling_exps.records import RunDir
@@ -200,7 +200,7 @@ class _Branching:
         t.optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))  # torch would share the tensors
         s = self.spec.science
         scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
-        t.stream = data.stream(s.dataset, self.spec.dataset_path, s.seed, t.device, f"fork/{repeat}")
+        t.stream = t.stream.sibling(s.seed, f"fork/{repeat}")
         return t
 
     def loss(self, noise: float | None, repeat: int) -> float:
