@@ -16,7 +16,10 @@ from scaling_exps.records import RunDir
 
 ROOT = Path(__file__).resolve().parent.parent
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-TINY = ["model.width=4", "recipe.epochs=null", "recipe.samples=256", "logger=none", "recipe.statistics_samples=64"]
+TINY = [
+    "model.width=4", "recipe.epochs=null", "recipe.samples=256", "logger=none", "recipe.statistics_samples=64",
+    "measure.evaluations=2", "measure.noise_records=2",
+]  # fmt: skip
 
 
 def specs(*words: str) -> list[plan.RunSpec]:

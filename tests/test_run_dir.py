@@ -185,7 +185,7 @@ def test_json_that_is_no_record_is_damage(line: str, tmp_path: Path) -> None:
         (lambda raw: raw["placement"].update(world_size=2.5), "world_size"),
         (lambda raw: raw["science"].update(seed=5), "it was edited"),
         (lambda raw: raw["science"]["model"].update(kind="rumour"), "rumour"),
-        (lambda raw: raw["science"].update(model=TIMM), "recursion"),
+        (lambda raw: raw["science"].update(model=TIMM), "run.json"),
         (lambda raw: raw.update(arms=[]), "no arm"),
         (lambda raw: raw.update(version="2"), "version '2'"),
         (lambda raw: raw.pop("measure"), "measure"),
