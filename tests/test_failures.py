@@ -466,7 +466,7 @@ def both_write(sweep: list[RunSpec], root: Path) -> bool:
 
 def test_workers_side_by_side_save_when_the_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The minutes end when both workers train. Fails if one did not hear, did not save, or lost or doubled anything."""
-    sweep = specs(*PIECES, "recipe.samples=4000")
+    sweep = specs(*PIECES, "recipe.samples=2000")
     whole = undisturbed_sweep(tmp_path / "whole", sweep)
     settings, clock = config.compose(["launch.parallel=2", "launch.minutes=60"])[0].launch, time.monotonic
     assert isinstance(settings, config.LocalLaunch)

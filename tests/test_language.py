@@ -403,7 +403,13 @@ def test_planning_language_needs_no_torch(tmp_path: Path) -> None:
 
 SMALL = [
     *(f"fig1_small model={m} optimizer={o}" for m in ("vgg16", "resnet8", "resnet20") for o in ("adam", "rmsprop")),
-    *("fig1_ablations_small", "fig1_eps_small", "fig1_eps_small model=resnet8 optimizer=rmsprop", "epsilon_small", "beta1_small"),
+    *(
+        "fig1_ablations_small",
+        "fig1_eps_small",
+        "fig1_eps_small model=resnet8 optimizer=rmsprop",
+        "epsilon_small",
+        "beta1_small",
+    ),
     *(
         "fig2_small model=timm",
         "fig2_small model=vit optimizer=adamw",

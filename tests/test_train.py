@@ -119,14 +119,8 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
     undisturbed run. Fails if any state were missing from the checkpoint or records were written twice."""
-    words = [
-        *BN,
-        "recipe.samples=19200",
-        "checkpoint.minutes=0.0005",
-        "measure.train_records=37",
-        "measure.evaluations=7",
-    ]
-    (spec,) = specs(*words)
+    often = ["measure.train_records=37", "measure.noise_records=5", "measure.evaluations=4"]
+    (spec,) = specs(*BN, "recipe.samples=9600", "checkpoint.minutes=0.0005", *often)
     spec = placed(spec, processes)
     whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path / "broken", spec)
     work(whole, processes)
