@@ -16,7 +16,7 @@ import pytest
 from scipy import optimize, stats
 
 from scaling_exps import rules, theory
-from scaling_exps.theory import checks, discrete, exact, keyed, oracles, problem, result, sde
+from scaling_exps.theory import discrete, exact, keyed, oracles, problem, result, sde
 from scaling_exps.theory.oracles import Base, Linear, Logistic, Noise, Quadratic, TwoWell
 from scaling_exps.theory.problem import Problem, reference
 from scaling_exps.theory.result import ratio
@@ -157,15 +157,6 @@ def test_old_v_and_new_v_part_where_noise_is_skewed():
     g = oracle.draw(np.zeros((200_000, 1)), sigma, 0, 0, 0)[:, 0]
     swapped = -hyper.lr * g / (np.sqrt(hyper.betas[0] * sigma**2 + (1 - hyper.betas[0]) * g**2) + hyper.eps)
     assert abs(swapped.mean() - expected) > 30 * x.std() / math.sqrt(len(x))  # the test can tell
-
-
-def test_the_invariant_adam_is_torchs_adam_where_a_batch_is_one_micro_batch():
-    """Bias corrections, NEW v and eps as in the class; it fails if v takes the old gradient or the square of a mean."""
-    hyper = rules.Hyper(0.01, (0.9, 0.99), 0.3, 0.0)
-    noise = np.random.default_rng(0).normal(size=(32, 16))
-    adam, invariant = (checks._adam(name, hyper, noise) for name in ("adam", "invariant"))
-    np.testing.assert_allclose(invariant, adam, rtol=1e-12)
-    assert abs(checks._adam("invariant", hyper, noise, 4) - checks._adam("adam", hyper, noise, 4)).max() > 1e-3
 
 
 # --- exact moments and the simulators

@@ -152,3 +152,9 @@ def test_the_noise_wins_is_said():
     r.judge("a", "b", "c", 1.0, 0.1, only=["nothing"])
     assert r.fits[0].passed is None
     assert not r.passed
+
+
+def test_beyond_the_end_of_the_linear_map():
+    """Fails if a beta were moved by another map than said, or if lr were not."""
+    r = checks.beta1(seed=1, paths=1 << 9)
+    assert len(r.fits) == 8 and all(f.passed for f in r.fits), [f for f in r.fits if not f.passed]

@@ -12,7 +12,7 @@ from scipy import stats
 from threadpoolctl import threadpool_limits
 
 from scaling_exps import optim, rules
-from scaling_exps.rules import RULES, Hyper, Move
+from scaling_exps.rules import RULES, BetaMap, Hyper, Move
 from scaling_exps.theory import discrete, exact, sde, weak
 from scaling_exps.theory.keyed import LANES, MAX_DIM, draws
 from scaling_exps.theory.oracles import Linear, Noise, Quadratic, TwoWell, describe
@@ -286,9 +286,11 @@ def invariant_adam(seed: int = 0, paths: int = 1 << 12) -> Result:
         truth = _adam("adam", base, noise)
         for kappa, limit in ((4, 0.01), (16, 0.03)):
             sqrt = RULES["sqrt"].scale(base, Move(1, kappa))
-            invariant = replace(sqrt, lr=kappa * base.lr, eps=base.eps)  # v does not shrink with the batch's noise
+            invariant = RULES["invariant"].scale(base, Move(1, kappa))
             _gaps(r, "adam", name, "sqrt", kappa, _adam("adam", sqrt, noise, kappa), truth)
-            _gaps(r, "adam", name, "micro-batch squares", kappa, _adam("invariant", invariant, noise, kappa), truth)
+            _gaps(
+                r, "adam", name, "micro-batch squares", kappa, _adam("invariant_adam", invariant, noise, kappa), truth
+            )
             r.fits.append(_kept(r, "adam", name, "micro-batch squares", kappa, limit))
             if sigma > 1:
                 r.fits.append(_kept(r, "adam", name, "sqrt", kappa, limit))
@@ -297,6 +299,31 @@ def invariant_adam(seed: int = 0, paths: int = 1 << 12) -> Result:
     r.notes.append("Wang and Aitchison (arXiv 2402.18824): v <- beta2 v + (1 - beta2) mean of (micro-batch gradient)^2")
     r.notes.append("f(theta) = theta^2/2, theta_0 = 1, noise 10 or 0.3 at the base batch, which is one micro-batch")
     r.notes.append(f"{paths} paths, {len(unit_noise)} base steps; both runs see the same noise, as in decoupled_decay")
+    return r
+
+
+def beta1(seed: int = 0, paths: int = 1 << 11) -> Result:
+    """beta1 = 0.9, where 1 - kappa (1 - beta1) ends at kappa = 10: three ways on, at kappa = 16 and 64."""
+    r = Result("beta1", "from beta1 = 0.9: beta^kappa, beta1 left alone and a retuned base keep the law", "kappa")
+    noise, tuned = 10.0 * _micro_noise(seed, 2048, paths), Hyper(4e-3, (0.9, 0.999), 1e-8, 0.0)
+    ways: tuple[tuple[str, Hyper, str, BetaMap], ...] = (
+        ("beta^kappa", tuned, "sqrt", "power"),
+        ("beta1 left alone", tuned, "sqrt_without_beta1", "power"),
+        ("retuned base, linear", replace(tuned, betas=(0.995, 0.999)), "sqrt", "linear"),
+        ("none", tuned, "none", "linear"),
+    )
+    for arm, base, rule, beta_map in ways:
+        truth = _adam("adam", base, noise)
+        for kappa in (16, 64):
+            scaled = RULES[rule].scale(base, Move(1, kappa, beta_map=beta_map))
+            _gaps(r, "adam", "gaussian", arm, kappa, _adam("adam", scaled, noise, kappa), truth)
+    for kappa, limit in ((16, 0.03), (64, 0.1)):
+        r.fits += [_kept(r, "adam", "gaussian", arm, kappa, limit) for arm, *_ in ways[:-1]]
+        r.fits.append(_ratio(r, "adam", "gaussian", "none", "beta^kappa", kappa, 3.0))
+    r.notes.append(
+        "each arm against its own base: betas 0.9 and 0.999, or 0.995 and 0.999; base lr 0.004, else as above"
+    )
+    r.notes.append(f"{paths} paths, {len(noise)} base steps; both runs see the same noise, as in decoupled_decay")
     return r
 
 
@@ -310,25 +337,19 @@ def _adam(name: str, hyper: Hyper, noise: np.ndarray, kappa: int = 1) -> np.ndar
     """theta at MARKS, (8, paths), on f = theta^2/2 from theta_0 = 1, with batches of `kappa` micro-batches.
 
     Args:
-        name: "adam" or "adamw", the classes that train networks; or "invariant", whose v averages the squares of the
-            micro-batch gradients.
+        name: of one of the classes that train networks.
         noise: (base steps, paths), of each micro-batch's gradient.
     """
     micro = torch.from_numpy(noise).reshape(len(noise) // kappa, kappa, -1)
     observe, seen = set(np.round(MARKS * len(micro)).astype(int).tolist()), []
     x = torch.ones(micro.shape[2], dtype=torch.float64, requires_grad=True)
-    optimizer = None if name == "invariant" else optim.build(name, [x], hyper)
-    m, v, (beta1, beta2) = torch.zeros_like(x), torch.zeros_like(x), hyper.betas
-    with threadpool_limits(1, "openmp"), torch.no_grad():
+    optimizer = optim.build(name, [x], hyper)
+    with threadpool_limits(1, "openmp"):
         for k, z in enumerate(micro, start=1):
-            g = x + z  # (kappa, paths)
-            if optimizer:
-                x.grad = g.mean(0)
-                optimizer.step()
-            else:
-                m.lerp_(g.mean(0), 1 - beta1)
-                v.lerp_((g * g).mean(0), 1 - beta2)
-                x -= hyper.lr * (m / (1 - beta1**k)) / ((v / (1 - beta2**k)).sqrt() + hyper.eps)
+            optimizer.zero_grad()
+            for g in x.detach() + z:  # (paths,) of each micro-batch, added up as in training
+                (x @ g / kappa).backward()
+            optimizer.step()
             if k in observe:
                 seen.append(x.numpy(force=True).copy())
     return np.stack(seen)
@@ -361,6 +382,6 @@ def _kept(r: Result, optimizer: str, noise: str, arm: str, kappa: int, limit: fl
 CHECKS: dict[str, Callable[[int], Result]] = {
     f.__name__: f
     for f in (
-        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, integrator,
+        weak_order, svag, scaling_rule, noise_dominance, skewness, decoupled_decay, invariant_adam, beta1, integrator,
     )
 }  # fmt: skip
