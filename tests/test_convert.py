@@ -17,6 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scaling_exps import scale
 from scaling_exps.convert import Conversion, convert, main, optimizers, report
 from scaling_exps.convert.documents import KEYS, Odd, number, open_document, spell
 from scaling_exps.convert.forms import FORMS, guess
@@ -471,7 +472,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF + "effective_batch_size: 512\n", {}, "effective_batch_size=512 .it may change the batch"),
         (HF + "accelerator_config: {split_batches: true}\n", {}, "split_batches=True"),
         (HF + "auto_find_batch_size: true\n", {}, "auto_find_batch_size"),
-        (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*beta_map=power .here: --beta-map power"),
+        (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*Use beta_map=power"),
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
         (HF, {"partners": [(DEEPSPEED, "ds.json")]},
@@ -626,9 +627,34 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(tmp_path / "none.yaml"), "--batch", "512"], "No such file"),
         ([str(base), "--from", "keras", "--batch", "512"], "invalid choice"),
         ([str(base), "--batch", "512", "--devices", "1", "--rule", "sqroot"], "unknown rule"),
+        ([str(base), "--batch", "2048", "--devices", "1"], "Use --beta-map power (beta -> beta^kappa)"),
     ]:
         assert main(argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_end_of_the_linear_map_is_said_where_people_look_first(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    readme, page = (root / "README.md").read_text(), (root / "docs" / "convert.md").read_text()
+    main(["--help"])
+    for text in (
+        readme.partition("## In your own trainer")[2].partition("\n## ")[0],
+        page.partition("\n## ")[0],
+        capsys.readouterr().out,
+    ):
+        text = " ".join(text.split())
+        assert re.search(r"κ < 1/\(1 [-−] β1\)", text) and "10" in text and "retune" in text
+        assert "--beta-map power" in text
+
+
+def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(PLAIN)
+    assert main([str(tmp_path / "a.yaml"), "--batch", "8192", "--beta-map", "power"]) == 0
+    written = yaml.safe_load(capsys.readouterr().out)["betas"]
+    recipe = {"batch": 256, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    assert tuple(written) == scale(recipe, batch=8192, rule="adamw_sde", beta_map="power")["betas"]
+    with pytest.raises(RuleError, match=r'Use beta_map="power" \(beta -> beta\^kappa\)'):
+        scale(recipe, batch=8192, rule="adamw_sde")
 
 
 def test_a_missing_library_is_one_sentence(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Clip, Edit, Recipe, read, sentence
 from scaling_exps.convert.layout import Layout
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find, spelled
 
 
 @dataclass(frozen=True)
@@ -91,10 +91,7 @@ def convert(
     l2 = not optimizer.decoupled and base.hyper.weight_decay > 0
     chosen = find(rule or optimizer.match or optimizer.default("best"), family, l2=l2)
     move = Move(base.batch, batch, duration, noise_scale, beta_map)
-    try:
-        edit = Edit(layout, base, move, chosen, clip)
-    except RuleError as e:
-        raise RuleError(str(e).replace("beta_map=power", "beta_map=power (here: --beta-map power)")) from None
+    edit = Edit(layout, base, move, chosen, clip)
     out, scaled = text, base
     if target not in (None, source):
         written, scaled = anew(edit, target, new_devices)
@@ -150,7 +147,9 @@ def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalerun convert",
-        description="Move a recipe of this or another trainer to another batch size.",
+        description="Move a recipe of this or another trainer to another batch size. "
+        "The linear map of the betas ends at κ < 1/(1 - β1), which is 10 for β1 = 0.9: beyond it, --beta-map power "
+        "(β -> β^κ), or a base retuned at a larger β1.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -183,7 +182,8 @@ def main(argv: Sequence[str]) -> int:
     output, where = options.pop("output", None), options["where"]
     try:
         options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
-        done = convert(read_file(where), **options)
+        with spelled("--beta-map power"):
+            done = convert(read_file(where), **options)
         if output:
             File(output).write_bytes(done.text.encode())
         else:
