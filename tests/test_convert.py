@@ -196,6 +196,56 @@ ema: 0.9999
 epochs: 10
 """
 
+LLAMAFACTORY = """\
+model: some/model
+train_dataset: data.yaml
+micro_batch_size: 1
+global_batch_size: 16
+optim_config: {name: adamw, lr: 1.0e-4, betas: [0.9, 0.95], weight_decay: 0.01}   # its own names
+dist_config: {name: fsdp2}
+max_steps: 100
+"""
+VERL = """\
+set -x
+python3 -m verl.trainer.main_ppo \\
+    algorithm.adv_estimator=grpo \\
+    data.train_files=$HOME/data/train.parquet \\
+    data.train_batch_size=1024 data.max_prompt_length=512 data.truncation='error' \\
+    actor_rollout_ref.actor.optim.lr=1e-6 \\
+    actor_rollout_ref.actor.ppo_mini_batch_size=256 \\
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=40 \\
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=40 \\
+    actor_rollout_ref.rollout.tensor_model_parallel_size=2 actor_rollout_ref.rollout.n=5 \\
+    trainer.critic_warmup=0 trainer.n_gpus_per_node=8 trainer.nnodes=1 \\
+    trainer.save_freq=20 trainer.test_freq=-1 trainer.total_epochs=15 $@
+"""
+VERL_PPO = """\
+data: {train_batch_size: 512, max_response_length: 512}
+actor_rollout_ref:
+  actor:
+    strategy: fsdp
+    ppo_mini_batch_size: 128   # prompts
+    ppo_micro_batch_size_per_gpu: 4
+    grad_clip: 1.0
+    optim: {lr: 1e-6, betas: [0.9, 0.95], weight_decay: 0.1}
+  rollout: {name: vllm, n: 1, tensor_model_parallel_size: 2}
+critic:
+  ppo_mini_batch_size: ${actor_rollout_ref.actor.ppo_mini_batch_size}
+  optim:
+    lr: 1e-5
+algorithm: {adv_estimator: gae}
+trainer: {total_epochs: 15, n_gpus_per_node: 8, nnodes: 1, save_freq: 100, total_training_steps: 400}
+"""
+OPENRLHF = """\
+ray job submit --address="http://127.0.0.1:8265" -- python3 -m openrlhf.cli.train_ppo_ray \\
+   --ref_num_nodes 1 --ref_num_gpus_per_node 2 --critic_num_nodes 1 --critic_num_gpus_per_node 4 \\
+   --actor_num_nodes 1 --actor_num_gpus_per_node 4 --vllm_num_engines 2 --vllm_tensor_parallel_size 2 \\
+   --micro_train_batch_size 8 --train_batch_size 128 \\
+   --micro_rollout_batch_size 16 --rollout_batch_size 1024 --n_samples_per_prompt 2 \\
+   --max_epochs 1 --num_episodes 1 --zero_stage 3 --bf16 --adam_betas 0.9 0.95 \\
+   --actor_learning_rate 5e-7 --critic_learning_rate 9e-6 --save_steps 20 --logging_steps 4 --eval_steps -1
+"""
+
 # (text, form, base batch, devices): every form that can be read, in every syntax.
 CASES = {
     "hf": (HF, "hf", 64, 1),
@@ -212,6 +262,10 @@ CASES = {
     "nemo": (NEMO, "nemo", 192, None),
     "deepspeed": (DEEPSPEED, "deepspeed", 256, None),
     "plain": (PLAIN, "plain", 256, None),
+    "llamafactory": (LLAMAFACTORY, "llamafactory", 16, None),
+    "verl": (VERL, "verl", 256, None),
+    "verl yaml": (VERL_PPO, "verl", 128, None),
+    "openrlhf": (OPENRLHF, "openrlhf", 128, None),
 }
 
 
@@ -232,7 +286,7 @@ def test_nothing_changes_at_the_base(case: str) -> None:
     for same in (text, text.replace("\n", "\r\n")) if "\\\n" not in text else (text,):
         done = convert(same, batch=batch, devices=devices)
         assert (done.text, done.changes, done.source) == (same, (), form)
-        assert done.sentence.endswith(str(batch)) or f"base: {batch} (" in done.sentence
+        assert done.sentence.endswith(str(batch)) or re.match(rf"base: {batch} (\(|prompts)", done.sentence)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -454,6 +508,23 @@ def test_every_number_is_named(case: str, lr: float, kappa: int, clip: str, beta
          {"max_steps": 2500}),
         (HF.replace("adamw_torch", "sgd\noptim_args: momentum=0.9"), {"batch": 256, "devices": 1},
          {"learning_rate": 4e-4}),
+        (VERL, {"batch": 1024}, {"data.train_batch_size": 4096, "trainer.save_freq": 5, "trainer.test_freq": -1,
+         "actor_rollout_ref.actor.ppo_mini_batch_size": 1024,
+         "actor_rollout_ref.actor.optim.betas": [0.6, 0.996], "actor_rollout_ref.actor.optim.weight_decay": 0.02,
+         "actor_rollout_ref.actor.optim.override_optimizer_config.eps": 5e-9, "actor_rollout_ref.rollout.n": 5}),
+        (VERL_PPO, {"batch": 512, "clip": "rule"}, {"critic.optim.lr": 2e-5, "critic.optim.betas": [0.6, 0.996],
+         "critic.optim.weight_decay": 0.02, "critic.optim.override_optimizer_config.eps": 5e-9,
+         "actor_rollout_ref.actor.optim.lr": 2e-6, "actor_rollout_ref.actor.optim.betas": [0.6, 0.8],
+         "actor_rollout_ref.actor.grad_clip": 0.5, "trainer.total_training_steps": 100,
+         "data.train_batch_size": 2048}),
+        (OPENRLHF, {"batch": 512}, {"actor_learning_rate": 1e-6, "critic_learning_rate": 1.8e-5,
+         "adam_betas": [0.6, 0.8],
+         "rollout_batch_size": 4096, "train_batch_size": 512, "micro_train_batch_size": 8, "save_steps": 5,
+         "logging_steps": 1, "eval_steps": -1, "n_samples_per_prompt": 2}),
+        (OPENRLHF.replace("--critic_learning_rate 9e-6", "--enable_ema --ema_beta 0.99"), {"batch": 512},
+         {"critic_learning_rate": 1.8e-5, "ema_beta": 0.99**4}),
+        (LLAMAFACTORY, {"batch": 64}, {"optim_config.betas": [0.6, 0.8], "optim_config.eps": 5e-9, "max_steps": 25,
+         "optim_config.lr": 2e-4, "optim_config.weight_decay": 0.02}),
         ("optimizer: nadam\nbatch: 8\nlr: 1e-3\nbetas: [0.9, 0.999]\n", {"batch": 32}, {"betas": [0.6, 0.996]}),
     ],
 )  # fmt: skip
@@ -473,6 +544,21 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF + "accelerator_config: {split_batches: true}\n", {}, "split_batches=True"),
         (HF + "auto_find_batch_size: true\n", {}, "auto_find_batch_size"),
         (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*Use beta_map=power"),
+        (VERL, {"batch": 272}, r"batch 272 is no multiple of 64: 5 completions each must .*nearest: 256 and 320"),
+        (VERL.replace("data.train_batch_size=1024", "data.train_batch_size=1000"), {}, "no multiple of ppo_mini_batch"),
+        (VERL_PPO.replace("fsdp", "megatron"), {"batch": 512}, "strategy=megatron"),
+        (VERL_PPO.replace("ppo_mini_batch_size: $" + "{actor_rollout_ref.actor.ppo_mini_batch_size}",
+         "ppo_mini_batch_size: 64"), {"batch": 512}, "critic.ppo_mini_batch_size=64 is not the actor's"),
+        (VERL_PPO.replace("lr: 1e-5", "lr: 1e-5\n    optimizer: Muon"), {"batch": 512}, "critic.optim.optimizer is muon, and the actor"),
+        (OPENRLHF.replace("1024", "1000"), {"batch": 512}, "a rollout makes 1000 prompts × 2 completions = 2000, no"),
+        (OPENRLHF + " --use_dynamic_batch", {"batch": 512}, "use_dynamic_batch"),
+        (LLAMAFACTORY.replace("adamw", "muon"), {}, "optim_config.name=muon: Muon hands part"),
+        (LLAMAFACTORY.replace("name: adamw, ", ""), {}, "optim_config is there without its name"),
+        (LLAMAFACTORY.replace("lr: 1.0e-4, ", ""), {}, "whether learning_rate or 1e-4 counts"),
+        (LLAMAFACTORY.replace("optim_config", "#"), {"batch": 64}, "no key for what is .*optim_config: .name: adamw"),
+        *((HF + f"{flag}: true\n", {}, f"{flag}=True .*{word}") for flag, word in (
+            ("use_galore", "GaLore"), ("use_apollo", "APOLLO"), ("use_badam", "BAdam"), ("use_muon", "Muon"),
+            ("use_adam_mini", "Adam-mini"), ("use_lomo", "LOMO"), ("galore_layerwise", "GaLore"))),
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
         (HF, {"partners": [(DEEPSPEED, "ds.json")]},

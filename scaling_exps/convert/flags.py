@@ -147,8 +147,8 @@ class Flags(Document):
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:
         end = self._ends[self._group.get(self.near) or next(reversed(self._ends))]
         name, many = dotted(path), isinstance(value, list)
-        if self.near in self._overrides:
-            return end, f" +{name}={self.literal(value)}"
+        if self.near in self._overrides or path[0] in {p[0] for p in self._overrides}:
+            return end, f" ++{name}={self.literal(value)}"  # sets it, or adds it
         if self._dashes > self._scores:
             name = name.replace("_", "-")
         gap = "=" if self._equals * 2 > len(self._words) and not many else " "

@@ -86,6 +86,8 @@ def read(layout: Layout, devices: int | None) -> Recipe:
 
 def sentence(layout: Layout, base: Recipe) -> str:
     """How the base batch came about: "base: 4 per device × 8 data-parallel × 2 accumulation = 64"."""
+    if layout.unit:
+        return f"base: {base.batch} {layout.unit}"
     if base.micro is None or base.parallel is None:
         rest = f", {base.micro} per device a micro-batch" if base.micro else ""
         return f"base: {base.batch} ({_key(layout.whole)}{rest})"
@@ -117,6 +119,11 @@ class Edit:
                 f"batch {batch} is no multiple of {_key(layout.group)}={size}, the completions that share a prompt; "
                 f"nearest: {batch // size * size} and {(batch // size + 1) * size}"
             )
+
+        if batch % layout.multiple[0]:
+            unit, why = layout.multiple
+            near = " and ".join(str(b) for b in (batch // unit * unit, (batch // unit + 1) * unit) if b)
+            raise RuleError(f"batch {batch} is no multiple of {unit}: {why}; nearest: {near}")
 
         def length(law: str, slot: Slot | None, value: float | None) -> Any:
             return value if slot is None or value is None or value <= 0 else self.by(law, slot[0], value)
@@ -161,9 +168,10 @@ class Edit:
         if new == shown:
             return
         if not path:
+            hint = f"; {self.layout.hint}" if self.layout.hint else ""
             raise self.layout.doc.error(
                 f"{self.layout.form} has no key for what is {default} by its default, and {self.rule.name} moves it to "
-                f"{new}: the recipe cannot be written whole. --rule lr_only moves lr alone (a control)"
+                f"{new}: the recipe cannot be written whole. --rule lr_only moves lr alone (a control){hint}"
             )
         self.layout.put(path, new)
         was = "(not there)" if shown is None else f"{shown}" + (" (default)" if old is None else "")
@@ -174,10 +182,16 @@ class Edit:
         kappa, base = self.move.kappa, self.base.hyper
         if law == "ramp":
             return [self.by("batch", path, v) for v in value[:2]] + value[2:]
+        if law == "as_betas":
+            return list(self.rule.scale(replace(base, betas=tuple(value)), self.move).betas)
         if isinstance(value, list):
             return [self.by(law, path, v) for v in value]
         if law == "rate":
             return value * (self.hyper.lr / base.lr)
+        if law in ("as_eps", "as_decay"):
+            other = replace(base, eps=value) if law == "as_eps" else replace(base, weight_decay=value)
+            moved = self.rule.scale(other, self.move)
+            return moved.eps if law == "as_eps" else moved.weight_decay
         if law == "samples":
             new = value * self.move.duration
             return int(new) if new == int(new) else new

@@ -9,7 +9,6 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document
 from scaling_exps.convert.layout import Layout, build, unpack
 
@@ -76,8 +75,24 @@ def accelerate(doc: Document) -> Layout:
 
 
 def llamafactory(doc: Document) -> Layout:
-    """The second generation of LLaMA-Factory, which sets the learning rate of torch's AdamW alone."""
-    if (name := doc.get("optim_config.name")) is not None:
-        optimizers.find(name, "optim_config.name")
-        raise doc.error(f"optim_config.name={name}: what its keys are is not known here")
-    return build(doc, "llamafactory")
+    """The second generation of LLaMA-Factory (v1): torch's AdamW by learning_rate alone, or by an optim_config."""
+    section, rows = "optim_config", {}
+    if doc.has(section):
+        if doc.get(f"{section}.name") is None:
+            raise doc.error(f"{section} is there without its name, which decides the optimizer: set {section}.name")
+        if doc.get(f"{section}.lr") is None:
+            raise doc.error(
+                f"{section} has no lr, and whether learning_rate or 1e-4 counts then depends on the version: write it"
+            )
+        defaults = {"lr": "", "betas": "=[0.9, 0.999]", "eps": "=1e-8", "weight_decay": "=0.0"}
+        rows = {"optimizer": f"{section}.name"} | {k: f"{section}.{k}{v}" for k, v in defaults.items()}
+    layout = build(doc, "llamafactory", rows=rows)
+    if not rows:
+        layout.hint = "or name it, where your version reads optim_config: {name: adamw, lr, betas, eps, weight_decay}"
+    if rows and doc.get("learning_rate") is not None:
+        layout.notes.append(f"learning_rate stays: beside {section}.lr it sets nothing")
+    if "dynamic" in str(doc.get("batching_strategy")):
+        layout.notes.append(
+            "batching_strategy is dynamic: the batch counts tokens, cutoff_len an example; κ is the same"
+        )
+    return layout
