@@ -186,6 +186,12 @@ DEEPSPEED_AUTO = """\
  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
  "zero_optimization": {"stage": 3}}
 """
+PARTNER = """\
+{"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0,
+ "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "weight_decay": 0.1}},
+ "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-4,
+   "warmup_num_steps": 500, "total_num_steps": "auto"}}, "zero_optimization": {"stage": 2}}
+"""
 PLAIN = """\
 optimizer: adamw
 batch: 256
@@ -549,7 +555,7 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (VERL_PPO.replace("fsdp", "megatron"), {"batch": 512}, "strategy=megatron"),
         (VERL_PPO.replace("ppo_mini_batch_size: $" + "{actor_rollout_ref.actor.ppo_mini_batch_size}",
          "ppo_mini_batch_size: 64"), {"batch": 512}, "critic.ppo_mini_batch_size=64 is not the actor's"),
-        (VERL_PPO.replace("lr: 1e-5", "lr: 1e-5\n    optimizer: Muon"), {"batch": 512}, "critic.optim.optimizer is muon, and the actor"),
+        (VERL_PPO.replace("lr: 1e-5", "lr: 1e-5\n    optimizer: Muon"), {"batch": 512}, "critic.optim.optimizer is"),
         (OPENRLHF.replace("1024", "1000"), {"batch": 512}, "a rollout makes 1000 prompts × 2 completions = 2000, no"),
         (OPENRLHF + " --use_dynamic_batch", {"batch": 512}, "use_dynamic_batch"),
         (LLAMAFACTORY.replace("adamw", "muon"), {}, "optim_config.name=muon: Muon hands part"),
@@ -561,8 +567,15 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
             ("use_adam_mini", "Adam-mini"), ("use_lomo", "LOMO"), ("galore_layerwise", "GaLore"))),
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
-        (HF, {"partners": [(DEEPSPEED, "ds.json")]},
-         "ds.json: decides itself what has to change .*warmup_num_steps=100"),
+        (HF, {"partners": [(DEEPSPEED, "ds.json")]}, "ds.json: optimizer.params.lr=0.0003 is not 0.0001, as"),
+        (HF, {"partners": [(PARTNER.replace('"betas": [0.95, 0.98], ', ""), "ds.json")]},
+         r"params.betas=\[0.9, 0.999\] .not there: DeepSpeed's own default. is not \[0.95, 0.98\]"),
+        (HF, {"partners": [(PARTNER.replace('"warmup_num_steps"', '"cycle_first_step_size"'), "ds.json")]},
+         "ds.json: decides itself what has to change .scheduler.params.cycle_first_step_size=500"),
+        (HF, {"partners": [(PARTNER.replace('"zero', '"curriculum_learning": {"enabled": true}, "zero'), "ds.json")]},
+         "ds.json: curriculum_learning changes the batch"),
+        (HF, {"partners": [("num_processes: 1\ndeepspeed_config: {gradient_accumulation_steps: 1}\n", "a.yaml")]},
+         "a.yaml: deepspeed_config.gradient_accumulation_steps=1 is not 4"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
@@ -741,6 +754,70 @@ def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, caps
     assert tuple(written) == scale(recipe, batch=8192, rule="adamw_sde", beta_map="power")["betas"]
     with pytest.raises(RuleError, match=r'Use beta_map="power" \(beta -> beta\^kappa\)'):
         scale(recipe, batch=8192, rule="adamw_sde")
+
+
+# --- a pair of files ---
+
+
+def test_numbers_in_both_files_of_a_pair_move_in_both() -> None:
+    done = convert(HF, batch=256, devices=1, clip="rule", partners=[(PARTNER, "ds.json")])
+    hold(
+        values(done.partners[0][0]),
+        {"gradient_accumulation_steps": 16, "train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.5,
+         "optimizer.params.lr": 2e-4, "optimizer.params.betas": [0.8, 0.92], "optimizer.params.weight_decay": 0.2,
+         "optimizer.params.eps": 5e-9, "scheduler.params.warmup_max_lr": 2e-4, "scheduler.params.warmup_min_lr": 2e-6,
+         "scheduler.params.warmup_num_steps": 125, "scheduler.params.total_num_steps": "auto"},
+    )  # fmt: skip
+    assert "ds.json: scheduler.params.warmup_num_steps: 500 -> 125" in done.changes
+    assert "ds.json: optimizer.params.eps: 1e-08 (DeepSpeed's default) -> 5e-09" in done.changes
+    assert any("ds.json changes with it" in note for note in done.notes)
+    again = convert(done.text, batch=64, devices=1, partners=[(done.partners[0][0], "ds.json")])
+    assert values(again.partners[0][0])["scheduler.params.warmup_num_steps"] == 500
+    same = convert(HF, batch=64, devices=1, partners=[(PARTNER, "ds.json")])
+    assert (same.text, same.partners) == (HF, ((PARTNER, "ds.json"),))
+    held = "num_processes: 2\ndeepspeed_config: {gradient_accumulation_steps: 4, zero_stage: 2}\n"
+    done = convert(HF, batch=256, partners=[(held, "a.yaml")])
+    assert done.partners[0][0] == held.replace("steps: 4", "steps: 8")
+
+
+def test_a_pair_is_written_whole_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, ds, out, beside = (tmp_path / n for n in ("a.yaml", "ds.json", "new.yaml", "new.json"))
+    args.write_text(HF)
+    ds.write_text(PARTNER)
+    command = [str(args), "--with", str(ds), "--batch", "256", "--devices", "1"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    done = convert(HF, batch=256, devices=1, partners=[(PARTNER, "ds.json")])
+    assert shown == f"==> {args} <==\n{done.text}\n==> {ds} <==\n{done.partners[0][0]}"
+    for more, message in (
+        (["--out", str(out)], "changes too: give --out-with FILE"),
+        (["--out", str(out), "--out-with", str(out)], "--out and --out-with are one file"),
+        (["--out", str(out), "--out-with", str(beside), "--out-with", str(beside)], "2 --out-with for 1 --with"),
+        (["--out", str(out), "--out-with", str(tmp_path / "none" / "ds.json")], "No such file"),
+        (["--out", str(out), "--out-with", str(tmp_path)], "is not a regular file"),
+        (["--with", str(ds)], "one file is given twice"),
+    ):
+        assert main(command + more) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "ds.json"]
+    assert main([*command, "--out", str(out), "--out-with", str(beside)]) == 0
+    assert (out.read_text(), beside.read_text()) == (done.text, done.partners[0][0])
+    out.write_text("old")
+    beside.unlink()
+    replace, calls = os.replace, []
+
+    def fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert main([*command, "--out", str(out), "--out-with", str(beside)]) == 2
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "ds.json", "new.yaml"]
 
 
 def test_a_missing_library_is_one_sentence(tmp_path: Path) -> None:

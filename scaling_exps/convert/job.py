@@ -84,6 +84,28 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     return Recipe(layout.optimizer, batch, micro, accumulation, parallel, hyper, epochs, steps, warmup)
 
 
+def agree(layout: Layout, base: Recipe) -> None:
+    """Trainer and partner must say the same of what both hold.
+
+    Raises:
+        RuleError: they do not.
+    """
+    clip = layout.number(layout.clip)
+    for m in layout.mirrors:
+        said: Any = vars(base).get(m.what, clip if m.what == "clip" else vars(base.hyper).get(m.what))
+        said = list(said) if isinstance(said, tuple) else said
+        if m.what == "rate" or (m.what in ("steps", "warmup") and (said is None or 0 < said < 1)):
+            continue
+        if m.what == "warmup" and layout.warmup and layout.warmup[0] == ("warmup_ratio",) and said == 0:
+            continue
+        if said is not None and said != m.value:
+            how = "" if m.there else " (not there: DeepSpeed's own default)"
+            raise m.doc.error(
+                f"{dotted(m.path)}={m.value}{how} is not {said}, as {layout.doc.where} has it: which one counts? "
+                'Set it to "auto" where the trainer\'s file decides'
+            )
+
+
 def sentence(layout: Layout, base: Recipe) -> str:
     """How the base batch came about: "base: 4 per device × 8 data-parallel × 2 accumulation = 64"."""
     if layout.unit:
@@ -155,6 +177,7 @@ class Edit:
             if getattr(layout, name) is not None and getattr(moved, name) is not None:
                 self.put(getattr(layout, name), getattr(moved, name))
         self._clip()
+        self._mirrors(moved)
         changed, doc = {c.split(": ", 1)[0] for c in self.changes}, layout.doc
         for path, value in doc.wanted.items():
             if dotted(path) not in changed and path != layout.packed:
@@ -215,6 +238,27 @@ class Edit:
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
+
+    def _mirrors(self, moved: Recipe) -> None:
+        """Write to the partners what they hold of the numbers that have moved."""
+        clip = self.layout.number(self.layout.clip)
+        for m in self.layout.mirrors:
+            key, value = dotted(m.path), m.value
+            if m.what == "rate":
+                new = self.by("rate", m.path, value)
+            elif m.what == "clip":
+                new = clip
+            elif hasattr(moved, m.what) and (new := getattr(moved, m.what)) is not None and new >= 1:
+                pass
+            elif m.what in ("steps", "warmup"):  # the trainer's file has epochs, or a share
+                new = self.by("count", m.path, value)
+            else:
+                new = getattr(self.hyper, m.what)
+            new = list(new) if isinstance(new, tuple) else new
+            if new != value:
+                m.doc.set(m.path, new)
+                was = f"{value}" if m.there else f"{value} (DeepSpeed's default)"
+                self.changes.append(f"{m.doc.where}: {key}: {was} -> {new}")
 
     def _clip(self) -> None:
         slot = self.layout.clip

@@ -38,6 +38,17 @@ LAWS = (
 _SLOTS = ("micro", "accumulation", "whole", "steps", "epochs", "warmup", "clip", "group")
 
 
+@dataclass(frozen=True)
+class Mirror:
+    """A number of the trainer's file that its partner holds too."""
+
+    doc: Document
+    path: Path
+    what: str  # a field of Recipe or of Hyper, "clip", or "rate"
+    there: bool  # in the partner; else `value` is DeepSpeed's default
+    value: Any
+
+
 @dataclass
 class Layout:
     doc: Document
@@ -66,7 +77,7 @@ class Layout:
     hint: str = ""  # how a number without a key gets one
     unit: str = ""  # what the batch counts, where that is not examples
     multiple: tuple[int, str] = (1, "")  # the batch must be one of it, and why
-    mirrors: list[tuple[Document, Path, str]] = field(default_factory=list)  # in a partner: what each is
+    mirrors: list[Mirror] = field(default_factory=list)
     packed: Path = ()  # a string "alpha=0.9,eps=1e-8" that holds some of the fields
     rate_at: Callable[[float], float] | None = None  # the learning rate at a batch, where the file gives none
     harmless: frozenset[str] = frozenset()  # last keys known to decide nothing
