@@ -756,6 +756,104 @@ def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, caps
         scale(recipe, batch=8192, rule="adamw_sde")
 
 
+# --- recipes as people write them: (text, options, what the file holds then, what is said) ---
+
+_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
+_LIT += "  devices: 1\n"
+_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
+_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
+_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
+RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
+    "accumulation by a callback": (
+        _CALLBACK + "GradientAccumulationScheduler\n      init_args: {scheduling: {0: 8, 4: 4}}\n", {}, {},
+        "GradientAccumulationScheduler: it changes the accumulation along the run"),
+    "a callback that chooses the batch": (_CALLBACK + "BatchSizeFinder\n", {}, {}, "it chooses the batch"),
+    "a callback that chooses lr": (_CALLBACK + "LearningRateFinder\n", {}, {}, "it chooses the learning rate"),
+    "auto_lr_find": (_LIT + "  auto_lr_find: true\n", {}, {}, "trainer.auto_lr_find=True: it lets the Trainer choose"),
+    "auto_scale_batch_size": (_LIT + "  auto_scale_batch_size: power\n", {}, {}, "auto_scale_batch_size=power"),
+    "SWA's absolute rate": (
+        _CALLBACK + "StochasticWeightAveraging\n      init_args: {swa_lrs: 1e-2}\n", {"batch": 128},
+        {"trainer.callbacks.0.init_args.swa_lrs": 2e-2}, "swa_lrs: 0.01 -> 0.02"),
+    "axolotl's one_cycle": (_AXOLOTL + "lr_scheduler: one_cycle\n", {}, {}, "OneCycleLR overrides beta1"),
+    "axolotl's one_cycle, told": (
+        _AXOLOTL + "lr_scheduler: one_cycle\nlr_scheduler_kwargs: {cycle_momentum: false}\n", {"batch": 8},
+        {"adam_beta1": 0.6}, "adam_beta1"),
+    "axolotl's restarts": (
+        _AXOLOTL + "relora_steps: 160\njagged_restart_warmup_steps: 12\nlisa_step_interval: 20\n", {"batch": 8},
+        {"relora_steps": 40, "jagged_restart_warmup_steps": 3, "lisa_step_interval": 5}, "relora_steps: 160 -> 40"),
+    "axolotl, anchors and an own average": (
+        "common: &c {learning_rate: 2e-4, weight_decay: 0.01}\n<<: *c\n" + _AXOLOTL.replace("learning_rate: 1e-4\n", "")
+        + "embedding_lr: 1e-5\nema_decay: 0.999\n", {"batch": 8},
+        {"learning_rate": 4e-4, "common.weight_decay": 0.02, "embedding_lr": 2e-5}, "yours to check: ema_decay=0.999"),
+    "a configuration without a flag": (
+        "torchrun --nproc_per_node=4 train.py config/train_gpt2.py --batch_size=8 --learning_rate=3e-4 "
+        "--max_iters=1000 --gradient_accumulation_steps=16\n", {"devices": None}, {},
+        "config/train_gpt2.py.*the values in that file count too"),
+    "a YAML without a flag": (
+        f"llamafactory-cli train examples/sft.yaml {_FLAGS}\n", {}, {}, "examples/sft.yaml.*the values in that file"),
+    "accelerate's deepspeed_config_file": (
+        f"accelerate launch --deepspeed_config_file s3.conf train.py {_FLAGS}\n", {}, {}, "deepspeed_config_file="),
+    "NNODES that the flags use": (
+        "GPUS_PER_NODE=8\nNNODES=1\nARGS=(--nproc_per_node $GPUS_PER_NODE --nnodes $NNODES)\nGBS=256\n"
+        "torchrun ${ARGS[@]} pretrain_gpt.py --micro-batch-size 4 --global-batch-size $GBS --lr 1.5e-4 \\\n"
+        "  --train-samples 1000000 --lr-warmup-samples 10000 --min-lr 1.0e-5\n", {"batch": 1024, "devices": None},
+        {"min_lr": 2e-5, "lr_warmup_samples": 10000, "global_batch_size": 1024}, "4 per device × 8 data-parallel"),
+    "NNODES that no flag uses": (
+        f"export NPROC_PER_NODE=4\nexport NNODES=2\nllamafactory-cli train {_FLAGS}\n", {"devices": None},
+        {"learning_rate": 2e-4}, "8 per device × 8 data-parallel"),
+    "groups with rates of their own": (
+        "learning_rate: 1e-4\nvision_tower_lr: 2e-6\nmm_projector_lr: 2e-5\nper_device_train_batch_size: 64\n", {},
+        {"vision_tower_lr": 4e-6, "mm_projector_lr": 4e-5}, "mm_projector_lr: 2e-05 -> 4e-05"),
+    "a text encoder's rate, and defaults": (
+        "accelerate launch --num_processes=2 dreambooth.py --train_batch_size=1 --optimizer=AdamW --learning_rate=1e-4 "
+        "--text_encoder_lr=5e-6 --max_train_steps=500 --lr_warmup_steps=0\n", {"batch": 8, "devices": None},
+        {"text_encoder_lr": 1e-5, "max_train_steps": 125}, "adam_weight_decay are not in the file.*see yours"),
+    "kohya's optimizer_args": (
+        "accelerate launch --num_processes=1 train_network.py --train_batch_size=4 --learning_rate=1e-4 "
+        '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --lr_warmup_steps=100 --max_train_steps=1000\n', {}, {},
+        "optimizer_args=betas=0.9,0.99"),
+    "plateau counts evaluations": (
+        "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
+        "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},
+        {"lr_scheduler_kwargs.patience": 5, "lr_scheduler_kwargs.min_lr": 2e-6}, "kept: .*kwargs.patience"),
+    "torchtitan's replica groups": (
+        TITAN + "[fault_tolerance]\nenable = true\ngroup_size = 2\n", {}, {}, "replica groups multiply the batch"),
+    "torchtitan's second rate": (TITAN.replace("eps = ", "muon_lr = 0.02\neps = "), {}, {}, "optimizer.muon_lr=0.02"),
+    "torchtitan by flags": (
+        "torchrun --nproc_per_node=8 -m torchtitan.train --optimizer.lr 3e-4 --training.local_batch_size 4 "
+        "--training.steps=2000 --lr_scheduler.warmup_steps=100\n", {"batch": 128, "devices": None},
+        {"training.steps": 500, "training.global_batch_size": 128, "optimizer.beta1": 0.6}, "8 data-parallel"),
+    "NeMo's average": (
+        "trainer: {devices: 8, num_nodes: 1, max_steps: 1000}\nexp_manager:\n  ema: {enable: true, decay: 0.999}\n"
+        "  checkpoint_callback_params: {every_n_train_steps: 100}\nmodel:\n  micro_batch_size: 4\n"
+        "  global_batch_size: 64\n  optim: {name: fused_adam, lr: 2e-4, betas: [0.9, 0.98]}\n", {"devices": None},
+        {"exp_manager.ema.decay": 0.999**4, "exp_manager.checkpoint_callback_params.every_n_train_steps": 25}, "nemo"),
+    "timm's lookahead": (TIMM_YAML.replace("opt: sgd", "opt: lookahead_adamw"), {}, {}, "unknown optimizer"),
+    "two commands": (f"python train.py {_FLAGS}\npython train.py {_FLAGS}\n", {}, {}, "stands there twice"),
+    "a loop over rates": (
+        f"for LR in 1e-4 2e-4; do\npython t.py {_FLAGS.replace('1e-4', '$LR')}\ndone\n", {}, {}, "LR, which is not"),
+    "the old names, -- and =": (
+        'export BS=64\nLR="3e-5"\npython run_glue.py --per_gpu_train_batch_size=${BS} --learning_rate=$LR '
+        "--num_train_epochs=4 --warmup_proportion=0.1 --save_steps=500\n", {},
+        {"learning_rate": 6e-5, "save_steps": 125}, "yours to check: warmup_proportion=0.1"),
+    "TRL's mini-batches": (
+        "learning_rate: 3e-6\nper_device_train_batch_size: 8\nnum_mini_batches: 4\n", {}, {}, "num_mini_batches=4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes_as_people_write_them(kind: str) -> None:
+    text, options, expected, said = RECIPES[kind]
+    options = {"devices": 1, "batch": 256, **options}
+    if not expected:
+        with pytest.raises(RuleError, match=said):
+            convert(text, **options)
+        return
+    done = convert(text, **options)
+    hold(values(done.text), expected)
+    assert re.search(said, "\n".join(report(done, "f")))
+
+
 # --- a pair of files ---
 
 

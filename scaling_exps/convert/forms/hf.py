@@ -9,7 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from scaling_exps.convert.documents import Document
+from scaling_exps.convert.documents import Document, dotted
 from scaling_exps.convert.layout import Layout, build, unpack
 
 
@@ -59,6 +59,11 @@ def _optim_args(layout: Layout) -> None:
 
 def axolotl(doc: Document) -> Layout:
     layout = hf(doc, "axolotl")
+    if doc.get("lr_scheduler") == "one_cycle" and doc.get("lr_scheduler_kwargs.cycle_momentum") is not False:
+        raise doc.error(
+            "lr_scheduler=one_cycle: torch's OneCycleLR overrides beta1 at every step, between 0.85 and 0.95 unless "
+            "told otherwise: set lr_scheduler_kwargs: {cycle_momentum: false}, so that adam_beta1 counts"
+        )
     if layout.warmup and doc.get(layout.warmup[0]) is None:
         layout.notes.append("no warm-up is in the file: axolotl takes 3% of the run, at most 100 steps")
     return layout
@@ -69,6 +74,12 @@ def accelerate(doc: Document) -> Layout:
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
+    absent = [dotted(slot[0]) for name, slot in layout.fields.items() if name != "lr" and doc.get(slot[0]) is None]
+    if absent:
+        layout.notes.append(
+            f"{', '.join(absent)} are not in the file: most scripts' defaults are taken, and some have others "
+            "(adam_weight_decay is 1e-2 in train_text_to_image.py and 1e-4 in train_dreambooth_lora_sdxl.py): see yours"
+        )
     if not diffusers:
         layout.notes.append("adam_beta1, adam_beta2, adam_epsilon are written as flags that your script must take")
     return layout
