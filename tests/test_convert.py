@@ -810,7 +810,7 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         {"text_encoder_lr": 1e-5, "max_train_steps": 125}, "adam_weight_decay are not in the file.*see yours"),
     "kohya's optimizer_args": (
         "accelerate launch --num_processes=1 train_network.py --train_batch_size=4 --learning_rate=1e-4 "
-        '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --lr_warmup_steps=100 --max_train_steps=1000\n', {}, {},
+        '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --max_train_steps=10\n', {}, {},
         "optimizer_args=betas=0.9,0.99"),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
