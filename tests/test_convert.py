@@ -616,6 +616,13 @@ def test_keys_that_nobody_looked_at_are_named() -> None:
     assert "rollout_batch_size" in convert(text, batch=256, devices=1, keep=["rollout_batch_size"]).coverage.rest
 
 
+def test_a_file_without_a_flag_can_be_kept_by_its_name() -> None:
+    text = f"python train.py data/train.json {_FLAGS}\n"
+    with pytest.raises(RuleError, match=r"data/train.json=data/train.json .the values in that file count too"):
+        convert(text, batch=32, devices=1)
+    assert "data/train.json" in convert(text, batch=32, devices=1, keep=["data/train.json"]).coverage.rest
+
+
 def test_losses_that_couple_examples_are_warned_of() -> None:
     assert any("warning: loss=infonce" in n for n in convert(HF + "loss: infonce\n", batch=256, devices=1).notes)
     assert not any("warning" in n for n in convert(HF, batch=256, devices=1).notes)

@@ -61,7 +61,8 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
     refused, clocks, rest, kept = [], [], [], []
     harmless = 0
     for path, value in doc.values.items():
-        name, last = dotted(path), next((str(k) for k in reversed(path) if isinstance(k, str)), "")
+        last = next((str(k) for k in reversed(path) if isinstance(k, str)), "")
+        name = last if path[0] == FILE else dotted(path)
         first = value[0] if isinstance(value, list) and value else value
         if path in doc.wanted:
             continue
