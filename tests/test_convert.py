@@ -17,6 +17,7 @@ import yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from scaling_exps import scale
 from scaling_exps.convert import Conversion, convert, main, optimizers, report
 from scaling_exps.convert.documents import KEYS, Odd, number, open_document, spell
 from scaling_exps.convert.forms import FORMS, guess
@@ -185,6 +186,12 @@ DEEPSPEED_AUTO = """\
  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
  "zero_optimization": {"stage": 3}}
 """
+PARTNER = """\
+{"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0,
+ "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "weight_decay": 0.1}},
+ "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-4,
+   "warmup_num_steps": 500, "total_num_steps": "auto"}}, "zero_optimization": {"stage": 2}}
+"""
 PLAIN = """\
 optimizer: adamw
 batch: 256
@@ -193,6 +200,56 @@ betas: [0.9, 0.999]
 weight_decay: 0.1
 ema: 0.9999
 epochs: 10
+"""
+
+LLAMAFACTORY = """\
+model: some/model
+train_dataset: data.yaml
+micro_batch_size: 1
+global_batch_size: 16
+optim_config: {name: adamw, lr: 1.0e-4, betas: [0.9, 0.95], weight_decay: 0.01}   # its own names
+dist_config: {name: fsdp2}
+max_steps: 100
+"""
+VERL = """\
+set -x
+python3 -m verl.trainer.main_ppo \\
+    algorithm.adv_estimator=grpo \\
+    data.train_files=$HOME/data/train.parquet \\
+    data.train_batch_size=1024 data.max_prompt_length=512 data.truncation='error' \\
+    actor_rollout_ref.actor.optim.lr=1e-6 \\
+    actor_rollout_ref.actor.ppo_mini_batch_size=256 \\
+    actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=40 \\
+    actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=40 \\
+    actor_rollout_ref.rollout.tensor_model_parallel_size=2 actor_rollout_ref.rollout.n=5 \\
+    trainer.critic_warmup=0 trainer.n_gpus_per_node=8 trainer.nnodes=1 \\
+    trainer.save_freq=20 trainer.test_freq=-1 trainer.total_epochs=15 $@
+"""
+VERL_PPO = """\
+data: {train_batch_size: 512, max_response_length: 512}
+actor_rollout_ref:
+  actor:
+    strategy: fsdp
+    ppo_mini_batch_size: 128   # prompts
+    ppo_micro_batch_size_per_gpu: 4
+    grad_clip: 1.0
+    optim: {lr: 1e-6, betas: [0.9, 0.95], weight_decay: 0.1}
+  rollout: {name: vllm, n: 1, tensor_model_parallel_size: 2}
+critic:
+  ppo_mini_batch_size: ${actor_rollout_ref.actor.ppo_mini_batch_size}
+  optim:
+    lr: 1e-5
+algorithm: {adv_estimator: gae}
+trainer: {total_epochs: 15, n_gpus_per_node: 8, nnodes: 1, save_freq: 100, total_training_steps: 400}
+"""
+OPENRLHF = """\
+ray job submit --address="http://127.0.0.1:8265" -- python3 -m openrlhf.cli.train_ppo_ray \\
+   --ref_num_nodes 1 --ref_num_gpus_per_node 2 --critic_num_nodes 1 --critic_num_gpus_per_node 4 \\
+   --actor_num_nodes 1 --actor_num_gpus_per_node 4 --vllm_num_engines 2 --vllm_tensor_parallel_size 2 \\
+   --micro_train_batch_size 8 --train_batch_size 128 \\
+   --micro_rollout_batch_size 16 --rollout_batch_size 1024 --n_samples_per_prompt 2 \\
+   --max_epochs 1 --num_episodes 1 --zero_stage 3 --bf16 --adam_betas 0.9 0.95 \\
+   --actor_learning_rate 5e-7 --critic_learning_rate 9e-6 --save_steps 20 --logging_steps 4 --eval_steps -1
 """
 
 # (text, form, base batch, devices): every form that can be read, in every syntax.
@@ -211,6 +268,10 @@ CASES = {
     "nemo": (NEMO, "nemo", 192, None),
     "deepspeed": (DEEPSPEED, "deepspeed", 256, None),
     "plain": (PLAIN, "plain", 256, None),
+    "llamafactory": (LLAMAFACTORY, "llamafactory", 16, None),
+    "verl": (VERL, "verl", 256, None),
+    "verl yaml": (VERL_PPO, "verl", 128, None),
+    "openrlhf": (OPENRLHF, "openrlhf", 128, None),
 }
 
 
@@ -231,7 +292,7 @@ def test_nothing_changes_at_the_base(case: str) -> None:
     for same in (text, text.replace("\n", "\r\n")) if "\\\n" not in text else (text,):
         done = convert(same, batch=batch, devices=devices)
         assert (done.text, done.changes, done.source) == (same, (), form)
-        assert done.sentence.endswith(str(batch)) or f"base: {batch} (" in done.sentence
+        assert done.sentence.endswith(str(batch)) or re.match(rf"base: {batch} (\(|prompts)", done.sentence)
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -453,6 +514,23 @@ def test_every_number_is_named(case: str, lr: float, kappa: int, clip: str, beta
          {"max_steps": 2500}),
         (HF.replace("adamw_torch", "sgd\noptim_args: momentum=0.9"), {"batch": 256, "devices": 1},
          {"learning_rate": 4e-4}),
+        (VERL, {"batch": 1024}, {"data.train_batch_size": 4096, "trainer.save_freq": 5, "trainer.test_freq": -1,
+         "actor_rollout_ref.actor.ppo_mini_batch_size": 1024,
+         "actor_rollout_ref.actor.optim.betas": [0.6, 0.996], "actor_rollout_ref.actor.optim.weight_decay": 0.02,
+         "actor_rollout_ref.actor.optim.override_optimizer_config.eps": 5e-9, "actor_rollout_ref.rollout.n": 5}),
+        (VERL_PPO, {"batch": 512, "clip": "rule"}, {"critic.optim.lr": 2e-5, "critic.optim.betas": [0.6, 0.996],
+         "critic.optim.weight_decay": 0.02, "critic.optim.override_optimizer_config.eps": 5e-9,
+         "actor_rollout_ref.actor.optim.lr": 2e-6, "actor_rollout_ref.actor.optim.betas": [0.6, 0.8],
+         "actor_rollout_ref.actor.grad_clip": 0.5, "trainer.total_training_steps": 100,
+         "data.train_batch_size": 2048}),
+        (OPENRLHF, {"batch": 512}, {"actor_learning_rate": 1e-6, "critic_learning_rate": 1.8e-5,
+         "adam_betas": [0.6, 0.8],
+         "rollout_batch_size": 4096, "train_batch_size": 512, "micro_train_batch_size": 8, "save_steps": 5,
+         "logging_steps": 1, "eval_steps": -1, "n_samples_per_prompt": 2}),
+        (OPENRLHF.replace("--critic_learning_rate 9e-6", "--enable_ema --ema_beta 0.99"), {"batch": 512},
+         {"critic_learning_rate": 1.8e-5, "ema_beta": 0.99**4}),
+        (LLAMAFACTORY, {"batch": 64}, {"optim_config.betas": [0.6, 0.8], "optim_config.eps": 5e-9, "max_steps": 25,
+         "optim_config.lr": 2e-4, "optim_config.weight_decay": 0.02}),
         ("optimizer: nadam\nbatch: 8\nlr: 1e-3\nbetas: [0.9, 0.999]\n", {"batch": 32}, {"betas": [0.6, 0.996]}),
     ],
 )  # fmt: skip
@@ -471,11 +549,33 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (HF + "effective_batch_size: 512\n", {}, "effective_batch_size=512 .it may change the batch"),
         (HF + "accelerator_config: {split_batches: true}\n", {}, "split_batches=True"),
         (HF + "auto_find_batch_size: true\n", {}, "auto_find_batch_size"),
-        (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*beta_map=power .here: --beta-map power"),
+        (HF, {"batch": 64 * 32}, r"The largest legal batch is 1279.*Use beta_map=power"),
+        (VERL, {"batch": 272}, r"batch 272 is no multiple of 64: 5 completions each must .*nearest: 256 and 320"),
+        (VERL.replace("data.train_batch_size=1024", "data.train_batch_size=1000"), {}, "no multiple of ppo_mini_batch"),
+        (VERL_PPO.replace("fsdp", "megatron"), {"batch": 512}, "strategy=megatron"),
+        (VERL_PPO.replace("ppo_mini_batch_size: $" + "{actor_rollout_ref.actor.ppo_mini_batch_size}",
+         "ppo_mini_batch_size: 64"), {"batch": 512}, "critic.ppo_mini_batch_size=64 is not the actor's"),
+        (VERL_PPO.replace("lr: 1e-5", "lr: 1e-5\n    optimizer: Muon"), {"batch": 512}, "critic.optim.optimizer is"),
+        (OPENRLHF.replace("1024", "1000"), {"batch": 512}, "a rollout makes 1000 prompts × 2 completions = 2000, no"),
+        (OPENRLHF + " --use_dynamic_batch", {"batch": 512}, "use_dynamic_batch"),
+        (LLAMAFACTORY.replace("adamw", "muon"), {}, "optim_config.name=muon: Muon hands part"),
+        (LLAMAFACTORY.replace("name: adamw, ", ""), {}, "optim_config is there without its name"),
+        (LLAMAFACTORY.replace("lr: 1.0e-4, ", ""), {}, "whether learning_rate or 1e-4 counts"),
+        (LLAMAFACTORY.replace("optim_config", "#"), {"batch": 64}, "no key for what is .*optim_config: .name: adamw"),
+        *((HF + f"{flag}: true\n", {}, f"{flag}=True .*{word}") for flag, word in (
+            ("use_galore", "GaLore"), ("use_apollo", "APOLLO"), ("use_badam", "BAdam"), ("use_muon", "Muon"),
+            ("use_adam_mini", "Adam-mini"), ("use_lomo", "LOMO"), ("galore_layerwise", "GaLore"))),
         (HF, {"batch": 250}, "nearest that fit: 240 and 256"),
         (HF.replace("16", "sixteen"), {}, "'sixteen' must be a number"),
-        (HF, {"partners": [(DEEPSPEED, "ds.json")]},
-         "ds.json: decides itself what has to change .*warmup_num_steps=100"),
+        (HF, {"partners": [(DEEPSPEED, "ds.json")]}, "ds.json: optimizer.params.lr=0.0003 is not 0.0001, as"),
+        (HF, {"partners": [(PARTNER.replace('"betas": [0.95, 0.98], ', ""), "ds.json")]},
+         r"params.betas=\[0.9, 0.999\] .not there: DeepSpeed's own default. is not \[0.95, 0.98\]"),
+        (HF, {"partners": [(PARTNER.replace('"warmup_num_steps"', '"cycle_first_step_size"'), "ds.json")]},
+         "ds.json: decides itself what has to change .scheduler.params.cycle_first_step_size=500"),
+        (HF, {"partners": [(PARTNER.replace('"zero', '"curriculum_learning": {"enabled": true}, "zero'), "ds.json")]},
+         "ds.json: curriculum_learning changes the batch"),
+        (HF, {"partners": [("num_processes: 1\ndeepspeed_config: {gradient_accumulation_steps: 1}\n", "a.yaml")]},
+         "a.yaml: deepspeed_config.gradient_accumulation_steps=1 is not 4"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
@@ -514,6 +614,13 @@ def test_keys_that_nobody_looked_at_are_named() -> None:
     with pytest.raises(RuleError, match=r"rollout_batch_size=5.*--keep"):
         convert(text, batch=256, devices=1)
     assert "rollout_batch_size" in convert(text, batch=256, devices=1, keep=["rollout_batch_size"]).coverage.rest
+
+
+def test_a_file_without_a_flag_can_be_kept_by_its_name() -> None:
+    text = f"python train.py data/train.json {_FLAGS}\n"
+    with pytest.raises(RuleError, match=r"data/train.json=data/train.json .the values in that file count too"):
+        convert(text, batch=32, devices=1)
+    assert "data/train.json" in convert(text, batch=32, devices=1, keep=["data/train.json"]).coverage.rest
 
 
 def test_losses_that_couple_examples_are_warned_of() -> None:
@@ -626,9 +733,196 @@ def test_command(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         ([str(tmp_path / "none.yaml"), "--batch", "512"], "No such file"),
         ([str(base), "--from", "keras", "--batch", "512"], "invalid choice"),
         ([str(base), "--batch", "512", "--devices", "1", "--rule", "sqroot"], "unknown rule"),
+        ([str(base), "--batch", "2048", "--devices", "1"], "Use --beta-map power (beta -> beta^kappa)"),
     ]:
         assert main(argv) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_end_of_the_linear_map_is_said_where_people_look_first(capsys: pytest.CaptureFixture[str]) -> None:
+    root = Path(__file__).parents[1]
+    readme, page = (root / "README.md").read_text(), (root / "docs" / "convert.md").read_text()
+    main(["--help"])
+    for text in (
+        readme.partition("## In your own trainer")[2].partition("\n## ")[0],
+        page.partition("\n## ")[0],
+        capsys.readouterr().out,
+    ):
+        text = " ".join(text.split())
+        assert re.search(r"κ < 1/\(1 [-−] β1\)", text) and "10" in text and "retune" in text
+        assert "--beta-map power" in text
+
+
+def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "a.yaml").write_text(PLAIN)
+    assert main([str(tmp_path / "a.yaml"), "--batch", "8192", "--beta-map", "power"]) == 0
+    written = yaml.safe_load(capsys.readouterr().out)["betas"]
+    recipe = {"batch": 256, "lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8, "weight_decay": 0.1}
+    assert tuple(written) == scale(recipe, batch=8192, rule="adamw_sde", beta_map="power")["betas"]
+    with pytest.raises(RuleError, match=r'Use beta_map="power" \(beta -> beta\^kappa\)'):
+        scale(recipe, batch=8192, rule="adamw_sde")
+
+
+# --- recipes as people write them: (text, options, what the file holds then, what is said) ---
+
+_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
+_LIT += "  devices: 1\n"
+_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
+_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
+_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
+RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
+    "accumulation by a callback": (
+        _CALLBACK + "GradientAccumulationScheduler\n      init_args: {scheduling: {0: 8, 4: 4}}\n", {}, {},
+        "GradientAccumulationScheduler: it changes the accumulation along the run"),
+    "a callback that chooses the batch": (_CALLBACK + "BatchSizeFinder\n", {}, {}, "it chooses the batch"),
+    "a callback that chooses lr": (_CALLBACK + "LearningRateFinder\n", {}, {}, "it chooses the learning rate"),
+    "auto_lr_find": (_LIT + "  auto_lr_find: true\n", {}, {}, "trainer.auto_lr_find=True: it lets the Trainer choose"),
+    "auto_scale_batch_size": (_LIT + "  auto_scale_batch_size: power\n", {}, {}, "auto_scale_batch_size=power"),
+    "SWA's absolute rate": (
+        _CALLBACK + "StochasticWeightAveraging\n      init_args: {swa_lrs: 1e-2}\n", {"batch": 128},
+        {"trainer.callbacks.0.init_args.swa_lrs": 2e-2}, "swa_lrs: 0.01 -> 0.02"),
+    "axolotl's one_cycle": (_AXOLOTL + "lr_scheduler: one_cycle\n", {}, {}, "OneCycleLR overrides beta1"),
+    "axolotl's one_cycle, told": (
+        _AXOLOTL + "lr_scheduler: one_cycle\nlr_scheduler_kwargs: {cycle_momentum: false}\n", {"batch": 8},
+        {"adam_beta1": 0.6}, "adam_beta1"),
+    "axolotl's restarts": (
+        _AXOLOTL + "relora_steps: 160\njagged_restart_warmup_steps: 12\nlisa_step_interval: 20\n", {"batch": 8},
+        {"relora_steps": 40, "jagged_restart_warmup_steps": 3, "lisa_step_interval": 5}, "relora_steps: 160 -> 40"),
+    "axolotl, anchors and an own average": (
+        "common: &c {learning_rate: 2e-4, weight_decay: 0.01}\n<<: *c\n" + _AXOLOTL.replace("learning_rate: 1e-4\n", "")
+        + "embedding_lr: 1e-5\nema_decay: 0.999\n", {"batch": 8},
+        {"learning_rate": 4e-4, "common.weight_decay": 0.02, "embedding_lr": 2e-5}, "yours to check: ema_decay=0.999"),
+    "a configuration without a flag": (
+        "torchrun --nproc_per_node=4 train.py config/train_gpt2.py --batch_size=8 --learning_rate=3e-4 "
+        "--max_iters=1000 --gradient_accumulation_steps=16\n", {"devices": None}, {},
+        "config/train_gpt2.py.*the values in that file count too"),
+    "a YAML without a flag": (
+        f"llamafactory-cli train examples/sft.yaml {_FLAGS}\n", {}, {}, "examples/sft.yaml.*the values in that file"),
+    "accelerate's deepspeed_config_file": (
+        f"accelerate launch --deepspeed_config_file s3.conf train.py {_FLAGS}\n", {}, {}, "deepspeed_config_file="),
+    "NNODES that the flags use": (
+        "GPUS_PER_NODE=8\nNNODES=1\nARGS=(--nproc_per_node $GPUS_PER_NODE --nnodes $NNODES)\nGBS=256\n"
+        "torchrun ${ARGS[@]} pretrain_gpt.py --micro-batch-size 4 --global-batch-size $GBS --lr 1.5e-4 \\\n"
+        "  --train-samples 1000000 --lr-warmup-samples 10000 --min-lr 1.0e-5\n", {"batch": 1024, "devices": None},
+        {"min_lr": 2e-5, "lr_warmup_samples": 10000, "global_batch_size": 1024}, "4 per device × 8 data-parallel"),
+    "NNODES that no flag uses": (
+        f"export NPROC_PER_NODE=4\nexport NNODES=2\nllamafactory-cli train {_FLAGS}\n", {"devices": None},
+        {"learning_rate": 2e-4}, "8 per device × 8 data-parallel"),
+    "groups with rates of their own": (
+        "learning_rate: 1e-4\nvision_tower_lr: 2e-6\nmm_projector_lr: 2e-5\nper_device_train_batch_size: 64\n", {},
+        {"vision_tower_lr": 4e-6, "mm_projector_lr": 4e-5}, "mm_projector_lr: 2e-05 -> 4e-05"),
+    "a text encoder's rate, and defaults": (
+        "accelerate launch --num_processes=2 dreambooth.py --train_batch_size=1 --optimizer=AdamW --learning_rate=1e-4 "
+        "--text_encoder_lr=5e-6 --max_train_steps=500 --lr_warmup_steps=0\n", {"batch": 8, "devices": None},
+        {"text_encoder_lr": 1e-5, "max_train_steps": 125}, "adam_weight_decay are not in the file.*see yours"),
+    "kohya's optimizer_args": (
+        "accelerate launch --num_processes=1 train_network.py --train_batch_size=4 --learning_rate=1e-4 "
+        '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --max_train_steps=10\n', {}, {},
+        "optimizer_args=betas=0.9,0.99"),
+    "plateau counts evaluations": (
+        "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
+        "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},
+        {"lr_scheduler_kwargs.patience": 5, "lr_scheduler_kwargs.min_lr": 2e-6}, "kept: .*kwargs.patience"),
+    "torchtitan's replica groups": (
+        TITAN + "[fault_tolerance]\nenable = true\ngroup_size = 2\n", {}, {}, "replica groups multiply the batch"),
+    "torchtitan's second rate": (TITAN.replace("eps = ", "muon_lr = 0.02\neps = "), {}, {}, "optimizer.muon_lr=0.02"),
+    "torchtitan by flags": (
+        "torchrun --nproc_per_node=8 -m torchtitan.train --optimizer.lr 3e-4 --training.local_batch_size 4 "
+        "--training.steps=2000 --lr_scheduler.warmup_steps=100\n", {"batch": 128, "devices": None},
+        {"training.steps": 500, "training.global_batch_size": 128, "optimizer.beta1": 0.6}, "8 data-parallel"),
+    "NeMo's average": (
+        "trainer: {devices: 8, num_nodes: 1, max_steps: 1000}\nexp_manager:\n  ema: {enable: true, decay: 0.999}\n"
+        "  checkpoint_callback_params: {every_n_train_steps: 100}\nmodel:\n  micro_batch_size: 4\n"
+        "  global_batch_size: 64\n  optim: {name: fused_adam, lr: 2e-4, betas: [0.9, 0.98]}\n", {"devices": None},
+        {"exp_manager.ema.decay": 0.999**4, "exp_manager.checkpoint_callback_params.every_n_train_steps": 25}, "nemo"),
+    "timm's lookahead": (TIMM_YAML.replace("opt: sgd", "opt: lookahead_adamw"), {}, {}, "unknown optimizer"),
+    "two commands": (f"python train.py {_FLAGS}\npython train.py {_FLAGS}\n", {}, {}, "stands there twice"),
+    "a loop over rates": (
+        f"for LR in 1e-4 2e-4; do\npython t.py {_FLAGS.replace('1e-4', '$LR')}\ndone\n", {}, {}, "LR, which is not"),
+    "the old names, -- and =": (
+        'export BS=64\nLR="3e-5"\npython run_glue.py --per_gpu_train_batch_size=${BS} --learning_rate=$LR '
+        "--num_train_epochs=4 --warmup_proportion=0.1 --save_steps=500\n", {},
+        {"learning_rate": 6e-5, "save_steps": 125}, "yours to check: warmup_proportion=0.1"),
+    "TRL's mini-batches": (
+        "learning_rate: 3e-6\nper_device_train_batch_size: 8\nnum_mini_batches: 4\n", {}, {}, "num_mini_batches=4"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_recipes_as_people_write_them(kind: str) -> None:
+    text, options, expected, said = RECIPES[kind]
+    options = {"devices": 1, "batch": 256, **options}
+    if not expected:
+        with pytest.raises(RuleError, match=said):
+            convert(text, **options)
+        return
+    done = convert(text, **options)
+    hold(values(done.text), expected)
+    assert re.search(said, "\n".join(report(done, "f")))
+
+
+# --- a pair of files ---
+
+
+def test_numbers_in_both_files_of_a_pair_move_in_both() -> None:
+    done = convert(HF, batch=256, devices=1, clip="rule", partners=[(PARTNER, "ds.json")])
+    hold(
+        values(done.partners[0][0]),
+        {"gradient_accumulation_steps": 16, "train_micro_batch_size_per_gpu": 16, "gradient_clipping": 0.5,
+         "optimizer.params.lr": 2e-4, "optimizer.params.betas": [0.8, 0.92], "optimizer.params.weight_decay": 0.2,
+         "optimizer.params.eps": 5e-9, "scheduler.params.warmup_max_lr": 2e-4, "scheduler.params.warmup_min_lr": 2e-6,
+         "scheduler.params.warmup_num_steps": 125, "scheduler.params.total_num_steps": "auto"},
+    )  # fmt: skip
+    assert "ds.json: scheduler.params.warmup_num_steps: 500 -> 125" in done.changes
+    assert "ds.json: optimizer.params.eps: 1e-08 (DeepSpeed's default) -> 5e-09" in done.changes
+    assert any("ds.json changes with it" in note for note in done.notes)
+    again = convert(done.text, batch=64, devices=1, partners=[(done.partners[0][0], "ds.json")])
+    assert values(again.partners[0][0])["scheduler.params.warmup_num_steps"] == 500
+    same = convert(HF, batch=64, devices=1, partners=[(PARTNER, "ds.json")])
+    assert (same.text, same.partners) == (HF, ((PARTNER, "ds.json"),))
+    held = "num_processes: 2\ndeepspeed_config: {gradient_accumulation_steps: 4, zero_stage: 2}\n"
+    done = convert(HF, batch=256, partners=[(held, "a.yaml")])
+    assert done.partners[0][0] == held.replace("steps: 4", "steps: 8")
+
+
+def test_a_pair_is_written_whole_or_not_at_all(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args, ds, out, beside = (tmp_path / n for n in ("a.yaml", "ds.json", "new.yaml", "new.json"))
+    args.write_text(HF)
+    ds.write_text(PARTNER)
+    command = [str(args), "--with", str(ds), "--batch", "256", "--devices", "1"]
+    assert main(command) == 0
+    shown = capsys.readouterr().out
+    done = convert(HF, batch=256, devices=1, partners=[(PARTNER, "ds.json")])
+    assert shown == f"==> {args} <==\n{done.text}\n==> {ds} <==\n{done.partners[0][0]}"
+    for more, message in (
+        (["--out", str(out)], "changes too: give --out-with FILE"),
+        (["--out", str(out), "--out-with", str(out)], "--out and --out-with are one file"),
+        (["--out", str(out), "--out-with", str(beside), "--out-with", str(beside)], "2 --out-with for 1 --with"),
+        (["--out", str(out), "--out-with", str(tmp_path / "none" / "ds.json")], "No such file"),
+        (["--out", str(out), "--out-with", str(tmp_path)], "is not a regular file"),
+        (["--with", str(ds)], "one file is given twice"),
+    ):
+        assert main(command + more) == 2
+        assert message in capsys.readouterr().err
+        assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "ds.json"]
+    assert main([*command, "--out", str(out), "--out-with", str(beside)]) == 0
+    assert (out.read_text(), beside.read_text()) == (done.text, done.partners[0][0])
+    out.write_text("old")
+    beside.unlink()
+    replace, calls = os.replace, []
+
+    def fails(source: Path, target: Path) -> None:
+        calls.append(target)
+        if len(calls) == 2:
+            raise OSError("disk full")
+        replace(source, target)
+
+    monkeypatch.setattr(os, "replace", fails)
+    assert main([*command, "--out", str(out), "--out-with", str(beside)]) == 2
+    assert out.read_text() == "old"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["a.yaml", "ds.json", "new.yaml"]
 
 
 def test_a_missing_library_is_one_sentence(tmp_path: Path) -> None:

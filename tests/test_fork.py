@@ -84,7 +84,7 @@ def test_a_branch_starts_where_the_checkpoint_is(run_dir: RunDir) -> None:
     assert state is not None
     spec = run_dir.spec()
     for batch in (16, 4):  # and the first must leave nothing behind for the second
-        t = _Branching(spec, state, batch, 64, None).trainer(None, 0)
+        t = _Branching(spec, state, batch, 64, None, "linear").trainer(None, 0)
         for name, value in t.net.state_dict().items():
             torch.testing.assert_close(value, state["net"][name], rtol=0, atol=0)
         moved = t.optimizer.state_dict()["state"]
@@ -163,13 +163,21 @@ def test_the_crossing_is_interpolated_in_the_logarithm() -> None:
         ({"tolerance": 0}, "tolerance=0"),
         ({"kappas": [0.3]}, "no whole batch"),
         ({"samples": 100}, "a multiple of every batch"),
-        ({"kappas": [100]}, "beta_map=power"),
+        ({"kappas": [100]}, 'beta_map="power"'),
         ({"rule": "linear_momentum"}, "allowed here"),
     ],
 )
 def test_refusals(run_dir: RunDir, settings: dict, message: str) -> None:
     with pytest.raises((ForkError, RuleError), match=message):
         fork(run_dir, **settings)
+
+
+def test_the_command_names_the_power_map_in_its_own_words(run_dir: RunDir) -> None:
+    with pytest.raises(RuleError, match="Use --beta-map power"):
+        module.main([str(run_dir.path), "--kappa", "100", "--rule", "sqrt"])
+    power = _Branching(run_dir.spec(), checkpoint.load(run_dir.newest, torch.device("cpu")), 400, 400, "sqrt", "power")
+    base = run_dir.spec().science.hyper.betas
+    assert power.spec.science.hyper.betas == pytest.approx([b**100 for b in base])
 
 
 def test_command_refuses_with_one_message(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -11,6 +11,7 @@ error.
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -21,9 +22,9 @@ from scaling_exps.convert.coverage import Coverage, coupled, coverage
 from scaling_exps.convert.documents import Document, open_document, read_file
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
-from scaling_exps.convert.job import Clip, Edit, Recipe, read, sentence
+from scaling_exps.convert.job import Clip, Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find, spelled
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class Conversion:
     changes: tuple[str, ...]  # "optimizer.lr: 0.001 -> 0.002"
     notes: tuple[str, ...]
     coverage: Coverage
+    partners: tuple[tuple[str, str], ...] = ()  # (text, name) of each, after the move
 
 
 def convert(
@@ -87,23 +89,25 @@ def convert(
     layout = _layout(doc, source, partners)
     coverage(layout, keep)
     base = read(layout, devices)
+    agree(layout, base)
     optimizer, family = OPTIMIZERS[layout.optimizer], OPTIMIZERS[layout.optimizer].family
     l2 = not optimizer.decoupled and base.hyper.weight_decay > 0
     chosen = find(rule or optimizer.match or optimizer.default("best"), family, l2=l2)
     move = Move(base.batch, batch, duration, noise_scale, beta_map)
-    try:
-        edit = Edit(layout, base, move, chosen, clip)
-    except RuleError as e:
-        raise RuleError(str(e).replace("beta_map=power", "beta_map=power (here: --beta-map power)")) from None
-    out, scaled = text, base
+    edit = Edit(layout, base, move, chosen, clip)
+    out, scaled, beside = text, base, tuple(partners)
     if target not in (None, source):
         written, scaled = anew(edit, target, new_devices)
         out = written.text
         _check(written, target, scaled, (), scaled.parallel)
+        edit.notes += [f"{name} belongs to the old file and is not written" for _, name in partners]
     elif not move.kappa == move.duration == 1 or new_devices not in (None, devices):
         scaled = edit.in_place(new_devices)
-        out = doc.render()
-        _check(doc.after or doc, source, scaled, partners, new_devices or devices)
+        out, held = doc.render(), {m.doc.where: m.doc for m in layout.mirrors}
+        beside = tuple((held[name].render() if name in held else old, name) for old, name in partners)
+        _check(doc.after or doc, source, scaled, beside, new_devices or devices)
+        for (new, name), (old, _) in zip(beside, partners, strict=True):
+            edit.notes += [f"{name} changes with it: where {where} names that file, name the new one"] * (new != old)
     formulas = chosen.formulas()
     notes = [
         f"form {source}, by its keys; --from says otherwise" if doc.guessed else "",
@@ -125,7 +129,7 @@ def convert(
             "in-batch negatives, BatchNorm), another batch is another problem, and no rule makes the runs equal"
         )
     said = sentence(layout, base), source, base, scaled, chosen, tuple(edit.changes), tuple(filter(None, notes))
-    return Conversion(out, *said, coverage(layout, keep))
+    return Conversion(out, *said, coverage(layout, keep), beside)
 
 
 def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> Layout:
@@ -143,6 +147,7 @@ def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[st
     """Read what was written: it must hold what was meant."""
     layout = _layout(doc, form, partners)
     again = read(layout, devices if layout.parallel is None else None)
+    agree(layout, again)
     if (again.batch, again.hyper) != (scaled.batch, scaled.hyper):
         raise doc.error(f"the new file would be read as {again} instead of {scaled}; it is not written")
 
@@ -150,7 +155,9 @@ def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[st
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="scalerun convert",
-        description="Move a recipe of this or another trainer to another batch size.",
+        description="Move a recipe of this or another trainer to another batch size. "
+        "The linear map of the betas ends at κ < 1/(1 - β1), which is 10 for β1 = 0.9: beyond it, --beta-map power "
+        "(β -> β^κ), or a base retuned at a larger β1.",
         argument_default=argparse.SUPPRESS,
     )
     add = parser.add_argument
@@ -170,7 +177,9 @@ def _parser() -> argparse.ArgumentParser:
     share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
     add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
     add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
-    add("-o", "--output", help="file to write (default: standard output)")
+    add("-o", "--out", "--output", dest="output", help="file to write (default: standard output)")
+    pair = "file to write for each --with, in their order; both files are written, or none"
+    add("--out-with", dest="beside", action="append", metavar="FILE", help=pair)
     return parser
 
 
@@ -180,19 +189,76 @@ def main(argv: Sequence[str]) -> int:
         options = vars(_parser().parse_args(argv))
     except SystemExit as e:
         return int(e.code or 0)
-    output, where = options.pop("output", None), options["where"]
+    output, beside, where = options.pop("output", None), options.pop("beside", []), options["where"]
     try:
-        options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
-        done = convert(read_file(where), **options)
-        if output:
-            File(output).write_bytes(done.text.encode())
-        else:
-            sys.stdout.write(done.text)
+        partners = options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
+        if len({name for _, name in partners} | {where}) <= len(partners):
+            raise RuleError("one file is given twice: the recipe and each --with are files of their own")
+        with spelled("--beta-map power"):
+            done = convert(read_file(where), **options)
+        _write(done, where, partners, output, beside)
     except (RuleError, OSError) as e:
         print(f"scalerun convert: {e}", file=sys.stderr)
         return 2
     print(*report(done, where), sep="\n", file=sys.stderr)
     return 0
+
+
+def _write(
+    done: Conversion, where: str, partners: Sequence[tuple[str, str]], output: str | None, beside: Sequence[str]
+) -> None:
+    """Recipe and partners to their files, all or none; to standard output what has no file.
+
+    Raises:
+        RuleError: a partner changed and has no file of its own; OSError: a file cannot be written.
+    """
+    if beside and len(beside) != len(partners):
+        raise RuleError(f"{len(beside)} --out-with for {len(partners)} --with: one each, in their order")
+    changed = [(text, name) for (text, name), old in zip(done.partners, partners, strict=True) if text != old[0]]
+    if output and changed and not beside:
+        names = ", ".join(name for _, name in changed)
+        raise RuleError(f"{names} changes too: give --out-with FILE for it, so that the pair stays one recipe")
+    files = [(output, done.text)] if output else []
+    files += [(name, text) for name, (text, _) in zip(beside, done.partners, strict=False)]
+    if len({File(name).resolve() for name, _ in files}) < len(files):
+        raise RuleError("--out and --out-with are one file: each needs its own")
+    write_all(files)
+    if not output and changed and not beside:
+        shown = [(done.text, where), *changed]
+        sys.stdout.write("\n".join(f"==> {name} <==\n{text}" for text, name in shown))
+    elif not output:
+        sys.stdout.write(done.text)
+
+
+def write_all(files: Sequence[tuple[str, str]]) -> None:
+    """Write every (name, text), or none: each is written aside first, and what was replaced comes back on failure."""
+    if len(files) == 1:  # a pipe or a terminal too
+        File(files[0][0]).write_bytes(files[0][1].encode())
+        return
+    targets = [(File(name).resolve(), text) for name, text in files]
+    aside: list[File] = []
+    old: list[tuple[File, bytes | None]] = []
+    try:
+        for path, text in targets:
+            if path.exists() and not path.is_file():
+                raise RuleError(f"{path} is not a regular file")
+            aside.append(path.with_name(f".{path.name}.{os.getpid()}.part"))
+            aside[-1].write_bytes(text.encode())
+            if path.exists():
+                aside[-1].chmod(path.stat().st_mode & 0o777)
+        for (path, _), part in zip(targets, aside, strict=True):
+            old.append((path, path.read_bytes() if path.exists() else None))
+            os.replace(part, path)
+    except BaseException:
+        for path, before in old:
+            if before is None:
+                path.unlink(missing_ok=True)
+            else:
+                path.write_bytes(before)
+        raise
+    finally:
+        for part in aside:
+            part.unlink(missing_ok=True)
 
 
 def report(done: Conversion, name: str) -> list[str]:

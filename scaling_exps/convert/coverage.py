@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document, Odd, Path, dotted, is_number, words
+from scaling_exps.convert.documents import FILE, Document, Odd, Path, dotted, is_number, words
 from scaling_exps.convert.layout import Layout
 
 
@@ -28,7 +28,16 @@ _CLOCK = _words("clock", "|_lr|lr_|learning_rate")
 _HARMLESS = re.compile(f"{_any('harmless')}$|{_any('harmless_start')}", re.I)
 _COUPLED = re.compile(_any("coupled"), re.I)
 _PLACEMENT = words("harmless", "placement")  # where and how, not what
-_FILES = ("config", "config_file", "config_path", "config_name", "cfg", "deepspeed_config", "deepspeed")
+_FILES = (
+    "config",
+    "config_file",
+    "config_path",
+    "config_name",
+    "cfg",
+    "deepspeed_config",
+    "deepspeed_config_file",
+    "deepspeed",
+)
 
 
 @dataclass(frozen=True)
@@ -52,7 +61,8 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
     refused, clocks, rest, kept = [], [], [], []
     harmless = 0
     for path, value in doc.values.items():
-        name, last = dotted(path), next((str(k) for k in reversed(path) if isinstance(k, str)), "")
+        last = next((str(k) for k in reversed(path) if isinstance(k, str)), "")
+        name = last if path[0] == FILE else dotted(path)
         first = value[0] if isinstance(value, list) and value else value
         if path in doc.wanted:
             continue
@@ -89,6 +99,8 @@ def _reason(path: Path, last: str, value: Any, doc: Document) -> str:
         return ""
     if _batch(last, value):
         return "it may change the batch"
+    if path[0] == FILE and not any(p.endswith(last.rsplit("/", 1)[-1]) for p in doc.partners):
+        return "the values in that file count too: convert it, or write them as flags"
     file = value[0] if isinstance(value, list) else value  # `--config_file zero3.yaml train.py`
     named = last in _FILES and isinstance(file, str) and (doc.syntax == "flags" or last == "deepspeed_config")
     if named and path[0] != "model" and not any(p.endswith(file.rsplit("/", 1)[-1]) for p in doc.partners):

@@ -19,6 +19,7 @@ from typing import Any
 from scaling_exps.rules import RuleError
 
 Path = tuple[str | int, ...]
+FILE = "a file of the command"  # first key of a configuration that a command line names without a flag
 LIMIT = 64 * 1024  # bytes of a recipe
 LINES = 1_500
 LEAVES = 2_000  # values in one recipe, aliases written out

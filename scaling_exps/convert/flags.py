@@ -10,7 +10,7 @@ import re
 import shlex
 from typing import Any
 
-from scaling_exps.convert.documents import Document, Odd, Path, dotted, is_number, number, spell
+from scaling_exps.convert.documents import FILE, Document, Odd, Path, dotted, is_number, number, spell
 
 _TOKEN = re.compile(
     r"""(?P<gap>[ \t\r]+|\\\r?\n)|(?P<comment>\#[^\n]*)|(?P<end>\n|[;&|()<>]+)
@@ -18,7 +18,9 @@ _TOKEN = re.compile(
     |(?P<bad>.)""",
     re.X | re.S,
 )
+_CONFIGURATION = re.compile(r"[^=\"']+\.(ya?ml|toml|json)$|([^=\"']*/)?configs?/[^=\"']+\.py$")
 _SHORT = {"-b": "batch_size", "-j": "workers"}
+_LAUNCH = ("NGPU", "NNODE", "NNODES", "NPROC_PER_NODE")  # what launch scripts read, where no flag does
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?$")
 _ASSIGN = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.*)", re.S)
@@ -38,6 +40,9 @@ class Flags(Document):
         self._overrides: set[Path] = set()
         self._equals = self._dashes = self._scores = self._groups = 0
         self._scan(self.text, 0)
+        flags = [raw for path, words in self._words.items() if path[0] not in _LAUNCH for raw, _ in words]
+        used = {name for raw in flags for name in re.findall(r"\$\{?([A-Za-z_]\w*)", raw)}
+        self._words = {p: w for p, w in self._words.items() if p[0] not in _LAUNCH or p[0] not in used}
         for path, words in self._words.items():
             parts = [self._resolve(*word) for word in words]
             value, span = parts[0] if parts else (True, None)
@@ -77,7 +82,7 @@ class Flags(Document):
         if re.search(r"(^|\s)--[A-Za-z]", inner):
             self._scan(inner, start)
         elif raw:
-            if name in ("NGPU", "NNODE", "NNODES", "NPROC_PER_NODE"):  # what launch scripts read
+            if name in _LAUNCH:
                 self._words[(name,)] = [(raw, (at, at + len(raw)))]
             self._variables.setdefault(name, []).append((inner, (start, start + len(inner))))
 
@@ -94,6 +99,8 @@ class Flags(Document):
             path, rest = tuple(override[1].split(".")), override[2]
             self._overrides.add(path)
         elif current is None or re.match(r"-[A-Za-z]", word):
+            if _CONFIGURATION.match(word):
+                self._words[FILE, word] = [(word, span)]
             return None
         else:
             words = self._words[current]
@@ -147,8 +154,8 @@ class Flags(Document):
     def insertion(self, path: Path, value: Any) -> tuple[int, str]:
         end = self._ends[self._group.get(self.near) or next(reversed(self._ends))]
         name, many = dotted(path), isinstance(value, list)
-        if self.near in self._overrides:
-            return end, f" +{name}={self.literal(value)}"
+        if self.near in self._overrides or path[0] in {p[0] for p in self._overrides}:
+            return end, f" ++{name}={self.literal(value)}"  # sets it, or adds it
         if self._dashes > self._scores:
             name = name.replace("_", "-")
         gap = "=" if self._equals * 2 > len(self._words) and not many else " "

@@ -84,8 +84,32 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     return Recipe(layout.optimizer, batch, micro, accumulation, parallel, hyper, epochs, steps, warmup)
 
 
+def agree(layout: Layout, base: Recipe) -> None:
+    """Trainer and partner must say the same of what both hold.
+
+    Raises:
+        RuleError: they do not.
+    """
+    clip = layout.number(layout.clip)
+    for m in layout.mirrors:
+        said: Any = vars(base).get(m.what, clip if m.what == "clip" else vars(base.hyper).get(m.what))
+        said = list(said) if isinstance(said, tuple) else said
+        if m.what == "rate" or (m.what in ("steps", "warmup") and (said is None or 0 < said < 1)):
+            continue
+        if m.what == "warmup" and layout.warmup and layout.warmup[0] == ("warmup_ratio",) and said == 0:
+            continue
+        if said is not None and said != m.value:
+            how = "" if m.there else " (not there: DeepSpeed's own default)"
+            raise m.doc.error(
+                f"{dotted(m.path)}={m.value}{how} is not {said}, as {layout.doc.where} has it: which one counts? "
+                'Set it to "auto" where the trainer\'s file decides'
+            )
+
+
 def sentence(layout: Layout, base: Recipe) -> str:
     """How the base batch came about: "base: 4 per device × 8 data-parallel × 2 accumulation = 64"."""
+    if layout.unit:
+        return f"base: {base.batch} {layout.unit}"
     if base.micro is None or base.parallel is None:
         rest = f", {base.micro} per device a micro-batch" if base.micro else ""
         return f"base: {base.batch} ({_key(layout.whole)}{rest})"
@@ -118,6 +142,11 @@ class Edit:
                 f"nearest: {batch // size * size} and {(batch // size + 1) * size}"
             )
 
+        if batch % layout.multiple[0]:
+            unit, why = layout.multiple
+            near = " and ".join(str(b) for b in (batch // unit * unit, (batch // unit + 1) * unit) if b)
+            raise RuleError(f"batch {batch} is no multiple of {unit}: {why}; nearest: {near}")
+
         def length(law: str, slot: Slot | None, value: float | None) -> Any:
             return value if slot is None or value is None or value <= 0 else self.by(law, slot[0], value)
 
@@ -148,6 +177,7 @@ class Edit:
             if getattr(layout, name) is not None and getattr(moved, name) is not None:
                 self.put(getattr(layout, name), getattr(moved, name))
         self._clip()
+        self._mirrors(moved)
         changed, doc = {c.split(": ", 1)[0] for c in self.changes}, layout.doc
         for path, value in doc.wanted.items():
             if dotted(path) not in changed and path != layout.packed:
@@ -161,9 +191,10 @@ class Edit:
         if new == shown:
             return
         if not path:
+            hint = f"; {self.layout.hint}" if self.layout.hint else ""
             raise self.layout.doc.error(
                 f"{self.layout.form} has no key for what is {default} by its default, and {self.rule.name} moves it to "
-                f"{new}: the recipe cannot be written whole. --rule lr_only moves lr alone (a control)"
+                f"{new}: the recipe cannot be written whole. --rule lr_only moves lr alone (a control){hint}"
             )
         self.layout.put(path, new)
         was = "(not there)" if shown is None else f"{shown}" + (" (default)" if old is None else "")
@@ -174,10 +205,16 @@ class Edit:
         kappa, base = self.move.kappa, self.base.hyper
         if law == "ramp":
             return [self.by("batch", path, v) for v in value[:2]] + value[2:]
+        if law == "as_betas":
+            return list(self.rule.scale(replace(base, betas=tuple(value)), self.move).betas)
         if isinstance(value, list):
             return [self.by(law, path, v) for v in value]
         if law == "rate":
             return value * (self.hyper.lr / base.lr)
+        if law in ("as_eps", "as_decay"):
+            other = replace(base, eps=value) if law == "as_eps" else replace(base, weight_decay=value)
+            moved = self.rule.scale(other, self.move)
+            return moved.eps if law == "as_eps" else moved.weight_decay
         if law == "samples":
             new = value * self.move.duration
             return int(new) if new == int(new) else new
@@ -201,6 +238,27 @@ class Edit:
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
+
+    def _mirrors(self, moved: Recipe) -> None:
+        """Write to the partners what they hold of the numbers that have moved."""
+        clip = self.layout.number(self.layout.clip)
+        for m in self.layout.mirrors:
+            key, value = dotted(m.path), m.value
+            if m.what == "rate":
+                new = self.by("rate", m.path, value)
+            elif m.what == "clip":
+                new = clip
+            elif hasattr(moved, m.what) and (new := getattr(moved, m.what)) is not None and new >= 1:
+                pass
+            elif m.what in ("steps", "warmup"):  # the trainer's file has epochs, or a share
+                new = self.by("count", m.path, value)
+            else:
+                new = getattr(self.hyper, m.what)
+            new = list(new) if isinstance(new, tuple) else new
+            if new != value:
+                m.doc.set(m.path, new)
+                was = f"{value}" if m.there else f"{value} (DeepSpeed's default)"
+                self.changes.append(f"{m.doc.where}: {key}: {was} -> {new}")
 
     def _clip(self) -> None:
         slot = self.layout.clip

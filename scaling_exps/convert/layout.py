@@ -20,9 +20,33 @@ Slot = tuple[Path, Any]  # a key, and its default where it is not in the file; (
 #   samples   epochs, samples, tokens: δ          batch    examples in a step: κ, whole
 #   ema       decay a step: the rule's ema        beta     as beta1 goes
 #   per_step  a clock that ticks once a step: κ   ramp     [batch, batch, samples]
-#   kept      stays
-LAWS = ("rate", "count", "samples", "batch", "ema", "beta", "per_step", "ramp", "kept")
+#   as_betas, as_eps, as_decay: of a second optimizer, as the first's go                kept     stays
+LAWS = (
+    "rate",
+    "count",
+    "samples",
+    "batch",
+    "ema",
+    "beta",
+    "per_step",
+    "ramp",
+    "as_betas",
+    "as_eps",
+    "as_decay",
+    "kept",
+)
 _SLOTS = ("micro", "accumulation", "whole", "steps", "epochs", "warmup", "clip", "group")
+
+
+@dataclass(frozen=True)
+class Mirror:
+    """A number of the trainer's file that its partner holds too."""
+
+    doc: Document
+    path: Path
+    what: str  # a field of Recipe or of Hyper, "clip", or "rate"
+    there: bool  # in the partner; else `value` is DeepSpeed's default
+    value: Any
 
 
 @dataclass
@@ -50,6 +74,10 @@ class Layout:
     needs_length: str = ""  # keys of which one must be there, because the schedule counts steps
     clip: Slot | None = None
     group: Slot | None = None  # samples that belong together (GRPO)
+    hint: str = ""  # how a number without a key gets one
+    unit: str = ""  # what the batch counts, where that is not examples
+    multiple: tuple[int, str] = (1, "")  # the batch must be one of it, and why
+    mirrors: list[Mirror] = field(default_factory=list)
     packed: Path = ()  # a string "alpha=0.9,eps=1e-8" that holds some of the fields
     rate_at: Callable[[float], float] | None = None  # the learning rate at a batch, where the file gives none
     harmless: frozenset[str] = frozenset()  # last keys known to decide nothing
@@ -200,7 +228,7 @@ def build(
     betas = ("betas",) if "betas" in table else ("beta1", "beta2")
     names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
     if row == "muon" and form not in ("plain", "lightning"):
-        raise doc.error(f"{optimizers.REFUSED['muon']}")
+        raise doc.error(f"{dotted(key)}={given}: {optimizers.REFUSED['muon']}")
     if row not in table.get("only", row).split() or not names <= set(table):
         raise doc.error(f"{form} has no known names for the numbers of {row}: {', '.join(sorted(names))}")
     names |= {"eps"} if optimizer.family == "adaptive" else set()
@@ -226,7 +254,8 @@ def build(
 # --- devices ---
 
 _PARALLEL = re.compile(
-    r"(tensor|pipeline|context|expert_tensor|expert|sequence|ulysses_sequence|ulysses|ring_attention|tp|pp|cp|ep|sp)"
+    r"(?:ds_)?(tensor|pipeline|context|expert_tensor|expert|sequence|ulysses_sequence|ulysses|ring_attention|ring_attn"
+    r"|tp|pp|cp|ep|sp)"
     r"(_model)?(_parallel(ism)?)?(_size|_degree|_world_size)?$"
 )
 _KINDS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}

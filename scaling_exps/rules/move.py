@@ -15,6 +15,9 @@ Symbols (Malladi et al. 2022, Def. 5.2, where not said otherwise):
 from __future__ import annotations
 
 import math
+import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Literal, get_args
 
@@ -27,6 +30,23 @@ BetaMap = Literal["linear", "power"]
 
 class RuleError(ValueError):
     """The rule cannot be applied to this recipe at this batch size."""
+
+
+@contextmanager
+def spelled(power: str) -> Iterator[None]:
+    """Refusals from inside call the power map as the caller's own command does.
+
+    >>> with spelled("--beta-map power"):
+    ...     raise RuleError("use beta_map=power")
+    Traceback (most recent call last):
+    scaling_exps.rules.move.RuleError: use --beta-map power
+    """
+    try:
+        yield
+    except RuleError as e:
+        if (said := re.sub(r'(--beta-map |\bbeta_map=)"?power"?', power, str(e))) == str(e):
+            raise
+        raise RuleError(said) from None
 
 
 @dataclass(frozen=True)

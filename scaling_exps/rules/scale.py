@@ -19,7 +19,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
 from typing import Any
 
-from scaling_exps.rules.move import BetaMap, Hyper, Move, RuleError
+from scaling_exps.rules.move import BetaMap, Hyper, Move, RuleError, spelled
 from scaling_exps.rules.optimizers import OPTIMIZERS, Optimizer, of
 from scaling_exps.rules.rule import Rule
 from scaling_exps.rules.table import find
@@ -91,7 +91,11 @@ def scale(
                 f"{name}={value!r}: give the global batch in examples, a number > 0 (all devices, accumulation); "
                 "a recipe cannot be scaled without the batch size it was tuned at"
             )
-    move = Move(base, batch, duration, noise_scale, beta_map)
+    with spelled('beta_map="power"'):
+        return _scaled(target, recipe, rule, Move(base, batch, duration, noise_scale, beta_map), scheduler)
+
+
+def _scaled(target: Any, recipe: dict[str, Any] | None, rule: str | Rule | None, move: Move, scheduler: Any) -> Any:
     optimizer = None if recipe is not None else _unwrapped(target)
     if hasattr(optimizer, "param_groups"):
         _live(optimizer, rule, move, scheduler)

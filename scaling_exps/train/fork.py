@@ -33,7 +33,7 @@ from scaling_exps import optim
 from scaling_exps.noise import estimators
 from scaling_exps.plan import Placement, RunSpec
 from scaling_exps.records import RunDir
-from scaling_exps.rules import OPTIMIZERS, Hyper
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Hyper, spelled
 from scaling_exps.rules.scale import scale
 from scaling_exps.train import checkpoint, ranks
 from scaling_exps.train.measure import evaluate
@@ -98,6 +98,7 @@ def fork(
     samples: int | None = None,
     tolerance: float = 0.02,
     rule: str | None = None,
+    beta_map: BetaMap = "linear",
 ) -> Fork:
     """Branch off a checkpoint in `run_dir`, which is only read.
 
@@ -108,6 +109,7 @@ def fork(
         samples: length of a branch; a multiple of every batch. None is 32 steps of the largest.
         tolerance: of the loss, relative to that of kappa = 1.
         rule: how hyperparameters move; None is the optimizer's own.
+        beta_map: as in `scale`.
 
     Raises:
         ForkError: no checkpoint, a batch that is no whole number, a length that is no multiple of every batch.
@@ -137,7 +139,7 @@ def fork(
     state = next(filter(None, whole), None)
     if state is None or state.get("run_id") != spec.run_id:
         raise ForkError(f"{at or run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
-    branches = {k: _Branching(spec, state, batches[k], samples, rule) for k in kappas}
+    branches = {k: _Branching(spec, state, batches[k], samples, rule, beta_map) for k in kappas}
     noise = noise_scale(branches[1.0].trainer(None, 0))
     losses = {k: [b.loss(noise.scale, r) for r in range(repeats)] for k, b in branches.items()}
     reference = sum(losses[1.0]) / repeats
@@ -171,9 +173,11 @@ def fork(
 class _Branching:
     """One batch size of the fork: what it runs, and how to start it at the checkpoint."""
 
-    def __init__(self, spec: RunSpec, state: dict[str, Any], batch: int, samples: int, rule: str | None) -> None:
+    def __init__(
+        self, spec: RunSpec, state: dict[str, Any], batch: int, samples: int, rule: str | None, beta_map: BetaMap
+    ) -> None:
         s = spec.science
-        self.base_batch, self.state, self.rule = s.batch, state, rule
+        self.base_batch, self.state, self.rule, self.beta_map = s.batch, state, rule, beta_map
         share = optim.multiplier(s.schedule, s.clock(state["step"]))
         if share == 0:
             raise ForkError("the schedule has brought the learning rate to 0 here; fork an earlier checkpoint")
@@ -199,7 +203,8 @@ class _Branching:
         t.net.load_state_dict(self.state["net"])
         t.optimizer.load_state_dict(copy.deepcopy(self.state["optimizer"]))  # torch would share the tensors
         s = self.spec.science
-        scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, rule=self.rule, noise_scale=noise)
+        how: dict[str, Any] = {"rule": self.rule, "beta_map": self.beta_map, "noise_scale": noise}
+        scale(t.optimizer, batch=s.batch, base_batch=self.base_batch, **how)
         t.stream = t.stream.sibling(s.seed, f"fork/{repeat}")
         return t
 
@@ -287,6 +292,8 @@ def main(words: list[str]) -> int:
     parser.add_argument("--samples", type=int, help="length of a branch (default: 32 steps of the largest batch)")
     parser.add_argument("--tolerance", type=float, default=0.02, help="share of the loss (default 0.02)")
     parser.add_argument("--rule", help="default: the optimizer's own, see docs/rules.md")
+    power = "power: β -> β^κ, for every κ; linear (default) ends at κ = 1/(1 - β1)"
+    parser.add_argument("--beta-map", choices=["linear", "power"], default="linear", help=power)
     parser.add_argument("--json", action="store_true", help="the result, for machines")
     options = vars(parser.parse_args(words))
     path, kappa, as_json = (options.pop(name) for name in ("run_dir", "kappa", "json"))
@@ -295,6 +302,7 @@ def main(words: list[str]) -> int:
     except ValueError:
         raise ForkError(f"--kappa {kappa!r} must be numbers with commas between, as 0.5,1,2") from None
     at = path if path.suffix == ".pt" else None
-    result = fork(RunDir(path.parent if at else path), at=at, kappas=kappas, **options)
+    with spelled("--beta-map power"):
+        result = fork(RunDir(path.parent if at else path), at=at, kappas=kappas, **options)
     print(json.dumps(asdict(result), indent=1) if as_json else render(result))
     return 0

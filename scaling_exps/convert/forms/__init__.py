@@ -5,12 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable
 
 from scaling_exps.convert.documents import Document, dotted, words
-from scaling_exps.convert.forms import hf, language, own, vision
+from scaling_exps.convert.forms import hf, language, own, rl, vision
 from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import RuleError
 
 _TRAINERS = (own.plain, hf.hf, hf.axolotl, hf.llamafactory, hf.accelerate, vision.lightning, vision.timm)
-_SCRIPTS = (language.torchtitan, language.nanogpt, language.megatron, language.nemo, own.deepspeed)
+_SCRIPTS = (
+    language.torchtitan,
+    language.nanogpt,
+    language.megatron,
+    language.nemo,
+    own.deepspeed,
+    rl.openrlhf,
+    rl.verl,
+)
 FORMS: dict[str, Callable[[Document], Layout]] = {read.__name__: read for read in (*_TRAINERS, *_SCRIPTS)}
 
 

@@ -9,8 +9,7 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document
+from scaling_exps.convert.documents import Document, dotted
 from scaling_exps.convert.layout import Layout, build, unpack
 
 
@@ -60,6 +59,11 @@ def _optim_args(layout: Layout) -> None:
 
 def axolotl(doc: Document) -> Layout:
     layout = hf(doc, "axolotl")
+    if doc.get("lr_scheduler") == "one_cycle" and doc.get("lr_scheduler_kwargs.cycle_momentum") is not False:
+        raise doc.error(
+            "lr_scheduler=one_cycle: torch's OneCycleLR overrides beta1 at every step, between 0.85 and 0.95 unless "
+            "told otherwise: set lr_scheduler_kwargs: {cycle_momentum: false}, so that adam_beta1 counts"
+        )
     if layout.warmup and doc.get(layout.warmup[0]) is None:
         layout.notes.append("no warm-up is in the file: axolotl takes 3% of the run, at most 100 steps")
     return layout
@@ -70,14 +74,36 @@ def accelerate(doc: Document) -> Layout:
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
+    absent = [dotted(slot[0]) for name, slot in layout.fields.items() if name != "lr" and doc.get(slot[0]) is None]
+    if absent:
+        layout.notes.append(
+            f"{', '.join(absent)} are not in the file: most scripts' defaults are taken, and some have others "
+            "(adam_weight_decay is 1e-2 in train_text_to_image.py and 1e-4 in train_dreambooth_lora_sdxl.py): see yours"
+        )
     if not diffusers:
         layout.notes.append("adam_beta1, adam_beta2, adam_epsilon are written as flags that your script must take")
     return layout
 
 
 def llamafactory(doc: Document) -> Layout:
-    """The second generation of LLaMA-Factory, which sets the learning rate of torch's AdamW alone."""
-    if (name := doc.get("optim_config.name")) is not None:
-        optimizers.find(name, "optim_config.name")
-        raise doc.error(f"optim_config.name={name}: what its keys are is not known here")
-    return build(doc, "llamafactory")
+    """The second generation of LLaMA-Factory (v1): torch's AdamW by learning_rate alone, or by an optim_config."""
+    section, rows = "optim_config", {}
+    if doc.has(section):
+        if doc.get(f"{section}.name") is None:
+            raise doc.error(f"{section} is there without its name, which decides the optimizer: set {section}.name")
+        if doc.get(f"{section}.lr") is None:
+            raise doc.error(
+                f"{section} has no lr, and whether learning_rate or 1e-4 counts then depends on the version: write it"
+            )
+        defaults = {"lr": "", "betas": "=[0.9, 0.999]", "eps": "=1e-8", "weight_decay": "=0.0"}
+        rows = {"optimizer": f"{section}.name"} | {k: f"{section}.{k}{v}" for k, v in defaults.items()}
+    layout = build(doc, "llamafactory", rows=rows)
+    if not rows:
+        layout.hint = "or name it, where your version reads optim_config: {name: adamw, lr, betas, eps, weight_decay}"
+    if rows and doc.get("learning_rate") is not None:
+        layout.notes.append(f"learning_rate stays: beside {section}.lr it sets nothing")
+    if "dynamic" in str(doc.get("batching_strategy")):
+        layout.notes.append(
+            "batching_strategy is dynamic: the batch counts tokens, cutoff_len an example; κ is the same"
+        )
+    return layout

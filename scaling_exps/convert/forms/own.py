@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 from scaling_exps.convert import optimizers
-from scaling_exps.convert.documents import Document, Path, dotted, is_number, words
-from scaling_exps.convert.layout import Layout, build, slot_of
+from scaling_exps.convert.documents import Document, Path, dotted, is_number, path_of, words
+from scaling_exps.convert.layout import Layout, Mirror, build, check_number, slot_of
 
 _SECTIONS = words("harmless", "deepspeed")
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -39,10 +40,8 @@ def deepspeed(doc: Document) -> Layout:
     if dead:
         layout.law("kept", *dead)
         layout.notes.append(f"DeepSpeed ignores keys beside params: {', '.join(map(dotted, dead))}")
-    for section in ("curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity"):
-        if doc.has(section) and doc.get((section, "enabled")) is not False:
-            raise doc.error(f"{section} changes the batch, or counts steps, along the run: not moved here; disable it")
-        layout.sections |= {section}
+    _refuse_changes_along_the_run(doc)
+    layout.sections |= set(_ALONG)
     layout.law("kept", *((*params, k) for k in ("bias_correction", "amsgrad", "freeze_step")))
     kind = doc.get("scheduler.type")
     if kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
@@ -55,11 +54,20 @@ def deepspeed(doc: Document) -> Layout:
     return layout
 
 
+_ALONG = ("curriculum_learning", "data_efficiency", "progressive_layer_drop", "elasticity")
+
+
+def _refuse_changes_along_the_run(doc: Document) -> None:
+    for section in _ALONG:
+        if doc.has(section) and doc.get((section, "enabled")) is not False:
+            raise doc.error(f"{section} changes the batch, or counts steps, along the run: not moved here; disable it")
+
+
 def pair(layout: Layout, partner: Document) -> None:
-    """Check the partner of a trainer's file: a DeepSpeed JSON or an accelerate YAML; nothing in it may need a change.
+    """Read the partner of a trainer's file: a DeepSpeed JSON or an accelerate YAML. Its numbers become mirrors.
 
     Raises:
-        RuleError: it decides a number itself that must change, or an optimizer of another kind.
+        RuleError: it decides a number that has no like in the trainer's file, or an optimizer of another kind.
     """
     doc, first = layout.doc, {p[0] for p in partner.values}
     if first & {"distributed_type", "num_processes", "deepspeed_config", "fsdp_config"}:
@@ -67,13 +75,14 @@ def pair(layout: Layout, partner: Document) -> None:
         if isinstance(processes, int) and layout.parallel is None:
             layout.parallel, layout.parallel_fixed = processes // layout.model_parallel, True
             layout.parallel_words += f" (num_processes={processes} in {partner.where})"
-        key = "deepspeed_config.gradient_accumulation_steps"
-        if (held := partner.get(key)) not in (None, "auto") and not held == layout.number(layout.accumulation) == 1:
-            raise partner.error(f'{key}={held} would have to change: set it to "auto"')
-        layout.notes.append(f"{partner.where} was read for its processes; nothing in it changes")
+        for key, what in (("gradient_accumulation_steps", "accumulation"), ("gradient_clipping", "clip")):
+            _mirror(layout, partner, ("deepspeed_config", key), what)
+        held = ", and for ".join(["its processes", *(dotted(m.path) for m in layout.mirrors if m.doc is partner)])
+        layout.notes.append(f"{partner.where} was read for {held}")
         return
     if not first & {*_SIZES, "zero_optimization", "optimizer", "scheduler", "fp16", "bf16"}:
         raise partner.error("neither DeepSpeed's file nor accelerate's: no zero_optimization, optimizer, num_processes")
+    _refuse_changes_along_the_run(partner)
     if (name := partner.get("optimizer.type")) is not None:
         mode = partner.get("optimizer.params.adam_w_mode")
         row, note = optimizers.find(name, f"{partner.where}: optimizer.type", decoupled=mode is not False)
@@ -81,19 +90,43 @@ def pair(layout: Layout, partner: Document) -> None:
             raise partner.error(f"optimizer.type={name}, and {doc.where} says {layout.optimizer}: which one counts?")
         layout.optimizer = row
         layout.notes += [note] if note else []
-    stay = {"train_micro_batch_size_per_gpu": layout.micro, "gradient_clipping": layout.clip}
-    fixed, wrong = [], []
+    if layout.optimizer in ("adam", "adamw"):
+        for key, default in _DEFAULTS.items() if name is not None else ():
+            _mirror(layout, partner, ("optimizer", "params", key), key, default)
+    for key, what in _MIRRORS.items():
+        _mirror(layout, partner, path_of(key), what)
+    known, fixed = {m.path for m in layout.mirrors if m.doc is partner}, []
     for path, value in partner.values.items():
-        if path[0] in stay:
-            wrong += [f"{dotted(path)}={value}"] if value not in ("auto", layout.number(stay[str(path[0])])) else []
-        elif value and (path[0] in _SIZES or path[1:2] == ("params",)):
+        if path not in known and value and (path[0] in _SIZES or path[1:2] == ("params",)):
             fixed += [f"{dotted(path)}={value}"] if is_number(value) or isinstance(value, list) else []
     if fixed:
         raise partner.error(f'decides itself what has to change ({", ".join(fixed)}): set those to "auto"')
-    if wrong:
-        raise partner.error(f"{', '.join(wrong)} is not what {doc.where} says: which one counts?")
     autos = sum(v == "auto" for v in partner.values.values())
-    layout.notes.append(f'{partner.where}: its {autos} values "auto" follow this file; nothing in it changes')
+    held = f"; its {len(known)} numbers move with it" if known else ""
+    layout.notes.append(f'{partner.where}: its {autos} values "auto" follow this file{held}')
+
+
+# What DeepSpeed takes where optimizer.params does not say, and what other numbers of its file are in the trainer's.
+_DEFAULTS: dict[str, Any] = {"lr": 1e-3, "betas": [0.9, 0.999], "eps": 1e-8, "weight_decay": 0.0}
+_MIRRORS = {
+    "train_micro_batch_size_per_gpu": "micro",
+    "gradient_accumulation_steps": "accumulation",
+    "train_batch_size": "batch",
+    "gradient_clipping": "clip",
+    "scheduler.params.warmup_max_lr": "lr",
+    "scheduler.params.warmup_min_lr": "rate",
+    "scheduler.params.warmup_num_steps": "warmup",
+    "scheduler.params.total_num_steps": "steps",
+}
+
+
+def _mirror(layout: Layout, partner: Document, path: Path, what: str, default: Any = None) -> None:
+    value = partner.get(path)
+    if (value is None and default is None) or value == "auto":
+        return
+    for one in value if isinstance(value, list) else [] if value is None else [value]:
+        check_number(partner, path, one)
+    layout.mirrors.append(Mirror(partner, path, what, value is not None, default if value is None else value))
 
 
 def plain(doc: Document) -> Layout:

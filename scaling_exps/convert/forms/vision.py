@@ -51,7 +51,17 @@ def _homes(doc: Document) -> Iterator[tuple[str, str, Path, Path]]:
             yield "optimizer", name, path, args
 
 
+_CHOOSERS = {  # callbacks that set what a recipe is made of, along the run or before it
+    "GradientAccumulationScheduler": "it changes the accumulation along the run: the batch has no one value",
+    "BatchSizeFinder": "it chooses the batch: write out what it found",
+    "LearningRateFinder": "it chooses the learning rate: write out what it found",
+}
+
+
 def lightning(doc: Document) -> Layout:
+    for path, value in doc.values.items():
+        if path[-1] in ("class_path", "_target_") and (why := _CHOOSERS.get(str(value).rsplit(".", 1)[-1])):
+            raise doc.error(f"{dotted(path)}={value}: {why}")
     homes = list(_homes(doc))
     built = [home for home in homes if home[0] == "optimizer"]
     if not built:
@@ -96,6 +106,8 @@ def lightning(doc: Document) -> Layout:
             and last in ("ema_decay", "ema_rate", *(["decay"] if callback else []))
         ):
             layout.law("ema", path)
+        elif last == "swa_lrs":
+            layout.law("rate", path)
     check = doc.get("trainer.val_check_interval")
     if is_number(check) and isinstance(check, int) and check > 1:
         layout.notes.append("trainer.val_check_interval counts micro-batches, which do not change: it stays")
