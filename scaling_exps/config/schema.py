@@ -319,6 +319,20 @@ class Measure(Group, frozen=True, kw_only=True):
     ]
 
 
+Card = Literal["a100", "h100", "h200", "l4", "l40s", "rtx4090", "t4", "v100"]
+
+
+class Cost(Group, frozen=True, kw_only=True):
+    """What `scalerun plan` bases time and money on. Finished runs of the same network in runs_dir come first."""
+
+    probe: Annotated[bool, _is("take a few real steps here, in a process of its own; `cost=probe` is the same")]
+    device: Annotated[Card | None, _is("the card to plan for; null: this machine")]
+    share: Annotated[Annotated[float, _is("", gt=0, le=1)], _is("of the card's peak that training reaches")]
+    price: Annotated[
+        Annotated[float, _is("", gt=0, le=10**6)] | None, _is("of an hour of one device; null: none is shown", "money")
+    ]
+
+
 Gap = Annotated[float, _is("", gt=0, le=10**6)]
 
 
@@ -368,9 +382,13 @@ class Config(Group, frozen=True, kw_only=True):
     margin: Margin
     checkpoint: Checkpoint
     wandb: Wandb
+    cost: Cost
     batch: Annotated[
         Batch | list[Batch] | None,
         _is("examples of a step, on all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
+    ]
+    base: Annotated[
+        Literal["auto", "none"], _is("auto: a sweep gets the base runs of its recipe, which its report compares with")
     ]
     seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
     goal: Annotated[Literal["match", "best"], _is("default rule: for the same run (match), or the best at this batch")]

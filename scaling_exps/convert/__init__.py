@@ -104,7 +104,7 @@ def convert(
         scaled = edit.in_place(new_devices)
         out = doc.render()
         _check(doc.after or doc, source, scaled, partners, new_devices or devices)
-    formulas = chosen.formulas()
+    formulas = chosen.formulas(beta_map)
     notes = [
         f"form {source}, by its keys; --from says otherwise" if doc.guessed else "",
         chosen.answers(family),

@@ -32,7 +32,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         PlanError: with every fault of every run, one a line.
     """
     runs: dict[str, RunSpec] = {}
-    faults = _differing([{"runs_dir": c.runs_dir, "noise_from": c.noise_from, "launch": c.launch} for c in configs])
+    one = ("runs_dir", "noise_from", "launch", "cost", "base")  # settings of the command
+    faults = _differing([{key: getattr(c, key) for key in one} for c in configs])
     for config in configs:
         values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
         lists = [v if isinstance(v, list) else [v] for v in values]
@@ -67,6 +68,51 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     if faults:
         raise PlanError("\n".join(dict.fromkeys(faults)))
     return list(runs.values())
+
+
+def base_runs(configs: list[Config], seeds: list[int] | None = None) -> list[RunSpec]:
+    """The base runs of every recipe of a command: of its seeds, or of `seeds`, with an arm for each of its rules.
+
+    Raises:
+        PlanError: a base run cannot be planned.
+    """
+    runs: dict[str, RunSpec] = {}
+    for config in configs:
+        launch, micro_batches = config.launch, config.recipe.batch // _micro_batch(config, config.recipe.batch)
+        if launch.devices != "auto":  # the base batch may have fewer micro-batches than the devices asked for
+            fitting = max(d for d in range(1, min(launch.devices, micro_batches) + 1) if micro_batches % d == 0)
+            launch = msgspec.structs.replace(launch, devices=fitting)
+        base = msgspec.structs.replace(
+            config, batch=config.recipe.batch, svag=1, duration=1.0, launch=launch,
+            seed=config.seed if seeds is None else seeds,
+        )  # fmt: skip
+        for spec in plan([base]):
+            known = runs.setdefault(spec.run_id, spec)
+            arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
+            runs[spec.run_id] = msgspec.structs.replace(known, arms=arms)
+    return list(runs.values())
+
+
+def lacking(configs: list[Config], specs: list[RunSpec]) -> list[RunSpec]:
+    """The base runs that a sweep's runs are compared with and that are not in it; none of a single run and its seeds.
+
+    Args:
+        configs: the command; `base=none` asks for none.
+        specs: what `plan` made of it.
+
+    Raises:
+        PlanError: such a run cannot be planned.
+    """
+    if not configs or configs[0].base == "none":
+        return []
+    settings: dict[str, set[str]] = {}  # of the runs that share a base, whatever their seeds
+    base_of: dict[str, str] = {}
+    for spec in specs:
+        recipe = repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
+        settings.setdefault(recipe, set()).add(repr(msgspec.structs.replace(spec.science, seed=0)))
+        base_of |= {arm.base_run_id: recipe for arm in spec.arms}
+    wanted = {i for i, recipe in base_of.items() if len(settings[recipe]) > 1} - {s.run_id for s in specs}
+    return [spec for spec in base_runs(configs) if spec.run_id in wanted] if wanted else []
 
 
 def _differing(asked: list[dict[str, Any]]) -> list[str]:
@@ -117,7 +163,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
     role: Role = "base" if run_id(science) == base_id else "rule" if tested else "control"
     arm = Arm(
         rule=rule.name, goal=goal, role=role, kappa=move.kappa, duration=config.duration, base=base_science.numbers(),
-        base_run_id=base_id,
+        base_run_id=base_id, beta_map="linear" if move.kappa == 1 else config.beta_map,
     )  # fmt: skip
     spec = RunSpec(
         science=science,

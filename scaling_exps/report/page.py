@@ -128,7 +128,7 @@ def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:
         rule = rules.find(arm.rule)
     except rules.RuleError:  # of a package that is not here
         rule = None
-    formulas = rule.formulas() if rule and arm.kappa != 1 else {}
+    formulas = rule.formulas(arm.beta_map) if rule and arm.kappa != 1 else {}
     if arm.kappa != 1:
         formulas |= {"batch": "κ·B", "steps": "steps/κ"}
     if s.svag > 1:
