@@ -8,10 +8,11 @@ from scaling_exps.config import Config, SlurmLaunch
 from scaling_exps.launch import local, slurm
 from scaling_exps.launch.folders import LaunchError
 from scaling_exps.launch.overview import print_status, status
+from scaling_exps.launch.ready import check
 from scaling_exps.launch.slurm import cancel
 from scaling_exps.plan import RunSpec
 
-__all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]
+__all__ = ["LaunchError", "cancel", "check", "launch", "print_status", "status"]
 
 
 def launch(specs: list[RunSpec], config: Config) -> bool:

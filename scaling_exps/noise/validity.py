@@ -59,6 +59,17 @@ def deviation(r: float, kappa: float) -> float:
     return math.sqrt((1 + r) / (1 + kappa * r))
 
 
+def steps_and_samples(batch: float, b_noise: float) -> tuple[float, float]:
+    """S/S_min and E/E_min to the same loss: steps over those of an endless batch, samples over those of a small one.
+
+    (McCandlish et al. 2018, section 2.4; their critical batch is B_noise.)
+
+    >>> steps_and_samples(100, 100)
+    (2.0, 2.0)
+    """
+    return 1 + b_noise / batch, 1 + batch / b_noise
+
+
 def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity | None:
     """Validity of the rule from `base_batch` to `batch`, from the noise records of one run; None: not enough data.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import platform
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -279,6 +280,15 @@ def _gpus() -> int:
         return 0
     version = Path(torch.origin).with_name("version.py").read_text()
     return 0 if re.search(r"^cuda\b.*= None$", version, re.MULTILINE) else len(devices)
+
+
+def device() -> str:
+    """What workers on this machine will report as their device, without importing torch."""
+    if not _gpus():
+        return platform.processor() or platform.machine()
+    told = [Path(p).read_text() for p in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information"))]
+    models = [m[1].strip() for text in told if (m := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    return models[0] if models else "GPU"
 
 
 def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science) -> list[str]:
