@@ -103,7 +103,7 @@ def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Conf
     run = min(near, key=lambda r: _distance(r.spec, spec), default=None)
     per_example, flops_from = flops(spec), "counted from the network's size (6 a parameter and token, and attention)"
     if probe is not None:
-        per_example, flops_from = probe["flops"], "counted in the probe's step by torch"
+        per_example, flops_from = probe["flops"], "counted by torch in the probe"
     seconds = memory = None
     time_from = memory_from = None
     if run is not None:
@@ -112,10 +112,10 @@ def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Conf
         time_from, memory, memory_from = run.text() + scaled, run.memory, run.text()
     elif probe is not None and (cost.device is None or _is_card(cost.device, here)):
         seconds = s.steps * (probe["update_seconds"] + spec.placement.accumulation * probe["micro_seconds"])
-        time_from = f"probe of {probe['steps']} steps here ({probe['device']}, {probe['threads']} thread(s))"
+        time_from = memory_from = f"a probe on this machine ({probe['device']}, {probe['threads']} thread(s))"
+        memory = probe["memory_bytes"]
         if world > 1:
             time_from += f", as if {world} processes were as fast and their reduction took no time"
-        memory, memory_from = probe["memory_bytes"], "probe of the same steps, a process"
     elif cost.device is not None and per_example is not None:
         peak = _peak(cost, s.precision)
         seconds = samples * per_example / (cost.share * peak * world)

@@ -126,6 +126,8 @@ def _table(
     idle = {"rule": not many, "svag": all(s.science.svag == 1 for s, _ in rows)}
     idle |= {"decay": all(a.base.weight_decay == 0 for _, a in rows)}
     idle |= {"price": not any((costs.get(s.run_id) or {}).get("price") for s, _ in rows)}
+    for name in ("FLOPs", "memory", "device-\nhours", "gain"):  # the time alone says that nothing is known
+        idle[name] = all(row.get(name) == NONE for row in cells)
     shown = [name for name in _COLUMNS if not idle.get(name) and any(name in row for row in cells)]
     left_out: list[str] = []
 

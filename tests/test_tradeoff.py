@@ -1,0 +1,90 @@
+"""Time against batch, from noise records: numbers, words, figure."""
+
+from __future__ import annotations
+
+import builtins
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+from support import prepare, specs
+
+from scaling_exps import plan
+from scaling_exps.noise import tradeoff, validity
+
+
+def record(samples: int, b_noise: float, error: float = 0.1) -> dict[str, Any]:
+    """A full record at which tr Σ = 100 and |∇f|² = 100/B_noise, known to so large a share of it."""
+    square = 100 / b_noise
+    half = error * square
+    return {"kind": "noise", "method": "full", "step": samples // 4, "samples": samples, "batch": 4, "t": 0.0,
+            "enough": error < 1, "trace": 100.0, "gradient_sq": square, "gradient_sq_low": square - half,
+            "gradient_sq_high": square + half, "kappa_r": 4 / b_noise, "kappa_r_high": 4 / b_noise * (1 + error),
+            "b_noise": b_noise, "r": 4 / b_noise}  # fmt: skip
+
+
+def based(root: Path, rows: list[dict[str, Any]]) -> list[plan.RunSpec]:
+    """A plan whose base run has these records."""
+    runs = specs("batch=[4,16,64]", "recipe.batch=4", "recipe.samples=1024")
+    run_dir = prepare(root, runs[0])
+    with run_dir.writer() as writer:
+        for row in rows:
+            writer.write(row)
+    return runs
+
+
+def test_the_critical_batch_is_a_ratio_of_averages_over_all_records() -> None:
+    """Fails if only the records that are significant by themselves counted, or if ratios were averaged."""
+    rows = [record(512, 100.0), record(1024, 400.0, error=2.0)]
+    b, low, high = tradeoff.critical_batch(rows) or (0.0, 0.0, 0.0)
+    assert b == pytest.approx(100 / ((1 + 0.25) / 2))  # 160; the mean of the ratios is 250
+    half = math.hypot(0.1 * 1, 2.0 * 0.25) / 2
+    assert (low, high) == pytest.approx((100 / (0.625 + half), 100 / (0.625 - half)))
+    b, low, high = tradeoff.critical_batch([record(1024, 100.0, error=2.0)]) or (0.0, 0.0, 0.0)
+    assert b == pytest.approx(100) and math.isinf(high)
+    assert tradeoff.critical_batch([]) is None
+
+
+def test_what_a_doubling_saves_and_adds_is_even_at_half_the_critical_batch() -> None:
+    b = 100.0
+    (s1, e1), (s2, e2) = (validity.steps_and_samples(x, b) for x in (b / 2, b))
+    assert 1 - s2 / s1 == pytest.approx(e2 / e1 - 1) == pytest.approx(1 / 3)
+
+
+def test_the_paragraph_says_what_follows(tmp_path: Path) -> None:
+    runs = based(tmp_path, [record(512, 100.0), record(1024, 100.0)])
+    (t,) = tradeoff.of(runs, tmp_path, None)
+    text = tradeoff.paragraph(t, [s.science.batch for s in runs])
+    assert "B_noise = 100 [93, 108]" in text and str(tmp_path) in text
+    assert f"16 takes {(1 + 100 / 16) / 26:.2g} of the steps and {1.16 / 1.04:.2f} of the samples" in text
+    assert "From 50 on a doubling" in text
+    assert t.largest is not None and abs(1 - validity.deviation(0.04, t.largest / 4)) < 0.05
+    assert abs(1 - validity.deviation(0.04, 2 * t.largest / 4)) >= 0.05
+    assert f"up to batch {t.largest}" in text
+
+
+def test_a_base_run_without_records_has_no_paragraph_and_no_figure(tmp_path: Path) -> None:
+    runs = based(tmp_path, [])
+    assert tradeoff.of(runs, tmp_path, None) == []
+    with pytest.raises(tradeoff.TradeoffError, match="no base run of this plan has noise records"):
+        tradeoff.draw([], [4], tmp_path / "a.png")
+
+
+def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    runs = based(tmp_path, [record(512, 100.0), record(1024, 100.0)])
+    trades = tradeoff.of(runs, tmp_path, None)
+    tradeoff.draw(trades, [4, 16, 64], tmp_path / "a.png")
+    assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
+    with pytest.raises(tradeoff.TradeoffError, match="--figure"):
+        tradeoff.draw(trades, [4], tmp_path / "nowhere" / "a.png")
+    imported = builtins.__import__
+
+    def without(name: str, *rest: Any, **more: Any) -> Any:
+        if name.startswith("matplotlib"):
+            raise ModuleNotFoundError(name)
+        return imported(name, *rest, **more)
+
+    monkeypatch.setattr(builtins, "__import__", without)
+    with pytest.raises(tradeoff.TradeoffError, match=r"--figure needs matplotlib: pip install 'scalerun\[figures\]'"):
+        tradeoff.draw(trades, [4], tmp_path / "a.png")
