@@ -148,7 +148,7 @@ class _Recorder:
         rows = self.run_dir.records().rows
         train, test = (next(r for r in reversed(rows) if r["kind"] == kind) for kind in ("train", "eval"))
         named = {"test_loss": "loss", "test_accuracy": "accuracy"} | {
-            k: k for k in ("perplexity", "bits_per_byte", "weight_norm")
+            k: k for k in ("perplexity", "bits_per_byte", "weight_norm", "displacement")
         }
         memory = provenance.peak_memory(t.device)
         print(
