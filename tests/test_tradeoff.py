@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import builtins
-import math
 from pathlib import Path
 from typing import Any
 
@@ -34,18 +33,6 @@ def based(root: Path, rows: list[dict[str, Any]]) -> list[plan.RunSpec]:
     return runs
 
 
-def test_the_critical_batch_is_a_ratio_of_averages_over_all_records() -> None:
-    """Fails if only the records that are significant by themselves counted, or if ratios were averaged."""
-    rows = [record(512, 100.0), record(1024, 400.0, error=2.0)]
-    b, low, high = tradeoff.critical_batch(rows) or (0.0, 0.0, 0.0)
-    assert b == pytest.approx(100 / ((1 + 0.25) / 2))  # 160; the mean of the ratios is 250
-    half = math.hypot(0.1 * 1, 2.0 * 0.25) / 2
-    assert (low, high) == pytest.approx((100 / (0.625 + half), 100 / (0.625 - half)))
-    b, low, high = tradeoff.critical_batch([record(1024, 100.0, error=2.0)]) or (0.0, 0.0, 0.0)
-    assert b == pytest.approx(100) and math.isinf(high)
-    assert tradeoff.critical_batch([]) is None
-
-
 def test_what_a_doubling_saves_and_adds_is_even_at_half_the_critical_batch() -> None:
     b = 100.0
     (s1, e1), (s2, e2) = (validity.steps_and_samples(x, b) for x in (b / 2, b))
@@ -53,15 +40,25 @@ def test_what_a_doubling_saves_and_adds_is_even_at_half_the_critical_batch() -> 
 
 
 def test_the_paragraph_says_what_follows(tmp_path: Path) -> None:
-    runs = based(tmp_path, [record(512, 100.0), record(1024, 100.0)])
+    runs = based(tmp_path, [record(n, 400.0) for n in (256, 512, 768, 1024)])
     (t,) = tradeoff.of(runs, tmp_path, None)
     text = tradeoff.paragraph(t, [s.science.batch for s in runs])
-    assert "B_noise = 100 [93, 108]" in text and str(tmp_path) in text
-    assert f"16 takes {(1 + 100 / 16) / 26:.2g} of the steps and {1.16 / 1.04:.2f} of the samples" in text
-    assert "From 50 on a doubling" in text
-    assert t.largest is not None and abs(1 - validity.deviation(0.04, t.largest / 4)) < 0.05
-    assert abs(1 - validity.deviation(0.04, 2 * t.largest / 4)) >= 0.05
-    assert f"up to batch {t.largest}" in text
+    assert t.b_noise == pytest.approx(400) and "B_noise 400 [" in text and str(tmp_path) in text
+    assert f"16 takes {(1 + 400 / 16) / 101:.2g} × the steps, {1.04 / 1.01:.2f} × the samples" in text
+    assert "From batch 200 on the next doubling no longer pays" in text
+    within = [b for b in (8, 16, 32, 64) if abs(1 - validity.deviation(0.01, b / 4)) < 0.05]
+    assert t.largest == max(within) and f"up to batch {t.largest}," in text
+
+
+def test_bounds_alone_are_told_as_such(tmp_path: Path) -> None:
+    """Fails if an estimate were given, or drawn, where the records only bound it."""
+    runs = based(tmp_path, [record(512, 100.0, error=2.0), record(1024, 100.0, error=2.0)])
+    (t,) = tradeoff.of(runs, tmp_path, None)
+    assert t.b_noise is None
+    text = tradeoff.paragraph(t, [4, 16])
+    assert "B_noise above " in text and "too uncertain for steps and samples" in text and "takes" not in text
+    with pytest.raises(tradeoff.TradeoffError, match="no base run of this plan"):
+        tradeoff.draw([t], [4], tmp_path / "a.png")
 
 
 def test_a_base_run_without_records_has_no_paragraph_and_no_figure(tmp_path: Path) -> None:
@@ -72,7 +69,7 @@ def test_a_base_run_without_records_has_no_paragraph_and_no_figure(tmp_path: Pat
 
 
 def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    runs = based(tmp_path, [record(512, 100.0), record(1024, 100.0)])
+    runs = based(tmp_path, [record(n, 400.0) for n in (256, 512, 768, 1024)])
     trades = tradeoff.of(runs, tmp_path, None)
     tradeoff.draw(trades, [4, 16, 64], tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")

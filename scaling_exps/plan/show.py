@@ -173,7 +173,7 @@ def _cells(
         known = validity.get("deviation")
         row["predicted\ndeviation"] = (
             "base" if arm.kappa == 1
-            else f"{abs(1 - known):.1%}" if known is not None
+            else _deviation(known, validity.get("deviation_low"), validity.get("deviation_high")) if known is not None
             else "no record" if validity.get("source") is None
             else "not told"
         )  # fmt: skip
@@ -187,6 +187,16 @@ def _cells(
             "gain": NONE if cost["gain"] is None else f"× {cost['gain']:.2g}",
         }
     return row
+
+
+def _deviation(value: float, low: float | None, high: float | None) -> str:
+    """The predicted change of the displacement with its interval, in percent.
+
+    >>> _deviation(0.83, 0.7, 0.9)
+    '-17 [-30, -10] %'
+    """
+    ends = "" if low is None or high is None else f" [{100 * (low - 1):.0f}, {100 * (high - 1):.0f}]"
+    return f"{100 * (value - 1):.0f}{ends} %".replace("-0 ", "0 ").replace("-0]", "0]").replace("-0,", "0,")
 
 
 def amount(value: float | None, kind: str) -> str:
