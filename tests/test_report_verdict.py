@@ -7,8 +7,8 @@ import random
 
 import pytest
 
-from scaling_exps.report import verdict
-from scaling_exps.report.verdict import conclude, judge, seeds_needed
+from scaling_exps.plan.margin import ALPHA, SKEW, rounded, smallest, spent
+from scaling_exps.report.judge import conclude, judge, seeds_needed
 
 
 def shares(gap: float, n: int, metrics: int, repeats: int, sd: float = 0.5) -> dict[str, float]:
@@ -92,8 +92,8 @@ def test_one_metric_apart_is_enough_and_all_must_be_within() -> None:
     assert said == "inconclusive" and seeds == unsure.seeds_needed and seeds is not None
 
 
-def test_the_interval_is_students() -> None:
+def test_the_interval_is_students_widened() -> None:
     """t(0.95, 2) = 2.919986 (tables). d = 1, 2, 3: mean 2, se = 1/sqrt(3). Fails with a normal quantile (1.645)."""
-    test = judge("m", [1.0, 2.0, 3.0], 10.0)
-    assert test.high - test.difference == pytest.approx(2.919986 / math.sqrt(3), rel=1e-6)
-    assert verdict.ALPHA == 0.05
+    test, wider = judge("m", [1.0, 2.0, 3.0], 10.0), 1 + SKEW / math.sqrt(3)
+    assert test.high - test.difference == pytest.approx(wider * 2.919986 / math.sqrt(3), rel=1e-6)
+    assert ALPHA == 0.05

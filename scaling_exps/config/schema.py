@@ -366,6 +366,10 @@ class Config(Group, frozen=True, kw_only=True):
     launch: Launch
     measure: Measure
     margin: Margin
+    looks: Annotated[
+        list[Annotated[int, _is("", ge=3, le=10**3)]] | None,
+        _is("seeds at which the report may judge, the last the final number; null: once, at the end", "seeds"),
+    ]
     checkpoint: Checkpoint
     wandb: Wandb
     batch: Annotated[
@@ -386,6 +390,12 @@ class Config(Group, frozen=True, kw_only=True):
     noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
     experiment: Annotated[str | None, _is("file of conf/experiment")] = None
     words: list[str] = []  # of the command line; no key, so it has no meaning in the table of keys
+
+    def faults(self) -> list[str]:
+        looks = self.looks or []
+        if looks == sorted(set(looks)):
+            return []
+        return [f"looks={looks} must rise: each is the number of seeds at a look, [3, 6, 10]"]
 
 
 # ---- reading plain values ----

@@ -59,7 +59,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
                 continue
             known = runs.setdefault(spec.run_id, spec)
             # settings that are no part of the run id, and of which a run has one
-            beside = ("logger", "margin", "wandb", "measure", "checkpoint")
+            beside = ("logger", "margin", "looks", "wandb", "measure", "checkpoint")
             given = [{"dataset.path": s.dataset_path} | {k: getattr(s, k) for k in beside} for s in (known, spec)]
             faults += _differing(given)
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -131,6 +131,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         checkpoint=config.checkpoint,
         notes=tuple(_notes(config, rule, move, base, science)),
         margin={k: v for k, v in msgspec.structs.asdict(config.margin).items() if v is not None},
+        looks=tuple(config.looks or ()),
     )
     if spec.noise == "full":
         checks.check_noise(spec)
