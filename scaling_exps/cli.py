@@ -60,13 +60,19 @@ def _plan(words: list[str]) -> int:
         return 0
     specs = plan.plan(configs)
     where = Path(configs[0].runs_dir), configs[0].noise_from
+    lines: list[str] = []
+    if configs[0].margin.auto:
+        from scaling_exps import launch
+
+        proposal = launch.proposed(specs, where[0])
+        specs, lines = proposal.specs, proposal.lines
     if "--json" in words:
         predicted = validity.describe(specs, *where)
         rows = [{**row, "validity": predicted[spec.run_id]} for spec in specs for row in plan.describe(spec)]
         print(json.dumps(rows, indent=1))
     else:
         plan.print_plan(specs)
-        print("\n".join(validity.lines(specs, *where)))
+        print(*validity.lines(specs, *where), *lines, sep="\n")
     return 0
 
 

@@ -325,12 +325,28 @@ Gap = Annotated[float, _is("", gt=0, le=10**6)]
 class Margin(Group, frozen=True, kw_only=True):
     """The largest gap to the base run that still is the same run; null is not judged. See docs/comparison.md."""
 
+    auto: Annotated[
+        bool,
+        _is(
+            "margin=auto: from the base runs' spread s over seeds, before the other runs start: "
+            "m = s√2·(q(1 - 0.05/K, n) + t(0.9, n - 1))/√n, rounded up to 1, 2 or 5 · 10^k"
+        ),
+    ]
     test_accuracy: Annotated[Gap | None, _is("share of the test set")]
     test_loss: Annotated[Gap | None, _is("at the end", "nats")]
     train_loss: Annotated[Gap | None, _is("mean of the last tenth of training", "nats")]
     trajectory: Annotated[Gap | None, _is("mean |difference| of train losses at equal samples", "nats")]
     weight_norm: Annotated[Gap | None, _is("at the end")]
     perplexity: Annotated[Gap | None, _is("at the end")]
+
+    def numbers(self) -> dict[str, float]:
+        """Metric -> margin, of those that have one."""
+        return {k: v for k, v in msgspec.structs.asdict(self).items() if k != "auto" and v is not None}
+
+    def faults(self) -> list[str]:
+        if self.auto and (given := self.numbers()):
+            return [f"margin=auto and margin.{next(iter(given))}: margins are proposed or given; drop one of the two"]
+        return []
 
 
 class Checkpoint(Group, frozen=True, kw_only=True):

@@ -130,7 +130,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         wandb=config.wandb,
         checkpoint=config.checkpoint,
         notes=tuple(_notes(config, rule, move, base, science)),
-        margin={k: v for k, v in msgspec.structs.asdict(config.margin).items() if v is not None},
+        margin=config.margin.numbers(),
         looks=tuple(config.looks or ()),
     )
     if spec.noise == "full":

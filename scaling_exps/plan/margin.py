@@ -1,6 +1,6 @@
 """How sure n seeds make one: the quantile of the report's tests, what each look may spend, the margin to propose.
 
-    q(p, n) = t(p, n-1) (1 + 0.87/√n)
+    q(p, n) = t(p, n-1) (1 + 1/√n)
 
 t(p, n-1) is Student's quantile, right for normal differences. The factor keeps the error at 5% for differences of a
 skewness up to 1 (without it 9% at n = 3 to 10); measured rates, those beyond included, are in docs/comparison.md.
@@ -13,14 +13,15 @@ import math
 ALPHA = 0.05
 POWER = 0.8  # with which a named number of seeds, or a proposed margin, decides
 ENOUGH = 3  # seeds; below, no verdict
-SKEW = 0.87
+SKEW = 1.0
+MOST = 1000  # seeds that a search goes to
 
 
 def quantile(p: float, n: int) -> float:
     """q(p, n) above; nan for n < 2.
 
     >>> round(quantile(0.95, 3), 3), round(quantile(0.95, 10), 3), round(quantile(0.95, 1000), 3)
-    (4.387, 2.337, 1.692)
+    (4.606, 2.413, 1.698)
     """
     from scipy.special import stdtrit
 
@@ -53,11 +54,23 @@ def smallest(sd: float, n: int, family: int = 1, alpha: float = ALPHA) -> float:
         family: K, the metrics with a margin.
 
     >>> round(smallest(0.002, 5, 2), 5)
-    0.00682
+    0.00702
     """
     from scipy.special import stdtrit
 
     return sd * math.sqrt(2 / n) * (quantile(1 - alpha / family, n) + float(stdtrit(n - 1, 0.5 + POWER / 2)))
+
+
+def seeds_for(sd: float, margin: float, family: int = 1, alpha: float = ALPHA) -> int:
+    """The fewest seeds, from 3, that decide such a margin with power 0.8; see `smallest`.
+
+    >>> seeds_for(0.002, 0.00702, 2), seeds_for(0.002, 0.00351, 2)
+    (6, 12)
+    """
+    n = ENOUGH
+    while smallest(sd, n, family, alpha) > margin and n < MOST:
+        n += 1
+    return n
 
 
 def rounded(margin: float) -> float:

