@@ -70,8 +70,12 @@ def _plan(words: list[str]) -> int:
     asked = plan.plan(configs)
     added = plan.lacking(configs, asked)
     specs, where = added + asked, (Path(configs[0].runs_dir), configs[0].noise_from)
+    margins: list[str] = []
+    if configs[0].margin.auto:
+        proposal = launch.proposed(specs, where[0])
+        specs, margins = proposal.specs, proposal.lines
     remarks = launch.check(specs, configs[0])
-    costs = cost.estimate(specs, plan.base_runs(configs), configs[0])
+    costs = cost.estimate(specs, configs)
     predicted = validity.describe(specs, *where)
     trades, batches = tradeoff.of(specs, *where), [s.science.batch for s in specs]
     if options.figure is not None:
@@ -84,7 +88,7 @@ def _plan(words: list[str]) -> int:
     missing = [row["text"] for row in predicted.values() if row["source"] is None]
     paragraphs = [tradeoff.paragraph(t, batches) for t in trades]
     plan.print_lines(
-        dict.fromkeys([*plan.added(added), *cost.lines(costs, configs[0]), *missing, *remarks, *paragraphs])
+        dict.fromkeys([*plan.added(added), *cost.lines(costs, configs[0]), *missing, *remarks, *margins, *paragraphs])
     )
     return 0
 

@@ -8,6 +8,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import re
@@ -64,17 +65,20 @@ class _Finished:
         )
 
 
-def estimate(specs: list[RunSpec], bases: list[RunSpec], config: Config) -> dict[str, dict[str, Any]]:
+def estimate(specs: list[RunSpec], configs: list[Config]) -> dict[str, dict[str, Any]]:
     """Run id -> the `cost` object of `plan --json`; of every value that is not None, `*_from` says where it is from.
 
     Time is that of training: evaluations, noise records and start-up come on top of it.
 
     Args:
-        bases: the base runs that the specs name, for the gain: time at base / time here.
+        configs: the command; its base runs are looked up, too, for the gain: time at base / time here.
 
     Raises:
         CostError: the probe was refused what the launch would be, or failed.
     """
+    config, bases = configs[0], []
+    with contextlib.suppress(PlanError):  # a base run that cannot be planned has no time
+        bases = plan.base_runs(configs)
     known: dict[str, dict[str, Any]] = {}  # by science without the seed
     of: dict[str, dict[str, Any]] = {}
     here, probes = plan.device(), _Probes(config.cost.probe)

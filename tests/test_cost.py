@@ -31,7 +31,7 @@ def finished(root: Path, spec: plan.RunSpec, rate: float, **result: Any) -> RunD
 
 
 def of(spec: plan.RunSpec, root: Path, *words: str) -> dict[str, Any]:
-    return cost.estimate([spec], [], composed(f"runs_dir={root}", *words))[spec.run_id]
+    return cost.estimate([spec], config.compose([f"runs_dir={root}", *words]))[spec.run_id]
 
 
 # ---- from finished runs ----
@@ -70,12 +70,12 @@ def test_the_gain_is_the_time_at_the_base_over_the_time_here(tmp_path: Path) -> 
     both = plan.plan(config.compose(words))
     finished(tmp_path, both[0], 100.0)
     finished(tmp_path, both[1], 400.0)
-    costs = cost.estimate(both, [], composed(*words))
+    costs = cost.estimate(both, config.compose(words))
     assert [costs[s.run_id]["gain"] for s in both] == pytest.approx([1, 4])
     assert costs[both[1].run_id]["price"] == pytest.approx(3 * 256 / 400 / 3600)
     single = config.compose([*TINY, "batch=32", f"runs_dir={tmp_path}"])
     (alone,) = plan.plan(single)
-    assert cost.estimate([alone], plan.base_runs(single), single[0])[alone.run_id]["gain"] == pytest.approx(4)
+    assert cost.estimate([alone], single)[alone.run_id]["gain"] == pytest.approx(4)
 
 
 @pytest.mark.parametrize(
@@ -223,6 +223,13 @@ def test_a_sweep_gets_the_base_runs_that_it_is_compared_with() -> None:
     assert added("batch=[32,256]", "base=none") == []
     assert added("batch=[4,32,256]") == []
     assert added("batch=64") == added("batch=64", "seed=[0,1]") == []
+
+
+def test_a_base_run_that_cannot_be_is_refused_in_a_sweep_and_no_matter_to_one_run(tmp_path: Path) -> None:
+    words = ["measure.noise=full", "measure.noise_unit=8"]  # the base batch is 4
+    with pytest.raises(plan.PlanError, match="base=none leaves it out"):
+        added("batch=[16,32]", *words)
+    assert len(plan_json("batch=16", *words, cwd=tmp_path)) == 1
 
 
 def test_a_base_batch_with_fewer_micro_batches_than_devices_runs_on_fewer() -> None:

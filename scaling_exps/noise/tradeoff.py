@@ -34,6 +34,7 @@ class Tradeoff:
 
     spec: RunSpec
     source: str
+    rows: list[dict[str, Any]]
     at_base: validity.Validity
     b_noise: float | None
     largest: int
@@ -55,7 +56,7 @@ def of(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[Tradeoff
         told = validity.assess(rows, base, base)
         out[recipe] = None
         if told is not None:
-            out[recipe] = Tradeoff(spec, source, told, told.b_noise_point, _largest(rows, base))
+            out[recipe] = Tradeoff(spec, source, rows, told, told.b_noise_point, _largest(rows, base))
     return [t for t in out.values() if t is not None]
 
 
@@ -139,15 +140,17 @@ def _row(left: Any, right: Any, t: Tradeoff, b_noise: float, batches: list[int])
         b_noise / 2, color="tab:green", lw=0.8, ls="-.", label=f"the next doubling no longer pays: {b_noise / 2:,.0f}"
     )
     left.set(yscale="log", ylabel=f"to the same loss, over batch {t.base}")
-    r = t.base / b_noise
-    right.plot(grid, [100 * abs(1 - validity.deviation(r, b / t.base)) for b in grid], color="tab:red",
-               label="at a constant B_noise")  # fmt: skip
-    right.axhline(100 * HOLDS, color="grey", lw=0.8, ls=":", label=f"{HOLDS:.0%}: the rule should hold below")
+    doublings = [t.base * 2**i for i in range(int(math.log2(end / t.base)) + 1)]
+    told = [(b, v) for b in doublings if (v := validity.assess(t.rows, b, t.base)) is not None]
+    right.plot([b for b, _ in told], [100 * (v.deviation - 1) for _, v in told], color="tab:red", marker=".", ms=4)
+    low, high = ([100 * (getattr(v, side) - 1) for _, v in told] for side in ("low", "high"))
+    right.fill_between([b for b, _ in told], low, high, color="tab:red", alpha=0.15, linewidth=0)
+    right.axhline(-100 * HOLDS, color="grey", lw=0.8, ls=":", label=f"-{HOLDS:.0%}: the rule should hold above")
     if t.largest > t.base:
         right.axvline(t.largest, color="tab:green", lw=0.8, ls="-.", label=f"holds up to {t.largest:,}, by the records")
-    right.set(ylabel="predicted deviation, %", ylim=(0, None))
+    right.set(ylabel="predicted change of the displacement, %")
     for axis in (left, right):
-        axis.set(xscale="log", xlabel="batch")
+        axis.set(xscale="log", xlabel="batch", xlim=(start, end))
         axis.plot(batches, [0.0] * len(batches), "k|", transform=axis.get_xaxis_transform(), clip_on=False, ms=9)
         axis.legend(fontsize=8, frameon=False)
     s = t.spec.science

@@ -237,7 +237,7 @@ def sentence(validity: Validity, batch: int, base_batch: int) -> str:
 def of_base(
     spec: RunSpec, siblings: list[RunSpec], runs_dir: Path, given: str | None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The noise records of the base runs of `spec`, of all seeds together, and where they are from (or why there are none).
+    """The noise records of the base runs of `spec`, all seeds together, and their source (or why there are none).
 
     Args:
         siblings: the runs of the same plan: the base runs of other seeds count, too.

@@ -61,7 +61,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
                 continue
             known = runs.setdefault(spec.run_id, spec)
             # settings that are no part of the run id, and of which a run has one
-            beside = ("logger", "margin", "wandb", "measure", "checkpoint")
+            beside = ("logger", "margin", "looks", "wandb", "measure", "checkpoint")
             given = [{"dataset.path": s.dataset_path} | {k: getattr(s, k) for k in beside} for s in (known, spec)]
             faults += _differing(given)
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -71,8 +71,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     return list(runs.values())
 
 
-def base_runs(configs: list[Config], seeds: list[int] | None = None) -> list[RunSpec]:
-    """The base runs of every recipe of a command: of its seeds, or of `seeds`, with an arm for each of its rules.
+def base_runs(configs: list[Config]) -> list[RunSpec]:
+    """The base runs of every recipe of a command: of its seeds, with an arm for each of its rules.
 
     Raises:
         PlanError: a base run cannot be planned.
@@ -83,10 +83,7 @@ def base_runs(configs: list[Config], seeds: list[int] | None = None) -> list[Run
         if launch.devices != "auto":  # the base batch may have fewer micro-batches than the devices asked for
             fitting = max(d for d in range(1, min(launch.devices, micro_batches) + 1) if micro_batches % d == 0)
             launch = msgspec.structs.replace(launch, devices=fitting)
-        base = msgspec.structs.replace(
-            config, batch=config.recipe.batch, svag=1, duration=1.0, launch=launch,
-            seed=config.seed if seeds is None else seeds,
-        )  # fmt: skip
+        base = msgspec.structs.replace(config, batch=config.recipe.batch, svag=1, duration=1.0, launch=launch)
         for spec in plan([base]):
             known = runs.setdefault(spec.run_id, spec)
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -113,7 +110,10 @@ def lacking(configs: list[Config], specs: list[RunSpec]) -> list[RunSpec]:
         settings.setdefault(recipe, set()).add(repr(msgspec.structs.replace(spec.science, seed=0)))
         base_of |= {arm.base_run_id: recipe for arm in spec.arms}
     wanted = {i for i, recipe in base_of.items() if len(settings[recipe]) > 1} - {s.run_id for s in specs}
-    return [spec for spec in base_runs(configs) if spec.run_id in wanted] if wanted else []
+    try:
+        return [spec for spec in base_runs(configs) if spec.run_id in wanted] if wanted else []
+    except PlanError as e:
+        raise PlanError(f"{e}\nthis is the base run that base=auto adds to the sweep; base=none leaves it out") from e
 
 
 def _differing(asked: list[dict[str, Any]]) -> list[str]:
@@ -177,7 +177,8 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         wandb=config.wandb,
         checkpoint=config.checkpoint,
         notes=tuple(_notes(config, rule, move, base, science)),
-        margin={k: v for k, v in msgspec.structs.asdict(config.margin).items() if v is not None},
+        margin=config.margin.numbers(),
+        looks=tuple(config.looks or ()),
     )
     if spec.noise == "full":
         checks.check_noise(spec)

@@ -139,6 +139,7 @@ class RunSpec(_Value, frozen=True, dict=True):
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     margin: dict[str, float]  # metric -> largest gap that counts as equal
+    looks: tuple[int, ...] = ()  # seeds at which the report may judge; none: once, at the end
 
     @cached_property
     def run_id(self) -> str:

@@ -162,6 +162,7 @@ class _Recorder:
             "status": "finished",
             "metrics": {"train_loss": train["loss"], **{name: test[k] for name, k in named.items() if k in test}},
             **_noise_fields(rows, s.batch),
+            "test_examples": t.stream.test_size,
             "seconds": round(t.seconds, 3),
             "samples_per_second": round(t.rate, 2),
             "peak_memory_bytes": memory,
