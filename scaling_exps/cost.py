@@ -164,7 +164,7 @@ def _shape(spec: RunSpec) -> tuple[Any, ...]:
 
 def _finished(spec: RunSpec, runs_dir: Path, config: Config, here: str) -> Iterable[_Finished]:
     """The finished runs of the same work on the kind of device that is planned for."""
-    wanted, elsewhere = _shape(spec), isinstance(config.launch, SlurmLaunch)
+    wanted = _shape(spec)
     for run_dir in RunDir.under(runs_dir):
         result = run_dir.result() or {}
         rate, memory, device = (result.get(k) for k in ("samples_per_second", "peak_memory_bytes", "device"))
@@ -174,8 +174,10 @@ def _finished(spec: RunSpec, runs_dir: Path, config: Config, here: str) -> Itera
             continue
         if config.cost.device is not None:
             alike = _is_card(config.cost.device, device)
-        else:  # a cluster's cards are not known here: any is taken, and named
-            alike = device == here or (elsewhere and _is_gpu(device) == config.launch.gpus)  # type: ignore[union-attr]
+        else:  # a cluster's cards are not known here, nor is one without a name: any is taken, and named
+            gpus = config.launch.gpus if isinstance(config.launch, SlurmLaunch) else here == plan.UNNAMED_GPU
+            any_like = gpus or isinstance(config.launch, SlurmLaunch)
+            alike = _is_gpu(device) == gpus if any_like else device == here
         if not alike:
             continue
         try:

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import msgspec
@@ -14,6 +15,7 @@ from support import ENVIRONMENT, TINY, plan_json, prepare, scalerun, specs
 
 from scaling_exps import cli, config, cost, launch, plan, train
 from scaling_exps.records import RunDir
+from scaling_exps.report import page
 from scaling_exps.sources import DataError
 
 
@@ -61,7 +63,9 @@ def test_the_nearest_run_of_the_same_work_is_taken(tmp_path: Path) -> None:
     (target,) = specs("batch=64")
     told = of(target, tmp_path)
     assert near.run_id in told["time_from"] and told["seconds"] == pytest.approx(256 / 400)
-    gpu = of(target, tmp_path, "cost.device=h100")
+    for words in (["cost.device=h100"], ["launch=slurm", "launch.gpus=true"]):
+        gpu = of(target, tmp_path, *words)
+        assert "NVIDIA H100" in gpu["time_from"], words
     assert "NVIDIA H100" in gpu["time_from"] and gpu["seconds"] == pytest.approx(256 / 1e6)
 
 
@@ -291,6 +295,8 @@ def test_the_formulas_are_those_of_the_beta_map(capsys: pytest.CaptureFixture[st
     plan.print_plan(power, full=True)
     shown = capsys.readouterr().out
     assert "betas β^κ" in shown and "1 - κ·(1 - β);" not in shown
+    row: Any = SimpleNamespace(runs=[SimpleNamespace(spec=power[0])], arm=power[0].arms[0], role="rule")
+    assert {name: formula for name, _, _, formula in page._recipe(row)[1]}["betas"] == "β^κ"
     raw = power[0].to_json()
     assert raw["arms"][0]["beta_map"] == "power" and plan.RunSpec.from_json(raw) == power[0]
     linear = plan.plan(config.compose(["batch=16"]))[0]

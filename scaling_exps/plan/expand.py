@@ -21,6 +21,7 @@ from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Sch
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
 MOST_STEPS = 10**9  # of a run; more is a slip of the finger
+UNNAMED_GPU = "GPU"  # one whose driver does not say here what it is
 ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
 
 
@@ -289,7 +290,7 @@ def device() -> str:
         return platform.processor() or platform.machine()
     told = [Path(p).read_text() for p in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information"))]
     models = [m[1].strip() for text in told if (m := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
-    return models[0] if models else "GPU"
+    return models[0] if models else UNNAMED_GPU
 
 
 def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science) -> list[str]:
