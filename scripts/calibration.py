@@ -16,7 +16,7 @@ from collections.abc import Callable
 import numpy as np
 
 from scaling_exps.plan.margin import ALPHA, rounded, smallest, spent
-from scaling_exps.report.judge import judge
+from scaling_exps.report.judge import decide
 
 Draw = Callable[[np.random.Generator, int], np.ndarray]  # n differences of mean 0 and sd 1
 
@@ -37,13 +37,18 @@ SHAPES: dict[str, Draw] = {
 LOOKS = ((3,), (5,), (10,), (3, 6, 10), (5, 10))
 
 
+def _decided(differences: np.ndarray, margin: float, alpha: float = ALPHA) -> str:
+    n = len(differences)
+    return decide(n, float(differences.mean()), float(differences.std(ddof=1)), margin, 1, alpha)
+
+
 def study(draw: Draw, rng: np.random.Generator, looks: tuple[int, ...], sd: float, declared: bool = True) -> str:
     """The verdict of one study with margin 1 and true gap 1."""
     differences = 1 + sd * draw(rng, looks[-1])
     said = "inconclusive"
     for n in looks:
         alpha = spent(looks, n) if declared else ALPHA
-        said = judge("m", differences[:n], 1.0, 1, alpha or ALPHA).verdict
+        said = _decided(differences[:n], 1.0, alpha or ALPHA)
         if said in ("equivalent", "different"):
             break
     return said
@@ -69,8 +74,8 @@ def proposal(seeds: int, studies: int, family: int = 3) -> tuple[float, float]:
         base = rng.standard_normal((family, seeds))
         margins = [rounded(smallest(float(b.std(ddof=1)), seeds, family)) for b in base]
         change = rng.standard_normal((family, seeds)) - base
-        right += all(judge("m", d, m).verdict == "equivalent" for d, m in zip(change, margins, strict=True))
-        false += all(judge("m", d + m, m).verdict == "equivalent" for d, m in zip(change[:1], margins[:1], strict=True))
+        right += all(_decided(d, m) == "equivalent" for d, m in zip(change, margins, strict=True))
+        false += _decided(change[0] + margins[0], margins[0]) == "equivalent"
     return right / studies, false / studies
 
 

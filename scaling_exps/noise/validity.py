@@ -157,14 +157,14 @@ def _ratio(noise: list[dict[str, Any]]) -> tuple[float, float, float] | None:
 
     Of three records or more the interval is the jackknife's; of fewer it is that of the records themselves.
     """
-    from scipy.special import stdtrit
-
     n = len(noise)
     signal, trace = ([r[key] for r in noise] for key in ("gradient_sq", "trace"))
     u, t = math.fsum(signal), math.fsum(trace)
     if not t > 0:
         return None
     if n >= 3:
+        from scipy.special import stdtrit  # 0.4 s, which a plan without records does not pay
+
         left_out = [(u - a) / (t - b) if t > b else math.nan for a, b in zip(signal, trace, strict=True)]
         mean = math.fsum(left_out) / n
         se = math.sqrt(math.fsum((x - mean) ** 2 for x in left_out) * (n - 1) / n)

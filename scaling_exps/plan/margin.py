@@ -9,6 +9,7 @@ skewness up to 1 (without it 9% at n = 3 to 10); measured rates, those beyond in
 from __future__ import annotations
 
 import math
+from functools import cache
 
 ALPHA = 0.05
 POWER = 0.8  # with which a named number of seeds, or a proposed margin, decides
@@ -17,6 +18,7 @@ SKEW = 1.0
 MOST = 1000  # seeds that a search goes to
 
 
+@cache
 def quantile(p: float, n: int) -> float:
     """q(p, n) above; nan for n < 2.
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 from scaling_exps.report.judge import METRICS, form
 from scaling_exps.report.verdict import Row
 
-INFLATION = "5% of error become about 6–10%"  # of one or two looks more: docs/comparison.md
+INFLATION = "the 5% of error become up to 10%"  # measured with two looks more: docs/comparison.md
 
 
 def answer(rows: list[Row], looked: dict[str, set[int]] | None = None) -> list[str]:

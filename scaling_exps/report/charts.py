@@ -25,7 +25,7 @@ GROUPS = {
     "noise": "Gradient noise against signal",
     "svag": "SVAG: the same continuous time",
     "paper": "All batch sizes of a rule in one frame, as the paper draws them",
-    "prediction": "Displacement against the base's: predicted from the noise, and measured",
+    "prediction": "Displacement: predicted and measured",
 }
 ACCURACY = "test accuracy"
 NOISE, SIGNAL = "noise √(tr Σ / B)", "signal ‖∇f‖"
@@ -346,7 +346,7 @@ def _prediction(rows: list[Row]) -> list[Chart]:
     settings = list(dict.fromkeys(r.setting for r in members))
     return [
         Chart(
-            "predicted and measured", "predicted change", "measured change of |θ - θ_0|",
+            "change of |θ - θ₀| against the base", "predicted", "measured",
             [Trace(EQUAL, line, line, width=1.2), *traces], percent=True, scatter=True,
             setting=settings[0] if len(settings) == 1 else f"{len(settings)} settings", group="prediction",
         )

@@ -85,22 +85,25 @@ def judge(
     """
     d = [x for x in differences if math.isfinite(x)]
     n, (mean, sd) = len(d), mean_sd(d)
-    se = sd / math.sqrt(max(n, 1))
-    reach = quantile(1 - alpha, n) * se
-    verdict = "inconclusive"
-    if n == 0:
-        verdict = "no result"
-    elif margin is None:
-        verdict = "no margin"
-    elif n < ENOUGH:
-        verdict = "too few seeds"
-    elif abs(mean) + reach < margin:
-        verdict = "equivalent"
-    elif abs(mean) - quantile(1 - alpha / family, n) * se > margin:
-        verdict = "different"
+    verdict = decide(n, mean, sd, margin, family, alpha)
+    reach = quantile(1 - alpha, n) * sd / math.sqrt(max(n, 1))
     more = margin is not None and n > 1 and verdict in ("inconclusive", "too few seeds")
     needed = seeds_needed(mean, sd, margin, family, alpha) if more and margin else None
     return Test(metric, n, mean, sd, mean - reach, mean + reach, margin, verdict, needed, alpha)
+
+
+def decide(n: int, mean: float, sd: float, margin: float | None, family: int = 1, alpha: float = ALPHA) -> str:
+    """The verdict on n differences of this mean and standard deviation; see the module's head."""
+    se = sd / math.sqrt(max(n, 1))
+    if n == 0:
+        return "no result"
+    if margin is None:
+        return "no margin"
+    if n < ENOUGH:
+        return "too few seeds"
+    if abs(mean) + quantile(1 - alpha, n) * se < margin:
+        return "equivalent"
+    return "different" if abs(mean) - quantile(1 - alpha / family, n) * se > margin else "inconclusive"
 
 
 def seeds_needed(gap: float, sd: float, margin: float, family: int = 1, alpha: float = ALPHA) -> int | None:

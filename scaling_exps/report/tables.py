@@ -21,7 +21,7 @@ from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import Row
 
 _STYLE = {"equivalent": "green", "different": "red", "base": "bold"}  # by colour
-DISPLACEMENT = "displacement, predicted"
+DISPLACEMENT = "Δ |θ - θ₀| predicted"
 
 
 @dataclass(frozen=True)
