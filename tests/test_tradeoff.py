@@ -50,6 +50,15 @@ def test_the_paragraph_says_what_follows(tmp_path: Path) -> None:
     assert t.largest == max(within) and f"up to batch {t.largest}," in text
 
 
+def test_where_noise_dominates_half_of_training_the_rule_is_not_said_to_hold(tmp_path: Path) -> None:
+    """A mean change of 1% hides that κr > 0.1 for half of the samples, as `validity.sentence` would not."""
+    rows = [record(102 * (i + 1), 73.0 if i < 5 else 1e6, error=0.01) for i in range(10)]
+    (t,) = tradeoff.of(based(tmp_path, rows), tmp_path, None)
+    at_8 = validity.assess(t.rows, 8, 4)
+    assert at_8 is not None and max(1 - at_8.low, at_8.high - 1) < 0.05 and at_8.dominated < 0.6
+    assert t.largest == 4 and "At no larger batch" in tradeoff.paragraph(t, [4, 8])
+
+
 def test_bounds_alone_are_told_as_such(tmp_path: Path) -> None:
     """Fails if an estimate were given, or drawn, where the records only bound it."""
     runs = based(tmp_path, [record(512, 100.0, error=2.0), record(1024, 100.0, error=2.0)])
