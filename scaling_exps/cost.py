@@ -39,6 +39,7 @@ CARDS: dict[str, tuple[float, float | None]] = {
     "t4": (8.1e12, None),
     "v100": (15.7e12, None),
 }
+OTHER = ", of another micro-batch: cost=probe measures this one"  # no gain follows from it
 PROBE_SECONDS = 600  # after which a probe is given up
 
 
@@ -94,7 +95,8 @@ def estimate(specs: list[RunSpec], configs: list[Config]) -> dict[str, dict[str,
     out = {}
     for spec in specs:
         cost, base = of[spec.run_id], of.get(spec.arms[0].base_run_id)
-        gain = base["seconds"] / cost["seconds"] if base and base["seconds"] and cost["seconds"] else None
+        timed = [c for c in (base, cost) if c and c["seconds"] and OTHER not in c["time_from"]]
+        gain = timed[0]["seconds"] / timed[1]["seconds"] if len(timed) == 2 else None
         out[spec.run_id] = {**cost, "gain": gain}
     return out
 
@@ -113,7 +115,8 @@ def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Conf
     if run is not None:
         scaled = "" if run.spec.placement.world_size == world else f", times {world} processes as if all were as fast"
         seconds = samples / run.rate * run.spec.placement.world_size / world
-        time_from, memory, memory_from = run.text() + scaled, run.memory, run.text()
+        other = "" if run.spec.science.micro_batch == s.micro_batch else OTHER
+        time_from, memory, memory_from = run.text() + scaled + other, run.memory, run.text() + other
     elif probe is not None and (cost.device is None or _is_card(cost.device, here)):
         seconds = s.steps * (probe["update_seconds"] + spec.placement.accumulation * probe["micro_seconds"])
         time_from = memory_from = f"a probe on this machine ({probe['device']}, {probe['threads']} thread(s))"

@@ -69,6 +69,15 @@ def test_the_nearest_run_of_the_same_work_is_taken(tmp_path: Path) -> None:
     assert "NVIDIA H100" in gpu["time_from"] and gpu["seconds"] == pytest.approx(256 / 1e6)
 
 
+def test_a_run_of_another_micro_batch_tells_no_gain(tmp_path: Path) -> None:
+    """Fails if its speed were taken for this micro-batch's: the gain would always be 1."""
+    words = [*TINY, "batch=[4,32]", f"runs_dir={tmp_path}"]
+    both = plan.plan(config.compose(words))
+    finished(tmp_path, both[0], 100.0)
+    base, large = cost.estimate(both, config.compose(words)).values()
+    assert base["gain"] == 1 and large["gain"] is None and large["seconds"] and cost.OTHER in large["time_from"]
+
+
 def test_the_gain_is_the_time_at_the_base_over_the_time_here(tmp_path: Path) -> None:
     words = [*TINY, "batch=[4,32]", f"runs_dir={tmp_path}", "cost.price=3"]
     both = plan.plan(config.compose(words))
