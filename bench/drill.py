@@ -33,7 +33,7 @@ sys.path.insert(0, str(ROOT))
 from scaling_exps.records import RunDir  # noqa: E402
 
 SWEEP = [
-    "batch=[64,128]", "seed=[0,1,2]", "model.width=4", "recipe.micro_batch=32", "recipe.epochs=null",
+    "batch=[64,128]", "base=none", "seed=[0,1,2]", "model.width=4", "recipe.micro_batch=32", "recipe.epochs=null",
     "logger=none", "recipe.statistics_samples=64", "checkpoint.minutes=0.001",
 ]  # fmt: skip
 PLACES = {

@@ -10,6 +10,7 @@ from pathlib import Path
 import msgspec
 
 from scaling_exps import config, plan
+from scaling_exps.noise.validity import deviation
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import RunDir
 
@@ -27,11 +28,13 @@ def fabricate(
     rules: Sequence[str] = ("sqrt", "none"),
     records: int = 40,
     spread: float = 0.01,
+    b_noise: float | None = None,
 ) -> list[RunSpec]:
     """Write finished runs under `root`: a base curve of the seed, moved by EFFECT and by noise of sd `spread`.
 
-    `words` are overrides of the composed configuration. Returns the specs; fabricating the same words anew gives the
-    same bytes.
+    With `b_noise`, 10 full noise records a run at that noise scale, of 10% error each; displacement shrinks by half of
+    what they predict. `words` are overrides of the composed configuration. Returns the specs; fabricating the same
+    words anew gives the same bytes.
     """
     (composed,) = config.compose([*words, "logger=none", f"measure.train_records={records}"])
     lists = {"batch": list(batches), "seed": list(seeds), "rule": list(rules)}
@@ -55,10 +58,22 @@ def fabricate(
                 share = 0.1 + 0.8 * x + accuracy * x + shared.gauss(0, 0.005) + noise / 5
                 evaluated = {"loss": y - 0.1, "accuracy": share, "weight_norm": 20 + norm * x}
                 lines.append({"kind": "eval", **clock, **evaluated})
+        for i in range(1, 11) if b_noise else ():
+            at = {"step": i * s.steps // 10, "samples": s.samples(i * s.steps // 10), "t": 1e-6, "batch": s.batch}
+            measured = {"trace": 1.0, "gradient_sq": (1 + shared.gauss(0, 0.1)) / b_noise, "enough": False}
+            lines.append({"kind": "noise", "method": "full", **at, **measured})
+        r = arm.base.batch / b_noise if b_noise else 0.0
+        moved = 10 * (1 + offset) * (1 - (1 - deviation(r, arm.kappa)) / 2 + noise / 5)
         with run_dir.writer(0) as writer:
             for line in lines:
                 writer.write(line)
-        metrics = {"train_loss": y, "test_loss": y - 0.1, "test_accuracy": share, "weight_norm": 20 + norm + noise}
+        metrics = {
+            "train_loss": y,
+            "test_loss": y - 0.1,
+            "test_accuracy": share,
+            "weight_norm": 20 + norm + noise,
+            "displacement": moved,
+        }
         run_dir.write_result(
             {"status": "finished", "metrics": metrics, "seconds": 10 / arm.kappa,
              "samples_per_second": 1700 * arm.kappa, "versions": {"scalerun": "0", "torch": "0"}, "commit": "0" * 40,

@@ -46,27 +46,50 @@ def _train(words: list[str]) -> int:
     if not configs:  # --help, --cfg, --info: Hydra has answered
         return 0
     specs = plan.plan(configs)
+    added = plan.lacking(configs, specs)
+    plan.print_lines(plan.added(added))
     from scaling_exps import launch
 
-    return 0 if launch.launch(specs, configs[0]) else 1
+    return 0 if launch.launch(added + specs, configs[0]) else 1
 
 
 def _plan(words: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="scalerun plan", add_help=False, allow_abbrev=False)
+    parser.add_argument("--json", action="store_true")
+    parser.add_argument("--full", action="store_true")
+    parser.add_argument("--figure", type=Path, metavar="FILE")
+    options, rest = parser.parse_known_args(words)
     from scaling_exps import config, plan
-    from scaling_exps.noise import validity
 
-    configs = config.compose([w for w in words if w != "--json"])
+    configs = config.compose(rest)
     if not configs:
         return 0
-    specs = plan.plan(configs)
-    where = Path(configs[0].runs_dir), configs[0].noise_from
-    if "--json" in words:
-        predicted = validity.describe(specs, *where)
-        rows = [{**row, "validity": predicted[spec.run_id]} for spec in specs for row in plan.describe(spec)]
-        print(json.dumps(rows, indent=1))
-    else:
-        plan.print_plan(specs)
-        print("\n".join(validity.lines(specs, *where)))
+    from scaling_exps import cost, launch
+    from scaling_exps.noise import tradeoff, validity
+
+    asked = plan.plan(configs)
+    added = plan.lacking(configs, asked)
+    specs, where = added + asked, (Path(configs[0].runs_dir), configs[0].noise_from)
+    margins: list[str] = []
+    if configs[0].margin.auto:
+        proposal = launch.proposed(specs, where[0])
+        specs, margins = proposal.specs, proposal.lines
+    remarks = launch.check(specs, configs[0])
+    costs = cost.estimate(specs, configs)
+    predicted = validity.describe(specs, *where)
+    trades, batches = tradeoff.of(specs, *where), [s.science.batch for s in specs]
+    if options.figure is not None:
+        tradeoff.draw(trades, batches, options.figure)
+    if options.json:
+        beside = {s.run_id: {"validity": predicted[s.run_id], "cost": costs[s.run_id]} for s in specs}
+        print(json.dumps([{**row, **beside[s.run_id]} for s in specs for row in plan.describe(s)], indent=1))
+        return 0
+    plan.print_plan(specs, costs, predicted, full=options.full)
+    missing = [row["text"] for row in predicted.values() if row["source"] is None]
+    paragraphs = [tradeoff.paragraph(t, batches) for t in trades]
+    plan.print_lines(
+        dict.fromkeys([*plan.added(added), *cost.lines(costs, configs[0]), *missing, *remarks, *margins, *paragraphs])
+    )
     return 0
 
 

@@ -162,7 +162,8 @@ class RunDir:
                 spec = replace(known, measure=measure if full else had)
             elif self.begun:
                 spec = replace(spec, placement=known.placement, measure=known.measure)
-            spec = replace(spec, arms=arms, margin=margin)
+            looks = known.looks if self.begun else spec.looks
+            spec = replace(spec, arms=arms, margin=margin, looks=looks)
         if spec != known:
             write_json(self.path / "run.json", spec.to_json())
         return spec
@@ -347,6 +348,18 @@ class Writer:
     def sync(self) -> None:
         """Put the records up to here on the disk."""
         os.fsync(self.file.fileno())
+
+
+def looks(root: Path) -> list[dict[str, Any]]:
+    """The lines of looks.jsonl beside the runs under `root`: what a report showed of which arm at how many seeds."""
+    return [line for line in map(_parse, _read(root / "looks.jsonl").splitlines()) if isinstance(line, dict)]
+
+
+def append_look(root: Path, look: dict[str, Any]) -> None:
+    """Add a line to looks.jsonl: one write, so that lines of several processes do not mix."""
+    line = json.dumps({**look, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
+    with open(_open(root / "looks.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
+        f.write(line.encode())
 
 
 def make_writable(folder: Path, mode: int = 0o777) -> None:

@@ -16,7 +16,8 @@ from pathlib import Path
 from scaling_exps import report
 from scaling_exps.config import CONF
 from scaling_exps.report import charts, figures, tables
-from scaling_exps.report.verdict import METRICS, Row
+from scaling_exps.report.judge import METRICS
+from scaling_exps.report.verdict import Row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
 MARKS = ("<!-- evidence: begin -->", "<!-- evidence: end -->")

@@ -487,6 +487,12 @@ def test_every_number_is_named(case: str, lr: float, kappa: int, clip: str, beta
 # --- forms ---
 
 
+def test_the_formulas_are_those_of_the_beta_map() -> None:
+    """Fails if β^κ were written and 1 - κ·(1 - β) said."""
+    told = [" ".join(convert(HF, batch=256, devices=1, beta_map=m).notes) for m in ("linear", "power")]
+    assert "betas 1 - κ·(1 - β)" in told[0] and "betas β^κ" in told[1]
+
+
 @pytest.mark.parametrize(
     ("text", "options", "expected"),
     [

@@ -63,6 +63,7 @@ def test_what_a_page_or_an_experiment_says_to_type_plans(
     words = [w for w in typed if w not in ("...", "[--json]")]
     (tmp_path / "FILE").write_text("a text of one's own " * 40)
     (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    (tmp_path / "package").mkdir()  # whose module:function is a network of one's own
     monkeypatch.chdir(tmp_path)
     if "--help" in words or (words and words[0] in cli.COMMANDS and words[0] != "plan"):
         return

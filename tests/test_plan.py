@@ -212,7 +212,7 @@ def test_samples_that_rounding_changes_are_told(
 ) -> None:
     """Fails if the plan said "same" of fewer samples, or spoke of δ where no duration was given (defect 8)."""
     runs = planned("recipe.epochs=null", "recipe.micro_batch=4", *words)
-    plan.print_plan(runs)
+    plan.print_plan(runs, full=True)
     printed = capsys.readouterr().out
     (line,) = [line for line in printed.splitlines() if line.strip().startswith("samples ")]
     assert line.split("  ")[-1].strip() == formula
@@ -319,7 +319,7 @@ def test_a_rule_of_another_package_is_under_test(tmp_path: Path) -> None:
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: cubic\nVersion: 1.0\n")
     (info / "entry_points.txt").write_text("[scalerun.rules]\ncubic = cubic:rule\n")
     path = f"{ROOT}{os.pathsep}{tmp_path}"
-    done = scalerun("plan", "--json", "batch=32", "rule=[cubic,none]", cwd=tmp_path, PYTHONPATH=path)
+    done = scalerun("plan", "--json", "batch=32", "rule=[cubic,none]", "base=none", cwd=tmp_path, PYTHONPATH=path)
     assert done.returncode == 0, done.stderr
     cubic, none = json.loads(done.stdout)
     assert (cubic["rule"], cubic["role"], none["role"]) == ("cubic", "rule", "control")

@@ -142,7 +142,8 @@ def test_the_reading_says_what_the_verdicts_say(tmp_path: Path) -> None:
     fabricate(tmp_path, [*DEMO, "tested=[linear]"], batches=(4, 16), rules=("linear", "linear_scaled"))
     rows = rows_of(tmp_path, train_loss=0.06, weight_norm=30.0)
     assert [row(rows, r, 16).verdict for r in ("linear", "linear_scaled")] == ["different", "equivalent"]
-    (line,) = report.reading(rows)
+    line, displacement = report.reading(rows)
+    assert "measured" in displacement
     assert "batch 16: linear is different (final train loss +0.1" in line and "'linear_scaled' equivalent" in line
     assert "another run" not in line
 
@@ -431,6 +432,186 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
     overlay = {c.title: c for c in drawn if c.group == "svag"}
     assert {"train loss", "test loss", "test accuracy", "weight norm"} <= set(overlay)
     assert {t.arm for t in overlay["train loss"].traces} == {"base", "SVAG ℓ=2"}
+
+
+# ---- the first line ----
+
+
+def without_margins() -> list[str]:
+    return [*DEMO, *(f"margin.{m}=null" for m in ("test_accuracy", "train_loss", "trajectory", "weight_norm"))]
+
+
+def make(root: Path, batches: tuple[int, ...], rules: tuple[str, ...] = ("sqrt", "none"), **more: Any) -> None:
+    fabricate(root, more.pop("words", DEMO), batches=batches, rules=rules, **more)
+
+
+def test_the_first_line_is_the_answer_everywhere(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """sqrt holds at 16 and is another run at 256, where its runs are those of `linear`. Fails if the largest
+    equivalent batch were called safe past one that is not, or if a form of the report lacked the sentence."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs", (4, 16, 256))
+    for run_dir in RunDir.under(tmp_path / "runs"):
+        spec = run_dir.spec()
+        if spec.science.batch == 256 and spec.arms[0].rule == "sqrt":
+            edit(run_dir.path / "result.json", lambda r: r["metrics"].update(test_accuracy=0.1))
+    first = (
+        "Safe up to batch 16 (κ = 4) under sqrt, at ±3% accuracy and 3 more margins, 3 seeds; 256 is not; nothing "
+        "between was run."
+    )
+    assert cli.main(["report"]) == 0
+    assert capsys.readouterr().out.splitlines()[0] == first
+    for form, begins in (("--markdown", f"**{first}**"), ("--latex", f"% {first}")):
+        assert cli.main(["report", form]) == 0
+        assert capsys.readouterr().out.splitlines()[0] == begins
+    assert cli.main(["report", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["answer"] == [first]
+    page_text = html.unescape((tmp_path / "report" / "index.html").read_text())
+    assert f'<p class="answer">{first}</p>' in page_text
+    assert cli.main(["dashboard", "--offline"]) == 0
+    assert first in json.dumps(json.loads((tmp_path / "report" / "wandb.json").read_text()), ensure_ascii=False)
+
+
+@pytest.mark.parametrize(
+    ("batches", "more", "said"),
+    [
+        ((4, 16, 64), {}, ["Safe up to batch 64 (κ = 16) under sqrt", "3 seeds; nothing larger was run."]),
+        ((4, 16), {"rules": ("sqrt",)}, ["Not shown safe beyond the base batch 4", "16 is within the margins without"]),
+        ((4, 16), {"spread": 0.05}, ["Not shown safe", "16 is undecided (", "seeds would decide)"]),
+        ((4, 16), {"seeds": (0, 1)}, ["Not shown safe", "16 has too few seeds (2)"]),
+        ((4, 16), {"words": [*DEMO, "tested=[]"]}, ["No rule was under test", "'none' at 16 is not"]),
+        ((4,), {}, ["only base runs have finished"]),
+        ((4, 16), {"words": without_margins()}, ["add margin=auto or margin.test_", "sqrt at 16 -0.19% ["]),
+    ],
+)  # fmt: skip
+def test_what_the_first_line_says(
+    batches: tuple[int, ...], more: dict[str, Any], said: list[str], tmp_path: Path
+) -> None:
+    """Fails if a batch were safe without power, undecided or with too few seeds, or if no margin were an empty line."""
+    make(tmp_path, batches, **more)
+    line = report.answer(rows_of(tmp_path))[0]
+    assert all(part in line for part in said), line
+    assert line.startswith("Safe") == said[0].startswith("Safe")
+
+
+def test_arms_without_a_margin_are_ranked_by_their_effect(tmp_path: Path) -> None:
+    """sqrt moves accuracy by nothing, `none` by 5% at 16 and 10% at 64. Fails if the order were that of the table."""
+    make(tmp_path, (4, 16, 64), words=without_margins())
+    (line,) = report.answer(rows_of(tmp_path))
+    places = [line.index(arm) for arm in ("sqrt at 64", "sqrt at 16", "none at 16", "none at 64")]
+    assert places == sorted(places)
+
+
+def test_equivalent_without_power_is_not_green(tmp_path: Path) -> None:
+    """Fails if terminal or page drew it as they draw one that a control stands beside."""
+    make(tmp_path / "a", (4, 16), ("sqrt",))
+    make(tmp_path / "b", (4, 16))
+    for name, colour in (("a", "unproven"), ("b", "equivalent")):
+        rows = rows_of(tmp_path / name)
+        assert (row(rows, "sqrt", 16).verdict, row(rows, "sqrt", 16).colour) == ("equivalent", colour)
+        (grid,) = tables.grids(rows)
+        assert ("equivalent", colour) in grid.verdicts and (colour in tables._STYLE) == (name == "b")
+        text = page.write(rows, [], [], tmp_path / name / "out").read_text()
+        assert f'class="verdict {colour}"' in text
+
+
+# ---- looks ----
+
+
+def test_looks_are_counted_and_undeclared_ones_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A verdict at 3 seeds, then two more seeds and another. Fails if the second report did not know of the first, if
+    a repeated report counted as a look, or if a declared look were named as one that was not."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs", (4, 16))
+    for _ in range(2):
+        assert cli.main(["report", "--markdown"]) == 0
+        assert "Looked at" not in capsys.readouterr().out
+    written = (tmp_path / "runs" / "looks.jsonl").read_text().splitlines()
+    assert sorted((json.loads(x)["rule"], json.loads(x)["seeds"]) for x in written) == [("none", 3), ("sqrt", 3)]
+    make(tmp_path / "runs", (4, 16), seeds=(3, 4))
+    assert cli.main(["report", "--markdown"]) == 0
+    said = capsys.readouterr().out
+    assert "Looked at with 3, 5 seeds, and no looks were declared: the 5% of error become up to 10%" in said
+    for run_dir in RunDir.under(tmp_path / "runs"):
+        edit(run_dir.path / "run.json", lambda r: r.update(looks=[3, 5]))
+    assert cli.main(["report", "--markdown"]) == 0
+    assert "Looked at" not in capsys.readouterr().out
+    for run_dir in RunDir.under(tmp_path / "runs"):
+        edit(run_dir.path / "run.json", lambda r: r.update(looks=[5, 10]))
+    assert cli.main(["report", "--markdown"]) == 0
+    assert "Looked at with 3 seeds, and the looks that were declared are 5, 10" in capsys.readouterr().out
+
+
+def test_declared_looks_are_tested_at_their_share(tmp_path: Path) -> None:
+    """At 5 of looks [5, 10] alpha is 2.5%: a wider interval, of 95%. Before the first look there is no verdict."""
+    make(tmp_path / "a", (4, 16), seeds=range(5), words=[*DEMO, "looks=[5,10]"])
+    rows = rows_of(tmp_path / "a")
+    assert row(rows, "sqrt", 16).gaps["train_loss"].alpha == 0.025 and tables.level_of_intervals(rows) == "95%"
+    make(tmp_path / "b", (4, 16), seeds=range(4), words=[*DEMO, "looks=[5,10]"])
+    early = row(rows_of(tmp_path / "b"), "sqrt", 16)
+    assert early.verdict == "too few seeds" and "the first look was declared at 5 seeds" in early.remarks
+    with pytest.raises(config.ConfigError, match="must rise"):
+        config.compose(["looks=[5,3]"])
+    with pytest.raises(config.ConfigError, match="looks"):
+        config.compose(["looks=[2,5]"])
+
+
+# ---- predicted and measured ----
+
+
+def test_predicted_stands_beside_measured(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At B_noise 200 from batch 4: r = 0.02, so √(1.02/1.08) - 1 = -2.8% at 16, √(1.02/1.32) - 1 = -12.1% at 64, and
+    half of each was made. Fails if a control were given the rule's prediction, or a form lacked the two."""
+    monkeypatch.chdir(tmp_path)
+    make(tmp_path / "runs", (4, 16, 64), b_noise=200)
+    rows = rows_of(tmp_path / "runs")
+    far = row(rows, "sqrt", 64)
+    assert far.predicted and far.measured
+    assert far.predicted.deviation - 1 == pytest.approx(-0.121, abs=0.005)
+    assert far.measured.value - 1 == pytest.approx(-0.0605, abs=0.01)
+    assert far.measured.low < far.measured.value < far.measured.high
+    assert row(rows, "none", 64).predicted is None and row(rows, "none", 64).measured
+    assert cli.main(["report"]) == 0
+    said = capsys.readouterr().out
+    assert "predicted -12.1% [" in said and "measured -6." in said and "ordinal" in said
+    got = json.loads(tables.as_json(rows, []))
+    one = next(r for r in got["rows"] if (r["rule"], r["batch"]) == ("sqrt", 64))["displacement"]
+    assert one["predicted"]["deviation"] == far.predicted.deviation and one["measured"]["n"] == 3
+    text = html.unescape((tmp_path / "report" / "index.html").read_text())
+    assert re.search(r"-12\.1%\s*<div class=\"small interval\">\[.*\n?.*measured</div>\s*-6\.", text)
+    assert (tmp_path / "report" / "prediction.png").stat().st_size > 5000
+
+
+def test_the_calibration_is_of_all_sweeps(tmp_path: Path) -> None:
+    """Three sweeps of other B_noise: measured is half of predicted throughout, in order. One line with the rank
+    correlation, which calls it ordinal, and one figure with a point an arm. Fails if settings were kept apart."""
+    for i, b_noise in enumerate((50, 200, 1000)):
+        words = [*DEMO, f"recipe.lr={0.001 + 0.0002 * i}"]
+        make(tmp_path, (4, 16, 64), words=words, b_noise=b_noise, spread=0.001)
+    rows = rows_of(tmp_path)
+    (line,) = [x for x in report.reading(rows) if x.startswith("prediction of")]
+    assert "over 6 arm(s) of 3 setting(s)" in line and "rank correlation 0.94 [" in line
+    assert "measured shrinkage is 0.50 of the predicted" in line and "ordinal: it orders arms" in line
+    (chart,) = [c for c in charts.arrange(rows) if c.group == "prediction"]
+    assert chart.setting == "3 settings" and chart.scatter
+    (points,) = [t for t in chart.traces if t.arm == "sqrt"]
+    assert len(points.x) == len(points.y) == len(points.x_low or []) == 6
+
+
+def test_runs_without_displacement_say_so(tmp_path: Path) -> None:
+    """Runs of an older version. Fails if they broke the report, or stood in the calibration."""
+    make(tmp_path, (4, 16), b_noise=200)
+    for run_dir in RunDir.under(tmp_path):
+        edit(run_dir.path / "result.json", lambda r: r["metrics"].pop("displacement"))
+    rows = rows_of(tmp_path)
+    assert row(rows, "sqrt", 16).measured is None
+    read = "\n".join(report.reading(rows))
+    assert "measured not (older runs)" in read and "prediction of the displacement over" not in read
 
 
 def test_watching_ends_with_the_sweep(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

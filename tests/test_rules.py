@@ -21,6 +21,7 @@ from scaling_exps.rules import (
     OPTIMIZERS,
     QUESTIONS,
     RULES,
+    BetaMap,
     Family,
     Hyper,
     Move,
@@ -342,7 +343,7 @@ class Wrong(Rule):
         factor = {"no_identity": 1.01 * k, "no_composition": 1 + math.log(k) ** 2 / 9, "clips": 1.0}[self.name]
         return replace(base, lr=base.lr * factor, betas=betas)
 
-    def formulas(self) -> dict[str, str]:
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
         return dict.fromkeys(("lr", "betas", "eps", "weight_decay"), "?")
 
 

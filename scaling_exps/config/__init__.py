@@ -7,6 +7,7 @@ from scaling_exps.config.schema import (
     Checkpoint,
     Config,
     ConfigError,
+    Cost,
     Custom,
     Dataset,
     FileDataset,
@@ -26,7 +27,7 @@ from scaling_exps.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "CONF", "GPT", "VGG16", "Checkpoint", "Config", "ConfigError", "Custom", "Dataset", "FileDataset", "Group",
+    "CONF", "GPT", "VGG16", "Checkpoint", "Config", "ConfigError", "Cost", "Custom", "Dataset", "FileDataset", "Group",
     "ImageDataset", "LocalLaunch", "Measure", "Model", "ResNet", "ResNet50", "Roberta",
     "SlurmLaunch", "Timm", "TokenDataset", "Wandb", "compose", "dataset", "keys", "recipes_for",
 ]  # fmt: skip

@@ -33,6 +33,7 @@ def compose(argv: list[str]) -> list[Config]:
     """
     faults = [fault for word in argv if (fault := _illegal(word))]
     theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]")  # timm, a factory, sbatch: these keys alone may be new
+    argv = ["margin.auto=true" if word == "margin=auto" else word for word in argv]
     words = [f"++{word}" if theirs.match(word) else word for word in argv if not _illegal(word)]
     configs = []
     for raw in _hydra(words, faults):

@@ -319,18 +319,48 @@ class Measure(Group, frozen=True, kw_only=True):
     ]
 
 
+Card = Literal["a100", "h100", "h200", "l4", "l40s", "rtx4090", "t4", "v100"]
+
+
+class Cost(Group, frozen=True, kw_only=True):
+    """What `scalerun plan` bases time and money on. Finished runs of the same network in runs_dir come first."""
+
+    probe: Annotated[bool, _is("take a few real steps here, in a process of its own; `cost=probe` is the same")]
+    device: Annotated[Card | None, _is("the card to plan for; null: this machine")]
+    share: Annotated[Annotated[float, _is("", gt=0, le=1)], _is("of the card's peak that training reaches")]
+    price: Annotated[
+        Annotated[float, _is("", gt=0, le=10**6)] | None, _is("of an hour of one device; null: none is shown", "money")
+    ]
+
+
 Gap = Annotated[float, _is("", gt=0, le=10**6)]
 
 
 class Margin(Group, frozen=True, kw_only=True):
     """The largest gap to the base run that still is the same run; null is not judged. See docs/comparison.md."""
 
+    auto: Annotated[
+        bool,
+        _is(
+            "margin=auto: from the base runs' spread s over seeds, before the other runs start: "
+            "m = s√2·(q(1 - 0.05/K, n) + t(0.9, n - 1))/√n, rounded up to 1, 2 or 5 · 10^k"
+        ),
+    ]
     test_accuracy: Annotated[Gap | None, _is("share of the test set")]
     test_loss: Annotated[Gap | None, _is("at the end", "nats")]
     train_loss: Annotated[Gap | None, _is("mean of the last tenth of training", "nats")]
     trajectory: Annotated[Gap | None, _is("mean |difference| of train losses at equal samples", "nats")]
     weight_norm: Annotated[Gap | None, _is("at the end")]
     perplexity: Annotated[Gap | None, _is("at the end")]
+
+    def numbers(self) -> dict[str, float]:
+        """Metric -> margin, of those that have one."""
+        return {k: v for k, v in msgspec.structs.asdict(self).items() if k != "auto" and v is not None}
+
+    def faults(self) -> list[str]:
+        if self.auto and (given := self.numbers()):
+            return [f"margin=auto and margin.{next(iter(given))}: margins are proposed or given; drop one of the two"]
+        return []
 
 
 class Checkpoint(Group, frozen=True, kw_only=True):
@@ -366,11 +396,19 @@ class Config(Group, frozen=True, kw_only=True):
     launch: Launch
     measure: Measure
     margin: Margin
+    looks: Annotated[
+        list[Annotated[int, _is("", ge=3, le=10**3)]] | None,
+        _is("seeds at which the report may judge, the last the final number; null: once, at the end", "seeds"),
+    ]
     checkpoint: Checkpoint
     wandb: Wandb
+    cost: Cost
     batch: Annotated[
         Batch | list[Batch] | None,
         _is("examples of a step, on all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
+    ]
+    base: Annotated[
+        Literal["auto", "none"], _is("auto: a sweep gets the base runs of its recipe, which its report compares with")
     ]
     seed: Annotated[Seed | list[Seed], _is("of weights, data order and augmentation; a list is a sweep")]
     goal: Annotated[Literal["match", "best"], _is("default rule: for the same run (match), or the best at this batch")]
@@ -386,6 +424,12 @@ class Config(Group, frozen=True, kw_only=True):
     noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
     experiment: Annotated[str | None, _is("file of conf/experiment")] = None
     words: list[str] = []  # of the command line; no key, so it has no meaning in the table of keys
+
+    def faults(self) -> list[str]:
+        looks = self.looks or []
+        if looks == sorted(set(looks)):
+            return []
+        return [f"looks={looks} must rise: each is the number of seeds at a look, [3, 6, 10]"]
 
 
 # ---- reading plain values ----

@@ -108,7 +108,7 @@ def convert(
         _check(doc.after or doc, source, scaled, beside, new_devices or devices)
         for (new, name), (old, _) in zip(beside, partners, strict=True):
             edit.notes += [f"{name} changes with it: where {where} names that file, name the new one"] * (new != old)
-    formulas = chosen.formulas()
+    formulas = chosen.formulas(beta_map)
     notes = [
         f"form {source}, by its keys; --from says otherwise" if doc.guessed else "",
         chosen.answers(family),

@@ -5,13 +5,16 @@ from __future__ import annotations
 from pathlib import Path
 
 from scaling_exps.config import Config, SlurmLaunch
-from scaling_exps.launch import local, slurm
+from scaling_exps.launch import local, margins, slurm
 from scaling_exps.launch.folders import LaunchError
+from scaling_exps.launch.margins import proposed
 from scaling_exps.launch.overview import print_status, status
+from scaling_exps.launch.ready import check
 from scaling_exps.launch.slurm import cancel
 from scaling_exps.plan import RunSpec
+from scaling_exps.records import RunDir
 
-__all__ = ["LaunchError", "cancel", "launch", "print_status", "status"]
+__all__ = ["LaunchError", "cancel", "check", "launch", "print_status", "proposed", "status"]
 
 
 def launch(specs: list[RunSpec], config: Config) -> bool:
@@ -29,6 +32,20 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
         DataError, ModelError: a data set or a network of the list cannot be had here; nothing was started.
             (A job on a cluster finds out where it runs: its run fails, with the reason in its record.)
     """
+    root = Path(config.runs_dir)
+    if config.margin.auto:
+        proposal = margins.proposed(specs, root)
+        if proposal.first:
+            print(*proposal.lines, sep="\n", flush=True)
+            if not _start(proposal.first, config) or not all(RunDir(root / s.run_id).result() for s in proposal.first):
+                return False
+            proposal = margins.proposed(specs, root)
+        print(*proposal.lines, sep="\n", flush=True)
+        specs = proposal.specs
+    return _start(specs, config)
+
+
+def _start(specs: list[RunSpec], config: Config) -> bool:
     if isinstance(config.launch, SlurmLaunch):
         return slurm.launch(specs, Path(config.runs_dir), config.launch)
     return local.launch(specs, Path(config.runs_dir), config.launch)

@@ -60,8 +60,12 @@ class Estimate:
 
     @property
     def enough(self) -> bool:
-        """Whether B_noise can be told: the interval of |∇f|²/tr Σ lies above 0, and that of tr Σ too."""
-        return self.inverse.low > 0 and self.trace.low > 0 and math.isfinite(self.inverse.high)
+        """Whether B_noise can be told, and not only bounded: |∇f|²/tr Σ to within half of itself.
+
+        One that is only just told from 0 is among the largest that chance makes, and its B_noise among the smallest.
+        """
+        i = self.inverse
+        return self.trace.low > 0 and i.low > i.value / 2 > 0
 
     def record(self, batch: int, kappa: float) -> dict[str, Any]:
         """The fields of a `noise` record; what means nothing is left out.
@@ -74,8 +78,10 @@ class Estimate:
         kappa_r = Value(i.value * batch, i.low * batch, i.high * batch)
         out: dict[str, Any] = {"units": self.units, "examples": self.examples, "enough": self.enough}
         named = {"trace": self.trace, "gradient_sq": self.gradient_sq, "kappa_r": kappa_r}
+        bounds = (1 / end if end > 0 and self.trace.low > 0 else math.inf for end in (i.high, i.low))
+        b_noise = Value(1 / i.value if self.enough else math.nan, *bounds)
+        named["b_noise"] = b_noise  # its bounds always, itself where it is more than a bound
         if self.enough:
-            named["b_noise"] = Value(1 / i.value, 1 / i.high, 1 / i.low)
             out["r"] = kappa_r.value / kappa
         for name, v in named.items():
             out |= {name: v.value, f"{name}_low": v.low, f"{name}_high": v.high}

@@ -2,13 +2,22 @@
 
     κ r = batch / B_noise = |∇f|² / (tr Σ / batch)     signal over noise of a step at the target batch
     √((1 + r) / (1 + κ r))                             predicted change of the displacement after equal data
+    S / S_min = 1 + B_noise / B                        steps to the same loss at batch B (McCandlish et al. 2018)
+    E / E_min = 1 + B / B_noise                        samples to it
 
-(paper, section 5: exact on a linear loss with RMSprop; elsewhere a guide, and somewhat pessimistic.) The rule holds
-while κ r ≪ 1; here that is κ r < 0.1, where the prediction is off from 1 by less than 5%.
+(paper, section 5: exact on a linear loss with RMSprop; elsewhere it orders batches and its size is a guide: see
+docs/comparison.md.) The rule holds while κ r ≪ 1; here that is κ r < 0.1, where the prediction is off from 1 by less
+than 5%.
+
+|∇f|² and tr Σ are summed over all records of a stretch of training, whatever each of them says alone, and the ratio is
+of the sums: to keep only the records that are significant would be a selection on the outcome, which makes B_noise too
+small. The intervals (95%) are of the jackknife over records; those of several stretches are combined by MOVER (Zou and
+Donner 2008): the deviation falls in r, so that the ends of r's interval are the ends of its own.
 """
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,29 +29,40 @@ from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import RunDir
 
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
+STRETCH = 5  # records of a stretch, or more
+STRETCHES = 6  # of training, at most
+TELLING = 0.5  # half width over value, up to which a point estimate of B_noise is given; beyond it only bounds are
 
 
 @dataclass(frozen=True)
 class Validity:
     """What noise records say about training at one batch.
 
-    dominated: share of the measured samples with κ r < 0.1; measured: share of all samples where that can be told;
-    deviation: mean of √((1+r)/(1+κr)) over them, and at its worst; b_noise: smallest and largest, in examples.
+    dominated: share of the samples in stretches with κ r < 0.1; measured: share where the interval of κ r lies on one
+    side of 0.1; deviation: mean of √((1+r)/(1+κr)) over the samples, `low` and `high` its 95% interval, `worst` that of
+    the worst stretch; b_noise: lower and upper bound (95%, infinite where |∇f|² is not told from 0), in examples;
+    b_noise_point: the estimate between them, None where it is too uncertain to be one.
     """
 
     dominated: float
     measured: float
     deviation: float
+    low: float
+    high: float
     worst: float
     b_noise: tuple[float, float]
+    b_noise_point: float | None
 
     def to_json(self) -> dict[str, Any]:
         return {
             "noise_dominated": self.dominated,
             "measured": self.measured,
             "deviation": self.deviation,
+            "deviation_low": self.low,
+            "deviation_high": self.high,
             "worst_deviation": self.worst,
             "b_noise": [b if math.isfinite(b) else None for b in self.b_noise],
+            "b_noise_point": self.b_noise_point,
         }
 
 
@@ -53,42 +73,105 @@ def deviation(r: float, kappa: float) -> float:
         r: signal over noise at the base batch, >= 0.
         kappa: > 0.
 
-    >>> deviation(0.0, 16), round(deviation(0.01, 16), 4)
-    (1.0, 0.9331)
+    >>> deviation(0.0, 16), round(deviation(0.01, 16), 4), deviation(math.inf, 16)
+    (1.0, 0.9331, 0.25)
     """
-    return math.sqrt((1 + r) / (1 + kappa * r))
+    return math.sqrt((1 + r) / (1 + kappa * r) if math.isfinite(r) else 1 / kappa)
+
+
+def steps_and_samples(batch: float, b_noise: float) -> tuple[float, float]:
+    """S/S_min and E/E_min: steps and samples to the same loss, over the least that any batch needs.
+
+    Args:
+        batch, b_noise: examples, > 0. At batch = B_noise, the critical batch, both are 2.
+
+    >>> steps_and_samples(256, 1024)
+    (5.0, 1.25)
+    """
+    return 1 + b_noise / batch, 1 + batch / b_noise
 
 
 def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity | None:
-    """Validity of the rule from `base_batch` to `batch`, from the noise records of one run; None: not enough data.
+    """Validity of the rule from `base_batch` to `batch`, from noise records; None: they say nothing.
 
-    A record stands for the samples since the one before. Where |∇f|² is not told apart from 0, the record still counts
-    as noise dominated if even the upper end of its interval is below the limit; otherwise it counts as not measured.
+    Args:
+        rows: records of one base run, or of several seeds of it together; full measurements count where there are any.
     """
-    noise = [r for r in rows if r.get("kind") == "noise"]
-    full = [r for r in noise if r["method"] == "full"]
-    before = total = measured = dominated = deviations = 0.0
-    worst, b_noise = 1.0, []
-    for row in full or noise:
-        share, before = row["samples"] - before, row["samples"]
-        total += share
-        scale = batch / row["batch"]
-        if row["enough"]:
-            kappa_r = row["kappa_r"] * scale
-            b_noise.append(row["b_noise"])
-        elif row.get("kappa_r_high", math.inf) * scale < DOMINATED:
-            kappa_r = max(0.0, row["kappa_r"] * scale)
-        else:
-            continue
-        d = deviation(kappa_r * base_batch / batch, batch / base_batch)
-        measured += share
-        dominated += share * (kappa_r < DOMINATED)
-        deviations += share * d
-        worst = max(worst, d, key=lambda x: abs(math.log(x)))
-    if not measured:
+    noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
+    noise = [r for r in noise if r["method"] == "full"] or noise
+    whole = _ratio(noise)
+    if whole is None or not math.isfinite(whole[2]):
         return None
-    span = (min(b_noise), max(b_noise)) if b_noise else (math.inf, math.inf)
-    return Validity(dominated / measured, measured / total, deviations / measured, worst, span)
+    kappa = batch / base_batch
+    before, shares, spans = 0.0, [], []
+    for members in _stretches(noise):
+        end = members[-1]["samples"]
+        shares.append((end - before) / _end(noise))
+        spans.append(_ratio(members) or whole)
+        before = end
+    at = [[_extended(x * base_batch, kappa) for x in span] for span in spans]  # of each stretch: middle and two ends
+    least, most = sorted((1.0, kappa**-0.5))  # that any r >= 0 gives
+    middle = math.fsum(w * d[0] for w, d in zip(shares, at, strict=True))
+    reach = [
+        math.sqrt(math.fsum((w * (end(d) - d[0])) ** 2 for w, d in zip(shares, at, strict=True))) for end in (min, max)
+    ]
+    limit = DOMINATED / batch
+    inverse, low, high = whole
+    return Validity(
+        dominated=math.fsum(w for w, (x, _, _) in zip(shares, spans, strict=True) if x < limit),
+        measured=math.fsum(w for w, (_, a, b) in zip(shares, spans, strict=True) if b < limit or a > limit),
+        deviation=min(max(middle, least), most),
+        low=min(max(middle - reach[0], least), most),
+        high=min(max(middle + reach[1], least), most),
+        worst=max((min(max(d[0], least), most) for d in at), key=lambda d: abs(math.log(d))),
+        b_noise=(1 / high if high > 0 else math.inf, 1 / low if low > 0 else math.inf),
+        b_noise_point=1 / inverse if high - inverse <= TELLING * inverse else None,
+    )
+
+
+def _extended(r: float, kappa: float) -> float:
+    """`deviation`, and its tangent at 0 below: an r that came out negative then does not bend the mean of several."""
+    return deviation(r, kappa) if r >= 0 else 1 + (1 - kappa) / 2 * r
+
+
+def _end(noise: list[dict[str, Any]]) -> float:
+    """Samples up to which the records go."""
+    return float(max(r["samples"] for r in noise))
+
+
+def _finite(row: dict[str, Any], key: str) -> bool:
+    return isinstance(row.get(key), int | float) and math.isfinite(row[key])
+
+
+def _stretches(noise: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
+    """The records in order, cut between marks into as many stretches as have STRETCH records each."""
+    ordered = sorted(noise, key=lambda r: r["samples"])
+    marks = [list(group) for _, group in itertools.groupby(ordered, key=lambda r: r["samples"])]
+    count = max(1, min(STRETCHES, len(ordered) // STRETCH, len(marks)))
+    edges = [len(marks) * i // count for i in range(count + 1)]
+    return [list(itertools.chain(*marks[a:b])) for a, b in itertools.pairwise(edges)]
+
+
+def _ratio(noise: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+    """|∇f|²/tr Σ of all records together, 1/examples, and its 95% interval; None where there is none.
+
+    Of three records or more the interval is the jackknife's; of fewer it is that of the records themselves.
+    """
+    n = len(noise)
+    signal, trace = ([r[key] for r in noise] for key in ("gradient_sq", "trace"))
+    u, t = math.fsum(signal), math.fsum(trace)
+    if not t > 0:
+        return None
+    if n >= 3:
+        from scipy.special import stdtrit  # 0.4 s, which a plan without records does not pay
+
+        left_out = [(u - a) / (t - b) if t > b else math.nan for a, b in zip(signal, trace, strict=True)]
+        mean = math.fsum(left_out) / n
+        se = math.sqrt(math.fsum((x - mean) ** 2 for x in left_out) * (n - 1) / n)
+        reach = float(stdtrit(n - 1, 0.975)) * se
+    else:
+        reach = math.hypot(*(r.get("gradient_sq_high", math.inf) - r["gradient_sq"] for r in noise)) / t
+    return (u / t, u / t - reach, u / t + reach) if math.isfinite(reach) else None
 
 
 def summary(rows: list[dict[str, Any]], batch: int) -> str:
@@ -96,39 +179,68 @@ def summary(rows: list[dict[str, Any]], batch: int) -> str:
     validity = assess(rows, batch, batch)
     if validity is None:
         return "noise: not enough data" if any(r.get("kind") == "noise" for r in rows) else ""
-    known = "" if validity.measured > 0.995 else f", told over {validity.measured:.0%} of them"
-    return f"noise dominated for {validity.dominated:.0%} of samples (|∇f|² < {DOMINATED:g} tr Σ/batch{known})"
+    known = "" if validity.measured > 0.995 else f"; certain for {validity.measured:.0%} of them"
+    return (
+        f"noise dominated for {validity.dominated:.0%} of samples (|∇f|² < {DOMINATED:g} tr Σ/batch{known}), "
+        f"{scale_text(validity)}"
+    )
+
+
+def scale_text(validity: Validity) -> str:
+    """B_noise as it is printed: with its interval, or its bounds alone where they are too far apart for a number."""
+    low, high = validity.b_noise
+    if validity.b_noise_point is not None:
+        return f"B_noise {validity.b_noise_point:,.0f} [{low:,.0f}, {high:,.0f}]"
+    if not math.isfinite(low):
+        return "B_noise beyond measure"
+    return f"B_noise between {low:,.0f} and {high:,.0f}" if math.isfinite(high) else f"B_noise above {low:,.0f}"
+
+
+def change_text(value: float, low: float, high: float) -> str:
+    """A change of the displacement, as a share of the base's, with its interval where there is one.
+
+    >>> change_text(0.826, 0.71, 0.9)
+    '-17.4% [-29.0%, -10.0%]'
+    """
+    ends = "" if math.isnan(low) else f" [{low - 1:+.1%}, {high - 1:+.1%}]"
+    return f"{value - 1:+.1%}{ends}"
 
 
 def sentence(validity: Validity, batch: int, base_batch: int) -> str:
     """What to expect at `batch`, in plain words."""
-    off = abs(1 - validity.deviation)
-    span = f"B_noise {_count(validity.b_noise[0])} to {_count(validity.b_noise[1])}"
     if batch == base_batch:
-        return f"this is the base batch; noise dominates it for {validity.dominated:.0%} of training ({span})"
-    if validity.dominated >= 0.8 and off < 0.05:
+        return (
+            f"this is the base batch; noise dominates it for {validity.dominated:.0%} of training "
+            f"({scale_text(validity)})"
+        )
+    best, most = sorted(abs(1 - d) for d in (validity.low, validity.high))
+    if best <= 0 < most and validity.low < 1 < validity.high:
+        best = 0.0
+    if most < 0.05 and validity.dominated >= 0.8:
         verdict = "the rule should hold"
-    elif off < 0.2:
+    elif most < 0.2:
         verdict = "the rule should hold nearly: expect a visible lag where the gradient is no longer noise"
-    else:
+    elif best >= 0.2:
         verdict = "do not expect the rule to hold: for much of training the gradient is no longer noise at this batch"
+    else:
+        verdict = (
+            "too uncertain to say whether the rule holds; more records (measure.noise_examples, "
+            "measure.noise_records, base runs of more seeds) would tell"
+        )
     return (
-        f"κr < {DOMINATED:g} for {validity.dominated:.0%} of training, predicted deviation {off:.1%} on average and "
-        f"{abs(1 - validity.worst):.1%} at worst ({span}): {verdict}"
+        f"κr < {DOMINATED:g} for {validity.dominated:.0%} of training, predicted change of the displacement "
+        f"{change_text(validity.deviation, validity.low, validity.high)}, {validity.worst - 1:+.1%} at worst "
+        f"({scale_text(validity)}): {verdict}. The prediction is ordinal: it orders batches, its size is a guide"
     )
-
-
-def _count(b: float) -> str:
-    return f"{b:,.0f}" if math.isfinite(b) else "beyond measure"
 
 
 def of_base(
     spec: RunSpec, siblings: list[RunSpec], runs_dir: Path, given: str | None
 ) -> tuple[list[dict[str, Any]], str]:
-    """The noise records of the base run of `spec`, and where they are from (or why there are none).
+    """The noise records of the base runs of `spec`, all seeds together, and their source (or why there are none).
 
     Args:
-        siblings: the runs of the same plan: the base run of another seed will do.
+        siblings: the runs of the same plan: the base runs of other seeds count, too.
         runs_dir: where runs lie.
         given: the run's directory, or a folder of runs; None: `runs_dir`.
 
@@ -141,6 +253,8 @@ def of_base(
     else:
         ids = dict.fromkeys(a.base_run_id for s in (spec, *siblings) if _recipe(s) == recipe for a in s.arms)
         candidates = [RunDir(Path(given or runs_dir) / base_id) for base_id in ids]
+    rows: list[dict[str, Any]] = []
+    sources = []
     for run_dir in candidates:
         if not run_dir.exists:
             continue
@@ -153,9 +267,12 @@ def of_base(
         has = {k: getattr(base.science, k) for k in (*_SHARED, "svag")} | msgspec.structs.asdict(base.science.numbers())
         if differing := [f"{k} {has[k]} instead of {v}" for k, v in recipe.items() if has[k] != v]:
             raise PlanError(f"noise_from={given}: {run_dir} is of another recipe: {'; '.join(differing)}")
-        rows = [r for r in run_dir.records().rows if r["kind"] == "noise"]
-        if assess(rows, base.science.batch, base.science.batch) is not None:
-            return rows, str(run_dir)
+        if found := [r for r in run_dir.records().rows if r["kind"] == "noise"]:
+            rows += found
+            sources.append(str(run_dir))
+            batch = base.science.batch
+    if rows and assess(rows, batch, batch) is not None:
+        return rows, ", ".join(sources)
     if given is not None:
         raise PlanError(
             f"noise_from={given}: no base run with enough noise records lies there; give the directory of one, "

@@ -3,10 +3,11 @@
 `expand` takes the product and applies the rule, `checks` refuses, `spec` is the result, `show` prints it.
 """
 
-from scaling_exps.plan.expand import content, plan
-from scaling_exps.plan.show import describe, print_plan
+from scaling_exps.plan.expand import UNNAMED_GPU, base_runs, content, device, lacking, plan
+from scaling_exps.plan.show import added, amount, describe, print_lines, print_plan
 from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science
 
 __all__ = [
-    "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "content", "describe", "plan", "print_plan",
+    "UNNAMED_GPU", "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "added", "amount", "base_runs",
+    "content", "describe", "device", "lacking", "plan", "print_lines", "print_plan",
 ]  # fmt: skip

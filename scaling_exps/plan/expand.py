@@ -5,6 +5,7 @@ from __future__ import annotations
 import glob
 import itertools
 import os
+import platform
 import re
 from importlib.util import find_spec
 from pathlib import Path
@@ -20,6 +21,7 @@ from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Sch
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
 MOST_STEPS = 10**9  # of a run; more is a slip of the finger
+UNNAMED_GPU = "GPU"  # one whose driver does not say here what it is
 ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
 
 
@@ -32,7 +34,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         PlanError: with every fault of every run, one a line.
     """
     runs: dict[str, RunSpec] = {}
-    faults = _differing([{"runs_dir": c.runs_dir, "noise_from": c.noise_from, "launch": c.launch} for c in configs])
+    one = ("runs_dir", "noise_from", "launch", "cost", "base")  # settings of the command
+    faults = _differing([{key: getattr(c, key) for key in one} for c in configs])
     for config in configs:
         values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
         lists = [v if isinstance(v, list) else [v] for v in values]
@@ -59,7 +62,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
                 continue
             known = runs.setdefault(spec.run_id, spec)
             # settings that are no part of the run id, and of which a run has one
-            beside = ("logger", "margin", "wandb", "measure", "checkpoint")
+            beside = ("logger", "margin", "looks", "wandb", "measure", "checkpoint")
             given = [{"dataset.path": s.dataset_path} | {k: getattr(s, k) for k in beside} for s in (known, spec)]
             faults += _differing(given)
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -67,6 +70,51 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     if faults:
         raise PlanError("\n".join(dict.fromkeys(faults)))
     return list(runs.values())
+
+
+def base_runs(configs: list[Config]) -> list[RunSpec]:
+    """The base runs of every recipe of a command: of its seeds, with an arm for each of its rules.
+
+    Raises:
+        PlanError: a base run cannot be planned.
+    """
+    runs: dict[str, RunSpec] = {}
+    for config in configs:
+        launch, micro_batches = config.launch, config.recipe.batch // _micro_batch(config, config.recipe.batch)
+        if launch.devices != "auto":  # the base batch may have fewer micro-batches than the devices asked for
+            fitting = max(d for d in range(1, min(launch.devices, micro_batches) + 1) if micro_batches % d == 0)
+            launch = msgspec.structs.replace(launch, devices=fitting)
+        base = msgspec.structs.replace(config, batch=config.recipe.batch, svag=1, duration=1.0, launch=launch)
+        for spec in plan([base]):
+            known = runs.setdefault(spec.run_id, spec)
+            arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
+            runs[spec.run_id] = msgspec.structs.replace(known, arms=arms)
+    return list(runs.values())
+
+
+def lacking(configs: list[Config], specs: list[RunSpec]) -> list[RunSpec]:
+    """The base runs that a sweep's runs are compared with and that are not in it; none of a single run and its seeds.
+
+    Args:
+        configs: the command; `base=none` asks for none.
+        specs: what `plan` made of it.
+
+    Raises:
+        PlanError: such a run cannot be planned.
+    """
+    if not configs or configs[0].base == "none":
+        return []
+    settings: dict[str, set[str]] = {}  # of the runs that share a base, whatever their seeds
+    base_of: dict[str, str] = {}
+    for spec in specs:
+        recipe = repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
+        settings.setdefault(recipe, set()).add(repr(msgspec.structs.replace(spec.science, seed=0)))
+        base_of |= {arm.base_run_id: recipe for arm in spec.arms}
+    wanted = {i for i, recipe in base_of.items() if len(settings[recipe]) > 1} - {s.run_id for s in specs}
+    try:
+        return [spec for spec in base_runs(configs) if spec.run_id in wanted] if wanted else []
+    except PlanError as e:
+        raise PlanError(f"{e}\nthis is the base run that base=auto adds to the sweep; base=none leaves it out") from e
 
 
 def _differing(asked: list[dict[str, Any]]) -> list[str]:
@@ -117,7 +165,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
     role: Role = "base" if run_id(science) == base_id else "rule" if tested else "control"
     arm = Arm(
         rule=rule.name, goal=goal, role=role, kappa=move.kappa, duration=config.duration, base=base_science.numbers(),
-        base_run_id=base_id,
+        base_run_id=base_id, beta_map="linear" if move.kappa == 1 else config.beta_map,
     )  # fmt: skip
     spec = RunSpec(
         science=science,
@@ -130,7 +178,8 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         wandb=config.wandb,
         checkpoint=config.checkpoint,
         notes=tuple(_notes(config, rule, move, base, science)),
-        margin={k: v for k, v in msgspec.structs.asdict(config.margin).items() if v is not None},
+        margin=config.margin.numbers(),
+        looks=tuple(config.looks or ()),
     )
     if spec.noise == "full":
         checks.check_noise(spec)
@@ -233,6 +282,15 @@ def _gpus() -> int:
         return 0
     version = Path(torch.origin).with_name("version.py").read_text()
     return 0 if re.search(r"^cuda\b.*= None$", version, re.MULTILINE) else len(devices)
+
+
+def device() -> str:
+    """What workers on this machine will report as their device, without importing torch."""
+    if not _gpus():
+        return platform.processor() or platform.machine()
+    told = [Path(p).read_text() for p in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information"))]
+    models = [m[1].strip() for text in told if (m := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
+    return models[0] if models else UNNAMED_GPU
 
 
 def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science) -> list[str]:

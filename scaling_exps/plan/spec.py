@@ -12,7 +12,7 @@ from typing import Annotated, Any, Literal
 import msgspec
 
 from scaling_exps.config import Checkpoint, Dataset, Measure, Model, Wandb
-from scaling_exps.rules import OPTIMIZERS, Family, Goal, Hyper
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Family, Goal, Hyper
 
 VERSION = 2  # of run.json
 UNIT = 16  # examples in one gradient of a full noise measurement, where the network lets examples be independent
@@ -103,7 +103,7 @@ class Numbers(_Value, frozen=True):
     samples: int
 
 
-class Arm(_Value, frozen=True):
+class Arm(_Value, frozen=True, omit_defaults=True):
     """How a recipe led to this run. At kappa = 1 a run is the base of every arm."""
 
     rule: str
@@ -113,6 +113,7 @@ class Arm(_Value, frozen=True):
     duration: float  # budget over the base's
     base: Numbers
     base_run_id: str
+    beta_map: BetaMap = "linear"
 
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]
@@ -138,6 +139,7 @@ class RunSpec(_Value, frozen=True, dict=True):
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     margin: dict[str, float]  # metric -> largest gap that counts as equal
+    looks: tuple[int, ...] = ()  # seeds at which the report may judge; none: once, at the end
 
     @cached_property
     def run_id(self) -> str:

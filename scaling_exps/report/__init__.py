@@ -11,14 +11,29 @@ import argparse
 import importlib.util
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
-from scaling_exps.records import RUNS
+from scaling_exps.records import RUNS, append_look, looks
 from scaling_exps.report import charts, tables
+from scaling_exps.report.answer import answer
+from scaling_exps.report.judge import judge
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
-from scaling_exps.report.verdict import Row, compare, judge, reading
+from scaling_exps.report.verdict import Row, compare, reading
 
-__all__ = ["Collection", "Missing", "ReportError", "Row", "Run", "collect", "compare", "judge", "main", "reading"]
+__all__ = [
+    "Collection",
+    "Missing",
+    "ReportError",
+    "Row",
+    "Run",
+    "answer",
+    "collect",
+    "compare",
+    "judge",
+    "main",
+    "reading",
+]
 
 FORMS = {"csv": tables.as_csv, "markdown": tables.as_markdown, "latex": tables.as_latex}  # and json
 
@@ -53,19 +68,21 @@ def main(words: list[str]) -> int:
             raise ReportError("\n".join([f"no finished run under {where}", *map(str, collection.missing)]))
         more = bool(options.watch) and (bool(unfinished) or not collection.runs)
         rows = compare(collection, margins)
+        first = answer(rows, _looked(rows))
         if options.form == "json":
-            print(tables.as_json(rows, collection.missing))
+            print(tables.as_json(rows, collection.missing, first))
         elif options.form:
-            print(FORMS[options.form](rows))
+            print(FORMS[options.form](rows, first))
         else:
             make_folder(options.out)
             if options.watch and sys.stdout.isatty():
                 print("\033[2J\033[H", end="")
+            print(*first, "", sep="\n")
             tables.show(rows)
             if margins:
                 print("the margins were given with --margin, not fixed before the runs: read the verdicts accordingly")
             print(*reading(rows), sep="\n")
-            _draw(rows, collection.missing, options, more)
+            _draw(rows, collection.missing, options, more, first)
         for absent in collection.missing:
             print(f"not in the table: {absent}", file=sys.stderr)
         if not more:
@@ -74,16 +91,31 @@ def main(words: list[str]) -> int:
         time.sleep(options.watch)
 
 
-def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, more: bool) -> None:
+def _draw(rows: list[Row], missing: list[Missing], options: argparse.Namespace, more: bool, first: list[str]) -> None:
     from scaling_exps.report import figures, page
 
     drawn, refresh = charts.arrange(rows), max(1, round(options.watch)) if more else None
-    print(f"page: {page.write(rows, missing, drawn, options.out, refresh, bool(options.margin))}")
+    print(f"page: {page.write(rows, missing, drawn, options.out, refresh, bool(options.margin), first)}")
     if importlib.util.find_spec("matplotlib") is None:
         print("no figures beside the page: to have them as PNG or PDF, pip install 'scalerun[figures]'")
         return
     for file in figures.draw(drawn, options.out, ("png", "pdf") if options.pdf else ("png",)):
         print(f"figure: {file}")
+
+
+def _looked(rows: list[Row]) -> dict[str, set[int]]:
+    """At how many seeds verdicts of each arm were shown before; what is shown now is noted beside its runs."""
+    before: dict[str, set[int]] = {}
+    for root in {run.path.parent for row in rows for run in row.runs}:
+        for look in looks(root):
+            if isinstance(look.get("arm"), str) and isinstance(look.get("seeds"), int):
+                before.setdefault(look["arm"], set()).add(look["seeds"])
+    for row in rows:
+        if row.shown and row.role != "base" and row.shown not in before.get(row.key, set()):
+            for root in {run.path.parent for run in row.runs}:
+                with suppress(OSError):  # a folder that cannot be written: the report is shown all the same
+                    append_look(root, {"arm": row.key, "rule": row.rule, "batch": row.batch, "seeds": row.shown})
+    return before
 
 
 def _margin(word: str) -> tuple[str, float]:

@@ -11,8 +11,10 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from scaling_exps.noise.validity import DOMINATED
+from scaling_exps.report import prediction
+from scaling_exps.report.judge import METRICS
 from scaling_exps.report.runs import Run, trajectory
-from scaling_exps.report.verdict import METRICS, Row
+from scaling_exps.report.verdict import Row
 
 GROUPS = {
     "curves": "Training and test curves against samples",
@@ -23,11 +25,14 @@ GROUPS = {
     "noise": "Gradient noise against signal",
     "svag": "SVAG: the same continuous time",
     "paper": "All batch sizes of a rule in one frame, as the paper draws them",
+    "prediction": "Displacement: predicted and measured",
 }
 ACCURACY = "test accuracy"
 NOISE, SIGNAL = "noise √(tr Σ / B)", "signal ‖∇f‖"
+EQUAL = "as predicted"
 WINDOWS = 12  # of training, over each of which noise records are pooled
 SPREAD = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "pooled over seeds"}
+SPREAD["prediction"] = "95% interval of the prediction, 90% of the measurement"
 
 
 @dataclass(frozen=True)
@@ -40,6 +45,8 @@ class Trace:
     low: list[float] | None = None
     high: list[float] | None = None
     points: bool = False
+    x_low: list[float] | None = None  # ends of the error bars along x
+    x_high: list[float] | None = None
     batch: int | None = None
     width: float = 2.0
 
@@ -60,6 +67,7 @@ class Chart:
     log_x: bool = False
     log_y: bool = False
     percent: bool = False
+    scatter: bool = False  # points stand alone, and x is a share too
     band: tuple[float, float] | None = None
     band_name: str = "counts as equal"
     setting: str = ""
@@ -76,13 +84,15 @@ def arrange(rows: list[Row]) -> list[Chart]:
     for row in rows:
         if row.runs:
             by_setting.setdefault(row.setting, []).append(row)
-    return [
+    groups = [group for group in GROUPS if group != "prediction"]
+    drawn = [
         replace(chart, setting=setting, group=group)
         for setting, members in by_setting.items()
-        for group, build in zip(GROUPS, builders, strict=True)
+        for group, build in zip(groups, builders, strict=True)
         for chart in build(members)
         if chart.traces
     ]
+    return drawn + _prediction(rows)
 
 
 def sections(drawn: list[Chart]) -> list[tuple[str, str, list[int]]]:
@@ -319,6 +329,30 @@ def _paper(rows: list[Row]) -> list[Chart]:
     return drawn
 
 
+def _prediction(rows: list[Row]) -> list[Chart]:
+    """The calibration: a point for every arm of every setting that has both, and the line where they are equal."""
+    members = prediction.compared(rows)
+    traces = []
+    for arm in dict.fromkeys(r.rule for r in members):
+        pairs = [(r.predicted, r.measured) for r in members if r.rule == arm]
+        x = [(p.deviation - 1, p.low - 1, p.high - 1) for p, _ in pairs if p]
+        y = [_error_bar(m.value - 1, m.low - 1, m.high - 1) for _, m in pairs if m]
+        (at, left, right), (up, low, high) = (map(list, zip(*v, strict=True)) for v in (x, y))
+        traces.append(Trace(arm, at, up, low, high, points=True, x_low=left, x_high=right))
+    if not traces:
+        return []
+    ends = [v for t in traces for part in (t.x, t.y, t.low, t.high, t.x_low, t.x_high) for v in part or ()]
+    line = [min(0.0, *ends), max(0.0, *ends)]
+    settings = list(dict.fromkeys(r.setting for r in members))
+    return [
+        Chart(
+            "change of |θ - θ₀| against the base", "predicted", "measured",
+            [Trace(EQUAL, line, line, width=1.2), *traces], percent=True, scatter=True,
+            setting=settings[0] if len(settings) == 1 else f"{len(settings)} settings", group="prediction",
+        )
+    ]  # fmt: skip
+
+
 @dataclass(frozen=True)
 class Style:
     """How an arm is drawn: its colour on a light and on a dark page, and its dash (plotly's words)."""
@@ -341,6 +375,7 @@ _STYLES = {
     "sqrt_without_eps": Style("#7a4a2a", "#d9a67c", "dash"),
     NOISE: Style("#c8500a", "#ff8f4d", "dot"),
     SIGNAL: Style("#0068a8", "#5ab8f0"),
+    EQUAL: Style("#555555", "#bbbbbb", "dash"),
 }
 _MORE = (
     Style("#00748a", "#5fd4e8"), Style("#a01030", "#ff8098", "dash"), Style("#5a6b00", "#c3d94a", "dot"),

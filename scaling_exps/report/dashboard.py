@@ -12,7 +12,9 @@ from typing import Any
 from scaling_exps import mirror
 from scaling_exps.records import RUNS
 from scaling_exps.report import tables, verdict
+from scaling_exps.report.answer import answer
 from scaling_exps.report.charts import test_metric
+from scaling_exps.report.judge import METRICS
 from scaling_exps.report.runs import ReportError, collect, make_folder
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
@@ -95,7 +97,7 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
         x, y = wr.Config("batch"), wr.SummaryMetric(key)
         return wr.ScatterPlot(title=f"{name} against batch", x=x, y=y, log_x=True, log_y=log)
 
-    metrics = {m: name for m, name in verdict.METRICS.items() if any(m in r.metrics for r in rows)}
+    metrics = {m: name for m, name in METRICS.items() if any(m in r.metrics for r in rows)}
     test = test_metric(rows)
     curves = {"train loss": "train/loss", f"test {test}": f"eval/{test}"}
     measured = [row for r in rows for run in r.runs for row in run.noise]
@@ -120,7 +122,7 @@ def build(rows: list[verdict.Row], entity: str, project: str) -> tuple[Any, Any]
             pinned_columns=[*columns, *(f"summary:gap/{m}" for m in metrics)],
         ),
     )
-    verdicts = "\n\n".join([tables.as_markdown(rows), *verdict.reading(rows)])
+    verdicts = "\n\n".join([*answer(rows), tables.as_markdown(rows), *verdict.reading(rows)])
     blocks: list[Any] = [wr.H1("Is the scaled run the base run?"), wr.MarkdownBlock(verdicts)]
 
     def grid(title: str, panels: list[Any], filters: str = "") -> None:

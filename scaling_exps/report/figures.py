@@ -80,8 +80,11 @@ def _axis(axis: Axes, chart: Chart, style: dict[str, Style]) -> dict[str, Any]:
         colour, dash = style[trace.arm].light, _DASHES[style[trace.arm].dash]
         marker = "o" if trace.points else None
         (handles[trace.arm],) = axis.plot(
-            trace.x, trace.y, marker=marker, ms=4, color=colour, linestyle=dash, lw=0.75 * trace.width
-        )
+            trace.x, trace.y, marker=marker, ms=4, color=colour, lw=0.75 * trace.width,
+            linestyle="none" if chart.scatter and trace.points else dash,
+        )  # fmt: skip
+        if trace.x_low is not None and trace.x_high is not None:
+            axis.hlines(trace.y, trace.x_low, trace.x_high, color=colour, lw=1.2)
         if trace.low is not None and trace.high is not None:
             if trace.points:
                 axis.vlines(trace.x, trace.low, trace.high, color=colour, lw=1.2)
@@ -109,6 +112,8 @@ def _axis(axis: Axes, chart: Chart, style: dict[str, Style]) -> dict[str, Any]:
         axis.yaxis.set_minor_locator(ticker.NullLocator())
     if chart.percent:
         axis.yaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
+        if chart.scatter:
+            axis.xaxis.set_major_formatter(ticker.PercentFormatter(1.0, decimals=None))
     if chart.group == "gap":
         axis.axhline(0, color="#888888", lw=0.8, zorder=0)
     axis.grid(alpha=0.25, lw=0.6)

@@ -21,10 +21,12 @@ from urllib.parse import quote
 import jinja2
 
 from scaling_exps import __version__, rules
-from scaling_exps.report import tables
+from scaling_exps.report import prediction, tables
+from scaling_exps.report.answer import answer
 from scaling_exps.report.charts import GROUPS, Chart, sections, styles
+from scaling_exps.report.judge import MEANING, METRICS, form
 from scaling_exps.report.runs import Missing
-from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, form, reading
+from scaling_exps.report.verdict import Row, reading
 
 
 def write(
@@ -34,12 +36,14 @@ def write(
     out: Path,
     refresh: int | None = None,
     late: bool = False,
+    first: list[str] | None = None,
 ) -> Path:
     """Write `out/index.html`, with relative links to the runs' records; returns its path.
 
     Args:
         refresh: seconds after which the page loads itself anew (while watching), or None.
         late: the margins were given with the report, not fixed before the runs; the page says so.
+        first: the answer; None: that of the rows alone.
     """
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True,
@@ -72,7 +76,11 @@ def write(
         meaning=MEANING,
         judged=any(t.margin is not None for r in rows for t in r.tests),
         late=late,
-        level_of_intervals=f"{1 - 2 * ALPHA:.0%}",
+        level_of_intervals=tables.level_of_intervals(rows),
+        answer=answer(rows) if first is None else first,
+        displaced=any(r.predicted or r.measured for r in rows),
+        displacement=tables.DISPLACEMENT,
+        both=prediction.both,
         reading=reading(rows),
         sections=[
             (setting, group, GROUPS[group], [(i, charts[i]) for i in places])
@@ -109,7 +117,7 @@ def _plain(chart: Chart) -> dict[str, Any]:
     value = asdict(chart)
     value["band"] = _round(chart.band)
     for trace in value["traces"]:
-        trace |= {k: _round(trace[k]) for k in ("x", "y", "low", "high")}
+        trace |= {k: _round(trace[k]) for k in ("x", "y", "low", "high", "x_low", "x_high")}
     return value
 
 
@@ -128,7 +136,7 @@ def _recipe(row: Row) -> tuple[str, list[tuple[str, Any, Any, str]]]:
         rule = rules.find(arm.rule)
     except rules.RuleError:  # of a package that is not here
         rule = None
-    formulas = rule.formulas() if rule and arm.kappa != 1 else {}
+    formulas = rule.formulas(arm.beta_map) if rule and arm.kappa != 1 else {}
     if arm.kappa != 1:
         formulas |= {"batch": "κ·B", "steps": "steps/κ"}
     if s.svag > 1:

@@ -14,10 +14,14 @@ from typing import Any
 
 import msgspec
 
+from scaling_exps.plan.margin import ALPHA
+from scaling_exps.report import prediction
+from scaling_exps.report.judge import MEANING, METRICS, Test, form
 from scaling_exps.report.runs import Missing
-from scaling_exps.report.verdict import ALPHA, MEANING, METRICS, Row, Test, form
+from scaling_exps.report.verdict import Row
 
-_STYLE = {"equivalent": "green", "different": "red", "base": "bold"}
+_STYLE = {"equivalent": "green", "different": "red", "base": "bold"}  # by colour
+DISPLACEMENT = "Δ |θ - θ₀| predicted"
 
 
 @dataclass(frozen=True)
@@ -27,7 +31,7 @@ class Grid:
     setting: str
     heads: list[str]
     cells: list[list[tuple[str, ...]]]
-    verdicts: list[str]
+    verdicts: list[tuple[str, str]]  # and their colours
     legend: list[str]
 
 
@@ -72,24 +76,40 @@ def grids(rows: list[Row]) -> Iterator[Grid]:
     """A grid for each setting."""
     for setting in dict.fromkeys(r.setting for r in rows):
         members = [r for r in rows if r.setting == setting]
-        shown = metrics(members)
+        shown, displaced = metrics(members), any(r.predicted or r.measured for r in members)
         cells = [
             [
                 (str(r.batch),), (f"{r.kappa:g}",), (r.rule, *(["(control)"] if r.role == "control" else [])),
                 (str(len(r.seeds)),), verdict(r),
                 *((level(r, m),) if r.role == "base" else gap(r.gaps.get(m)) for m in shown),
+                *([_moved(r)] if displaced else []),
             ]
             for r in members
         ]  # fmt: skip
         margins = {t.metric: t.margin for r in members for t in r.tests if t.margin is not None}
         fixed = ", ".join(f"{METRICS[m]} {form(m, v, '')}" for m, v in margins.items())
         legend = [
-            f"base: mean ± sd; others: mean difference to the base of that seed [{1 - 2 * ALPHA:.0%} interval]",
+            "base: mean ± sd; others: mean difference to the base of that seed "
+            f"[{level_of_intervals(members)} interval]",
             MEANING,
-            f"margins: {fixed}" if fixed else "no margin was fixed for these runs, so nothing is judged (--margin)",
+            f"margins: {fixed}" if fixed else "no margin was fixed for these runs, so nothing is judged",
         ]
         legend += [f"{r.rule}, batch {r.batch}: {remark}" for r in members for remark in r.remarks]
-        yield Grid(setting, [*FIRST, *map(head, shown)], cells, [r.verdict for r in members], legend)
+        heads = [*FIRST, *map(head, shown), *([DISPLACEMENT] if displaced else [])]
+        yield Grid(setting, heads, cells, [(r.verdict, r.colour) for r in members], legend)
+
+
+def _moved(row: Row) -> tuple[str, ...]:
+    if row.role == "base":
+        return ("",)
+    expected, found = prediction.both(row)
+    return expected, f"measured {found}"
+
+
+def level_of_intervals(rows: list[Row]) -> str:
+    """90%, or of several looks what each of them has."""
+    levels = sorted({1 - 2 * t.alpha for r in rows for t in r.tests if t.n} or {1 - 2 * ALPHA})
+    return " or ".join(f"{100 * level:.3g}%" for level in levels)
 
 
 def show(rows: list[Row]) -> None:
@@ -137,17 +157,17 @@ def _table(grid: Grid, widths: list[int]) -> Any:
     table = Table(title=grid.setting, title_justify="left")
     for i, (name, width) in enumerate(zip(grid.heads, widths, strict=False)):
         table.add_column(name, no_wrap=i < len(FIRST), width=width)
-    for verdict_, line in zip(grid.verdicts, grid.cells, strict=True):
+    for (verdict_, colour), line in zip(grid.verdicts, grid.cells, strict=True):
         cells = ["\n".join(escape(text) for part in cell for text in _lines(part)) for cell in line[: len(widths)]]
-        style = _STYLE.get(verdict_, "yellow")
+        style = _STYLE.get(colour, "yellow")
         cells[4] = cells[4].replace(verdict_, f"[{style}]{verdict_}[/]", 1)
         table.add_row(*cells)
     return table
 
 
-def as_markdown(rows: list[Row]) -> str:
-    """A table for each setting, with its legend."""
-    blocks = []
+def as_markdown(rows: list[Row], first: list[str] | None = None) -> str:
+    """A table for each setting, with its legend, after the answer."""
+    blocks = [f"**{line}**" for line in first or []]
     for grid in grids(rows):
         lines = [grid.heads, ["---"] * len(grid.heads)]
         lines += [[(" " if i != 4 else ", ").join(cell) for i, cell in enumerate(line)] for line in grid.cells]
@@ -156,15 +176,15 @@ def as_markdown(rows: list[Row]) -> str:
     return "\n\n".join(blocks)
 
 
-def as_latex(rows: list[Row]) -> str:
-    """A booktabs table for each setting."""
+def as_latex(rows: list[Row], first: list[str] | None = None) -> str:
+    """A booktabs table for each setting, after the answer as a comment."""
     special = {"\\": r"\textbackslash{}", "Δ": r"$\Delta$", "κ": r"$\kappa$", "ℓ": r"$\ell$", "±": r"$\pm$", "–": "--"}
     special |= {"|": "$|$", "-": "$-$", "[": "{[}"} | {c: "\\" + c for c in "_%&#{}$"}
 
     def line(cells: list[str]) -> str:
         return " & ".join("".join(special.get(c, c) for c in cell) for cell in cells) + r" \\"
 
-    blocks = []
+    blocks = [f"% {line}" for line in first or []]
     for grid in grids(rows):
         body = [line([" ".join(cell) for cell in cells]) for cells in grid.cells]
         blocks.append(
@@ -177,15 +197,30 @@ def as_latex(rows: list[Row]) -> str:
     return "\n\n".join(blocks)
 
 
-def as_json(rows: list[Row], missing: list[Missing]) -> str:
+def as_json(rows: list[Row], missing: list[Missing], first: list[str] | None = None) -> str:
     """Rows and what is not in them; a number that is none is null."""
-    keys = ("setting", "rule", "batch", "kappa", "role", "seeds", "verdict", "seeds_needed", "power", "remarks")
+    keys = (
+        "setting",
+        "rule",
+        "batch",
+        "kappa",
+        "role",
+        "seeds",
+        "verdict",
+        "seeds_needed",
+        "power",
+        "remarks",
+        "looks",
+    )
     value = {
+        "answer": first or [],
         "alpha": ALPHA,
+        "calibration": prediction.calibration(rows),
         "rows": [
             {k: getattr(r, k) for k in keys}
             | {"metrics": {k: {"mean": m, "sd": s} for k, (m, s) in r.metrics.items()}}
             | {"gaps": {t.metric: {k: v for k, v in asdict(t).items() if k != "metric"} for t in r.tests}}
+            | {"displacement": {"predicted": r.predicted and r.predicted.to_json(), "measured": r.measured}}
             | {"run_ids": [run.spec.run_id for run in r.runs]}
             for r in rows
         ],
@@ -197,7 +232,7 @@ def as_json(rows: list[Row], missing: list[Missing]) -> str:
     return json.dumps(finite, indent=1, allow_nan=False)
 
 
-def as_csv(rows: list[Row]) -> str:
+def as_csv(rows: list[Row], first: list[str] | None = None) -> str:
     """One line for each arm, batch and metric."""
     text = io.StringIO()
     out = csv.writer(text, lineterminator="\n")

@@ -1,21 +1,12 @@
-"""Is the scaled run the base run? Two one-sided tests at a margin that was fixed beforehand. See docs/comparison.md.
+"""Is the scaled run the base run? Runs paired by seed -> rows with verdicts. See docs/comparison.md.
 
-    d_i     metric of the scaled run of seed i minus that of the base run of seed i   units of the metric
-    n       pairs                                                                     >= 3 for a verdict
-    m       mean of d_i;  s its standard deviation;  se = s / sqrt(n)
-    delta   margin: the largest |gap| that still counts as the same run               units of the metric
-    K       metrics with a margin
-
-    equivalent    |m| + t(1 - alpha, n-1) se < delta        for every metric    (intersection-union: no correction)
-    different     |m| - t(1 - alpha/K, n-1) se > delta      for some metric     (Bonferroni over the metrics)
-    inconclusive  neither
-
-For normal d: with a true |gap| of delta or more, `equivalent` has probability <= alpha; with one of delta or less,
-`different` has, up to 2 alpha where se passes about 2 delta. An arm that diverges on every seed is `different`.
+`judge` tests one metric; here is what is compared with what, and what an arm's verdict means. An arm that diverges on
+every seed is `different`.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 from collections import defaultdict
@@ -25,49 +16,13 @@ from typing import Any
 
 import msgspec
 import numpy as np
-from scipy.special import stdtr, stdtrit  # scipy.stats would take longer to import than the whole table
 
+from scaling_exps.noise.validity import Validity
 from scaling_exps.plan import Arm, RunSpec
+from scaling_exps.plan.margin import ALPHA, ENOUGH, spent
+from scaling_exps.report import prediction
+from scaling_exps.report.judge import METRICS, Test, conclude, form, judge, mean_sd
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, trajectory
-
-ALPHA = 0.05
-POWER = 0.8  # with which the number of seeds that is named would decide
-ENOUGH = 3  # seeds; below, no verdict
-MAX_SEEDS = 1000  # search limit
-METRICS = {  # in the order of the tables, and what they are called; `MEANING` says more
-    "test_accuracy": "test accuracy",
-    "test_loss": "test loss",
-    "perplexity": "test perplexity",
-    "train_loss": "final train loss",
-    "trajectory": "|Δ train loss|",
-    "weight_norm": "weight norm",
-}
-MEANING = (
-    "final train loss: mean over the last tenth of the samples; |Δ train loss|: mean over training, at equal samples"
-)
-_DIGITS = {"test_accuracy": ".2%", "weight_norm": ".2f", "perplexity": ".3f"}
-
-
-def form(metric: str, value: float, sign: str = "+") -> str:
-    """A value of a metric, or a difference of two, as it is printed everywhere."""
-    return format(value, sign + _DIGITS.get(metric, ".4f")) if math.isfinite(value) else "–"
-
-
-@dataclass(frozen=True)
-class Test:
-    """One metric of one arm against the base. The interval has level 1 - 2 alpha (90%)."""
-
-    metric: str
-    n: int
-    difference: float
-    sd: float
-    low: float
-    high: float
-    margin: float | None
-    verdict: str
-    seeds_needed: int | None  # None: decided, cannot be judged, or more than MAX_SEEDS
-
-    __test__ = False  # not pytest's
 
 
 @dataclass(frozen=True)
@@ -88,6 +43,10 @@ class Row:
     remarks: tuple[str, ...]
     runs: tuple[Run, ...] = field(repr=False)
     power: str = ""  # of an arm that is not different: which controls are, at its batch, or that none is
+    key: str = ""  # what the arm is, whatever else lies beside it: of the setting, rule and batch
+    looks: tuple[int, ...] = ()  # seeds at which it was declared to be judged; none: once, at the end
+    predicted: Validity | None = None  # from the base runs' noise, of a rule under test
+    measured: prediction.Change | None = None
 
     @property
     def gaps(self) -> dict[str, Test]:
@@ -98,89 +57,19 @@ class Row:
         return self.power.startswith("no power")
 
     @property
+    def shown(self) -> int:
+        """Pairs of a row that shows a verdict; 0 where it shows none."""
+        judged = self.verdict in ("equivalent", "different", "inconclusive")
+        return max((t.n for t in self.tests if t.margin is not None), default=0) if judged else 0
+
+    @property
+    def colour(self) -> str:
+        """What the verdict may look like: `equivalent` without power is no good news."""
+        return "unproven" if self.verdict == "equivalent" and self.powerless else self.verdict.replace(" ", "-")
+
+    @property
     def arm(self) -> Arm:
         return next(a for a in self.runs[0].spec.arms if label(self.runs[0].spec, a) == self.rule)
-
-
-def judge(metric: str, differences: Iterable[float], margin: float | None, family: int = 1) -> Test:
-    """Test paired differences against a margin.
-
-    Args:
-        metric: its name, for the record.
-        differences: one for each seed, in the metric's unit; those that are not finite are left out.
-        margin: > 0 in the same unit, or None: then there is an interval and no verdict.
-        family: K, the number of metrics that are judged together.
-
-    >>> judge("train_loss", [0.01, -0.01, 0.0, 0.01], 0.05).verdict
-    'equivalent'
-    >>> judge("train_loss", [0.21, 0.19, 0.2, 0.21], 0.05).verdict
-    'different'
-    >>> judge("train_loss", [0.01, -0.01], 0.05).verdict
-    'too few seeds'
-    """
-    d = [x for x in differences if math.isfinite(x)]
-    n, (mean, sd) = len(d), _mean_sd(d)
-    se = sd / math.sqrt(max(n, 1))
-    reach = float(stdtrit(n - 1, 1 - ALPHA)) * se
-    verdict = "inconclusive"
-    if n == 0:
-        verdict = "no result"
-    elif margin is None:
-        verdict = "no margin"
-    elif n < ENOUGH:
-        verdict = "too few seeds"
-    elif abs(mean) + reach < margin:
-        verdict = "equivalent"
-    elif abs(mean) - float(stdtrit(n - 1, 1 - ALPHA / family)) * se > margin:
-        verdict = "different"
-    more = margin is not None and n > 1 and verdict in ("inconclusive", "too few seeds")
-    needed = seeds_needed(mean, sd, margin, family) if more and margin else None
-    return Test(metric, n, mean, sd, mean - reach, mean + reach, margin, verdict, needed)
-
-
-def seeds_needed(gap: float, sd: float, margin: float, family: int = 1) -> int | None:
-    """The fewest seeds with which the test decides with probability 0.8, were `gap` and `sd` the true ones.
-
-    A shifted t distribution stands for the noncentral one. None: more than 1,000.
-
-    >>> seeds_needed(0.0, 0.05, 0.05)
-    11
-    """
-    n = np.arange(ENOUGH, MAX_SEEDS + 1)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        se = np.maximum(sd / np.sqrt(n), 1e-300)
-        if abs(gap) < margin:
-            q = stdtrit(n - 1, 1 - ALPHA)
-            chance = stdtr(n - 1, (margin - gap) / se - q) + stdtr(n - 1, (margin + gap) / se - q) - 1
-        else:
-            chance = stdtr(n - 1, (abs(gap) - margin) / se - stdtrit(n - 1, 1 - ALPHA / family))
-    good = np.flatnonzero(chance >= POWER)
-    return int(n[good[0]]) if len(good) else None
-
-
-def conclude(tests: Iterable[Test], failed: int = 0) -> tuple[str, int | None]:
-    """The verdict of an arm from those of its metrics, and how many seeds would decide it.
-
-    Args:
-        tests: of all metrics; those without a margin say nothing.
-        failed: seeds of the arm that failed or gave no number. They are missing for a reason, and not at random: with
-            one of them the arm is never `equivalent`.
-    """
-    judged = [t for t in tests if t.margin is not None]
-    if not judged:
-        return ("no margin" if any(t.n for t in tests) else "no result"), None
-    verdicts = {t.verdict for t in judged}
-    for decisive in ("different", "too few seeds"):
-        if decisive in verdicts:
-            return decisive, None
-    if verdicts == {"no result"}:
-        return "no result", None
-    if verdicts == {"equivalent"}:
-        return ("inconclusive" if failed else "equivalent"), None
-    if apart := [t.seeds_needed for t in judged if t.seeds_needed and t.margin and abs(t.difference) > t.margin]:
-        return "inconclusive", min(apart)
-    needed = [t.seeds_needed for t in judged if t.verdict != "equivalent"]
-    return "inconclusive", None if None in needed else max(n for n in needed if n)
 
 
 def label(spec: RunSpec, arm: Arm) -> str:
@@ -257,16 +146,21 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
     finished = {r.spec.run_id: r for r in collection.runs}
     failed = {m.spec.run_id for m in collection.missing if m.spec and m.state == "failed"}
     rows = [
-        _row(names[setting], rule, cell, seeds[setting], finished, failed, margins)
-        for (setting, rule, _), cell in cells.items()
+        _row(names[setting], _key(setting, rule, batch), rule, cell, seeds[setting], finished, failed, margins)
+        for (setting, rule, batch), cell in cells.items()
     ]
     order, roles = list(names.values()), ("base", "rule", "control")
     rows.sort(key=lambda r: (order.index(r.setting), r.role != "base", r.batch, roles.index(r.role), r.rule))
     return [replace(row, power=_power(row, rows)) for row in rows]
 
 
+def _key(*parts: object) -> str:
+    return hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+
 def _row(
     setting: str,
+    key: str,
     rule: str,
     cell: list[_Member],
     expected: set[int],
@@ -294,8 +188,10 @@ def _row(
         remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
     remarks += [f"seed {run.spec.science.seed}: {note}" for run in runs for note in run.notes]
     values = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
-    metrics = {m: _mean_sd(v) for m, v in values.items() if v}
+    metrics = {m: mean_sd(v) for m, v in values.items() if v}
     tests: list[Test] = []
+    looks: tuple[int, ...] = ()
+    expected_change, change = None, None
     verdict, needed = "base" if runs and rule == "base" else "no result", None
     if rule != "base":
         pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
@@ -306,22 +202,34 @@ def _row(
             remarks.append("its runs were made with different margins: the smallest counts")
         differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in metrics}
         family = max(1, sum(m in allowed for m in differences))
-        tests = [judge(m, d, allowed.get(m), family) for m, d in differences.items()]
+        looks = max((r.spec.looks for r in runs), key=lambda x: (len(x), x), default=())
+        if any(r.spec.looks != looks for r in runs):
+            remarks.append("its runs were made with different looks: the most of them count")
+        alpha = spent(looks, len(pairs)) if allowed else ALPHA
+        tests = [judge(m, d, allowed.get(m), family, alpha or ALPHA) for m, d in differences.items()]
         tests += [judge(m, [], v) for m, v in allowed.items() if m not in differences]
         if pairs:
             lost = sum(m.state == "failed" for m, _, _ in absent) + sum(bad for _, bad in unpaired)
             lost += max((len(pairs) - t.n for t in tests if t.margin is not None), default=0)
             verdict, needed = conclude(tests, lost)
+            if alpha is None:
+                tests = [replace(t, verdict="too few seeds") if t.margin is not None else t for t in tests]
+                verdict, needed = "too few seeds", None
+                remarks.append(f"the first look was declared at {looks[0]} seeds")
             if lost and verdict != "different":
                 remarks.append("a seed that failed, whose base failed, or that gave no number rules out `equivalent`")
         elif not members and all(m.diverged for m, _, _ in absent):
             healthy = sum(a.base_run_id in finished for _, _, a in absent)
             verdict = "different" if healthy >= ENOUGH else "too few seeds"
             remarks = [f"diverged on every seed ({healthy}), where the base runs did not"] if healthy else remarks
+        change = prediction.measured(pairs)
     spec, arm = cell[0][1], members[0][1] if members else absent[0][2]
+    if rule != "base" and members:
+        expected_change = prediction.predicted(spec, arm, [b for _, b in pairs])
     return Row(
         setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)), metrics,
         tuple(tests), verdict, needed, tuple(dict.fromkeys(remarks)), runs,
+        key=key, looks=looks, predicted=expected_change, measured=change,
     )  # fmt: skip
 
 
@@ -359,14 +267,6 @@ def _power(row: Row, rows: list[Row]) -> str:
     return "no power: no control was told apart" if controls else "no power: no control was run"
 
 
-def _mean_sd(values: list[float]) -> tuple[float, float]:
-    v = [x for x in values if math.isfinite(x)]
-    if not v:
-        return math.nan, math.nan
-    mean = math.fsum(v) / len(v)
-    return mean, math.sqrt(math.fsum((x - mean) ** 2 for x in v) / (len(v) - 1)) if len(v) > 1 else math.nan
-
-
 def reading(rows: list[Row]) -> list[str]:
     """What the table says in words, of each rule under test at each batch, and of the controls beside it.
 
@@ -380,17 +280,19 @@ def reading(rows: list[Row]) -> list[str]:
         if controls := _controls(row, rows):
             text += f". Controls: {'; '.join(f'{r.rule!r} {_because(r)}' for r in controls)}"
         lines.append(text)
+        if said := prediction.sentence(row):
+            lines.append(f"  {said}")
         if row.powerless and row.verdict == "equivalent":
             lines.append(
                 f"  {row.power}: nothing lost that could have, so this speaks neither for {row.rule} nor against"
             )
-    return lines
+    return [*lines, *prediction.calibration(rows)]
 
 
 def _because(row: Row) -> str:
     """The verdict; of one that is different, the metrics that say so, with their differences."""
     if row.verdict != "different":
-        return row.verdict
+        return {"no margin": "not judged (no margin)"}.get(row.verdict, row.verdict)
     apart = [t for t in row.tests if t.verdict == "different"]
     numbers = ", ".join(f"{METRICS[t.metric]} {form(t.metric, t.difference)}" for t in apart)
     return f"different ({numbers or 'diverged on every seed'})"

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import get_args
 
-from scaling_exps.rules.move import Evidence, Family, Goal, Hyper, Move, RuleError
+from scaling_exps.rules.move import BetaMap, Evidence, Family, Goal, Hyper, Move, RuleError
 
 QUESTIONS: dict[Goal, str] = {
     "match": "which hyperparameters make this the same run as the base?",
@@ -81,8 +81,8 @@ class Rule:
         """`base` after `move`; must be `base` where kappa and duration are 1, and compose."""
         raise NotImplementedError
 
-    def formulas(self) -> dict[str, str]:
-        """What happens to lr, betas, eps and weight_decay, as text."""
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
+        """What happens to lr, betas, eps and weight_decay under this beta map, as text."""
         raise NotImplementedError
 
     def ema(self, decay: float, kappa: float) -> float:

@@ -6,7 +6,7 @@ import functools
 import math
 from dataclasses import dataclass, replace
 
-from scaling_exps.rules.move import Family, Hyper, Move, RuleError
+from scaling_exps.rules.move import BetaMap, Family, Hyper, Move, RuleError
 from scaling_exps.rules.rule import Rule
 
 ENTRY_POINTS = "scalerun.rules"
@@ -50,14 +50,16 @@ class Powers(Rule):
     def ema(self, decay: float, kappa: float) -> float:
         return float(decay ** (kappa**self.ema_exponent))
 
-    def formulas(self) -> dict[str, str]:
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
         """What happens to each hyperparameter, as text.
 
         >>> RULES["sqrt"].formulas()["betas"]
         '1 - κ·(1 - β)'
+        >>> RULES["sqrt"].formulas("power")["betas"]
+        'β^κ'
         """
         r = "(κ/δ)" if self.moves_duration else "κ"
-        beta = f"β^{r}" if self.half_lives else f"1 - {r}·(1 - β)"
+        beta = f"β^{r}" if self.half_lives or beta_map == "power" else f"1 - {r}·(1 - β)"
         both = self.beta1 and self.beta2
         return {
             "lr": _power("η", self.lr, r),
@@ -80,8 +82,11 @@ class LinearMomentum(Rule):
         gain = math.prod((1 - new) / (1 - old) for new, old in zip(betas, base.betas, strict=True))
         return replace(base, lr=base.lr * move.kappa * gain, betas=betas)
 
-    def formulas(self) -> dict[str, str]:
-        return _ALONE | {"lr": "κ·η·(1 - μ')/(1 - μ) = κ²·η (κ·η where μ = 0)", "betas": "μ' = 1 - κ·(1 - μ)"}
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
+        gain = "κ·η·(1 - μ')/(1 - μ)"
+        if beta_map == "power":
+            return _ALONE | {"lr": gain, "betas": "μ' = μ^κ"}
+        return _ALONE | {"lr": f"{gain} = κ²·η (κ·η where μ = 0)", "betas": "μ' = 1 - κ·(1 - μ)"}
 
 
 class Timescale(Rule):
@@ -90,7 +95,7 @@ class Timescale(Rule):
     def apply(self, base: Hyper, move: Move) -> Hyper:
         return replace(base, weight_decay=base.weight_decay * move.kappa / move.duration)
 
-    def formulas(self) -> dict[str, str]:
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
         return _ALONE | {"weight_decay": "λ·κ/δ (any η': λ·κ·(η/η')/δ)"}
 
 
@@ -110,7 +115,7 @@ class Gain(Rule):
         ratio = move.noise_scale / move.base_batch
         return replace(base, lr=base.lr * ((1 + ratio) / (1 + ratio / move.kappa)) ** self.exponent)
 
-    def formulas(self) -> dict[str, str]:
+    def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
         gain = "(1 + B_n/B0)/(1 + B_n/B)"
         return _ALONE | {"lr": f"η·{gain}" if self.exponent == 1 else f"η·√[{gain}]"}
 

@@ -148,7 +148,7 @@ class _Recorder:
         rows = self.run_dir.records().rows
         train, test = (next(r for r in reversed(rows) if r["kind"] == kind) for kind in ("train", "eval"))
         named = {"test_loss": "loss", "test_accuracy": "accuracy"} | {
-            k: k for k in ("perplexity", "bits_per_byte", "weight_norm")
+            k: k for k in ("perplexity", "bits_per_byte", "weight_norm", "displacement")
         }
         memory = provenance.peak_memory(t.device)
         print(
@@ -162,6 +162,7 @@ class _Recorder:
             "status": "finished",
             "metrics": {"train_loss": train["loss"], **{name: test[k] for name, k in named.items() if k in test}},
             **_noise_fields(rows, s.batch),
+            "test_examples": t.stream.test_size,
             "seconds": round(t.seconds, 3),
             "samples_per_second": round(t.rate, 2),
             "peak_memory_bytes": memory,

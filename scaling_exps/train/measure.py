@@ -13,7 +13,7 @@ from scaling_exps import data, models, optim
 from scaling_exps.noise import estimators
 from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks
-from scaling_exps.train.trainer import Trainer, mean_loss
+from scaling_exps.train.trainer import Trainer, build_net, mean_loss
 
 EVALUATION_BATCH = 250  # test images at once; no result depends on it
 
@@ -63,12 +63,21 @@ def evaluate(t: Trainer) -> dict[str, Any]:
     total, correct, count = ranks.total(sums).tolist()
     mean = total / count
     weight_norm = float(nn.utils.get_total_norm([p.detach() for p in net.parameters()]))
+    moved = {"displacement": displacement(t)} if t.step == s.steps else {}
     if not isinstance(t.stream, data.TokenStream):
-        return t.record("eval", loss=mean, accuracy=correct / count, weight_norm=weight_norm)
-    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "weight_norm": weight_norm}
+        return t.record("eval", loss=mean, accuracy=correct / count, weight_norm=weight_norm, **moved)
+    metrics = {"loss": mean, "perplexity": math.exp(min(mean, 700.0)), "weight_norm": weight_norm} | moved
     if not t.stream.hidden:
         metrics["bits_per_byte"] = mean / math.log(2) / t.stream.bytes_per_token
     return t.record("eval", **metrics)
+
+
+@torch.no_grad()
+def displacement(t: Trainer) -> float:
+    """|θ − θ_0|: how far training has come from the weights that the seed begins with, which are built anew."""
+    begun = build_net(t.spec).to(t.device).parameters()
+    moved = [p.float() - q.float() for p, q in zip(t.net.parameters(), begun, strict=True) if p.requires_grad]
+    return float(nn.utils.get_total_norm(moved))
 
 
 def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
