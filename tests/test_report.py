@@ -514,6 +514,7 @@ def test_equivalent_without_power_is_not_green(tmp_path: Path) -> None:
         assert ("equivalent", colour) in grid.verdicts and (colour in tables._STYLE) == (name == "b")
         text = page.write(rows, [], [], tmp_path / name / "out").read_text()
         assert f'class="verdict {colour}"' in text
+        assert ("1 equivalent without power" in text) == (name == "a")
 
 
 # ---- looks ----
@@ -550,6 +551,7 @@ def test_declared_looks_are_tested_at_their_share(tmp_path: Path) -> None:
     make(tmp_path / "a", (4, 16), seeds=range(5), words=[*DEMO, "looks=[5,10]"])
     rows = rows_of(tmp_path / "a")
     assert row(rows, "sqrt", 16).gaps["train_loss"].alpha == 0.025 and tables.level_of_intervals(rows) == "95%"
+    assert "shares of alpha: 5 (0.025), 10 (0.025)" in tables.as_markdown(rows)
     make(tmp_path / "b", (4, 16), seeds=range(4), words=[*DEMO, "looks=[5,10]"])
     early = row(rows_of(tmp_path / "b"), "sqrt", 16)
     assert early.verdict == "too few seeds" and "the first look was declared at 5 seeds" in early.remarks

@@ -37,8 +37,10 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
         proposal = margins.proposed(specs, root)
         if proposal.first:
             print(*proposal.lines, sep="\n", flush=True)
-            if not _start(proposal.first, config) or not all(RunDir(root / s.run_id).result() for s in proposal.first):
-                return False
+            done = _start(proposal.first, config)
+            if not all(RunDir(root / s.run_id).state() == "finished" for s in proposal.first):
+                print("margin=auto: when the base runs have finished, the same command goes on with the others")
+                return done
             proposal = margins.proposed(specs, root)
         print(*proposal.lines, sep="\n", flush=True)
         specs = proposal.specs

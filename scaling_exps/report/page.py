@@ -60,7 +60,9 @@ def write(
         refresh=refresh,
         settings=settings,
         run_count=len({run.spec.run_id for row in rows for run in row.runs}),
-        verdicts=Counter(r.verdict for r in rows if r.role == "rule"),
+        verdicts=Counter(
+            "equivalent without power" if r.colour == "unproven" else r.verdict for r in rows if r.role == "rule"
+        ),
         filters=[
             ("setting", "Model", settings),
             ("rule", "Rule", list(dict.fromkeys(r.rule for r in rows))),

@@ -14,7 +14,7 @@ from typing import Any
 
 import msgspec
 
-from scaling_exps.plan.margin import ALPHA
+from scaling_exps.plan.margin import ALPHA, spent
 from scaling_exps.report import prediction
 from scaling_exps.report.judge import MEANING, METRICS, Test, form
 from scaling_exps.report.runs import Missing
@@ -94,6 +94,9 @@ def grids(rows: list[Row]) -> Iterator[Grid]:
             MEANING,
             f"margins: {fixed}" if fixed else "no margin was fixed for these runs, so nothing is judged",
         ]
+        if looks := next((r.looks for r in members if r.looks), ()):
+            shares = ", ".join(f"{n} ({spent(looks, n) or 0:.3g})" for n in looks)
+            legend.append(f"looks were declared at these numbers of seeds, with these shares of alpha: {shares}")
         legend += [f"{r.rule}, batch {r.batch}: {remark}" for r in members for remark in r.remarks]
         heads = [*FIRST, *map(head, shown), *([DISPLACEMENT] if displaced else [])]
         yield Grid(setting, heads, cells, [(r.verdict, r.colour) for r in members], legend)
