@@ -26,9 +26,9 @@ from scaling_exps.config import GPT, Config, Cost, Roberta, SlurmLaunch, TokenDa
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import RunDir
 
-# Peak of a card in FLOP/s, dense, at (float32 without tensor cores, bfloat16 with them): as NVIDIA's data sheets of
-# the SXM forms give it (recalled, not looked up here). The loop asks for no TF32; cuDNN's convolutions take it all the same, so that
-# float32 networks of convolutions can be faster than this. None: the card has no bfloat16.
+# Peak of a card in FLOP/s, dense, at (float32 without tensor cores, bfloat16 with them), as NVIDIA's data sheets of the
+# SXM forms give it (recalled, not looked up here). The loop asks for no TF32; cuDNN's convolutions take it all the
+# same, so float32 networks of convolutions can be faster than this. None: the card has no bfloat16.
 CARDS: dict[str, tuple[float, float | None]] = {
     "a100": (19.5e12, 312e12),
     "h100": (67e12, 989e12),
