@@ -242,7 +242,7 @@ def noise_scale(t: Trainer) -> Noise:
 
     template = torch.cat([p.detach().flatten() for p in t.parameters])
     (estimate,) = estimators.full(gradients, n, b, [None], template)
-    if not estimate.enough:
+    if not (estimate.inverse.low > 0 and estimate.trace.low > 0):  # told from 0: it is printed with its interval
         return Noise(None, None, None, n, b)
     inverse = estimate.inverse
     return Noise(1 / inverse.value, 1 / inverse.high, 1 / inverse.low, n, b)
