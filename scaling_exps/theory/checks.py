@@ -346,9 +346,13 @@ def _adam(name: str, hyper: Hyper, noise: np.ndarray, kappa: int = 1) -> np.ndar
     optimizer = optim.build(name, [x], hyper)
     with threadpool_limits(1, "openmp"):
         for k, z in enumerate(micro, start=1):
-            optimizer.zero_grad()
-            for g in x.detach() + z:  # (paths,) of each micro-batch, added up as in training
-                (x @ g / kappa).backward()
+            g = x.detach() + z  # (kappa, paths)
+            if name == "invariant_adam":  # it hears each micro-batch
+                optimizer.zero_grad()
+                for row in g:
+                    (x @ row / kappa).backward()
+            else:
+                x.grad = g.mean(0)
             optimizer.step()
             if k in observe:
                 seen.append(x.numpy(force=True).copy())
