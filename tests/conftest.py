@@ -10,7 +10,7 @@ import pytest
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # a shell's background job, whose children would ignore Ctrl-C too
+if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; our children would inherit it
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
