@@ -1,6 +1,7 @@
 """Do two checkouts train the same numbers? Eight tiny runs with each; metrics, records and weights equal to the bit.
 
     python scripts/compare_checkouts.py OLD NEW --folder FOLDER [--old-words WORD ...] [--new-words WORD ...]
+        [--ignore FIELD ...]
 
 OLD and NEW are folders of code. Each plans and trains through its own command line, with its own conf/; words are for
 keys that one of the two names differently. Runs are kept below FOLDER, and a run that has finished is not trained
@@ -55,15 +56,16 @@ def train(checkout: Path, words: list[str], folder: Path) -> Path:
     return runs[0]
 
 
-def differences(old: Path, new: Path) -> list[str]:
+def differences(old: Path, new: Path, ignored: list[str]) -> list[str]:
     """What differs between two finished runs, one a line; empty where they are equal to the bit."""
     metrics = (json.loads((run / "result.json").read_text())["metrics"] for run in (old, new))
-    lines = [f"metric {change}" for change in _changes(*metrics)]
+    lines = [f"metric {change}" for change in _changes(*metrics, ignored)]
     rows, other_rows = _records(old), _records(new)
     if len(rows) != len(other_rows):
         lines.append(f"records: {len(rows)} -> {len(other_rows)}")
     for row, other_row in zip(rows, other_rows, strict=False):
-        lines += [f"{row['kind']} record at step {row['step']}, {change}" for change in _changes(row, other_row)]
+        found = _changes(row, other_row, ignored)
+        lines += [f"{row['kind']} record at step {row['step']}, {change}" for change in found]
     weights, other_weights = _weights(old), _weights(new)
     if list(weights) != list(other_weights):
         lines.append(f"weights: {', '.join(weights)} -> {', '.join(other_weights)}")
@@ -74,12 +76,12 @@ def differences(old: Path, new: Path) -> list[str]:
     return lines
 
 
-def _changes(old: dict[str, Any], new: dict[str, Any]) -> list[str]:
+def _changes(old: dict[str, Any], new: dict[str, Any], ignored: list[str]) -> list[str]:
     """The entries that two objects do not share, NaN being equal to itself."""
     return [
         f"{name}: {old.get(name)} -> {new.get(name)}"
         for name in dict.fromkeys([*old, *new])
-        if json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
+        if name not in ignored and json.dumps(old.get(name, "absent")) != json.dumps(new.get(name, "absent"))
     ]
 
 
@@ -100,6 +102,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--folder", type=Path, required=True, help="where the runs are kept")
     parser.add_argument("--old-words", nargs="*", default=[], help="words that only OLD is given")
     parser.add_argument("--new-words", nargs="*", default=[], help="words that only NEW is given")
+    parser.add_argument("--ignore", nargs="*", default=[], help="fields of records that only one of the two writes")
     parser.add_argument("--cases", nargs="*", choices=CASES, default=list(CASES))
     options = parser.parse_args(argv)
     sides = {"old": (options.old, options.old_words), "new": (options.new, options.new_words)}
@@ -114,7 +117,7 @@ def main(argv: list[str] | None = None) -> int:
             print(f"{case}: not finished: {error}", flush=True)
             code = 2
             continue
-        lines = differences(old, new)
+        lines = differences(old, new, options.ignore)
         verdict = "DIFFERENT" if lines else "equal"
         print(f"{case}: {verdict}  ({len(_records(old))} records, {len(_weights(old))} tensors)")
         print("".join(f"    {line}\n" for line in lines[:20]), end="", flush=True)
