@@ -23,9 +23,9 @@ def record(samples: int, b_noise: float, error: float = 0.1) -> dict[str, Any]:
             "b_noise": b_noise, "r": 4 / b_noise}  # fmt: skip
 
 
-def based(root: Path, rows: list[dict[str, Any]]) -> list[plan.RunSpec]:
+def based(root: Path, rows: list[dict[str, Any]], *words: str) -> list[plan.RunSpec]:
     """A plan whose base run has these records."""
-    runs = specs("batch=[4,16,64]", "recipe.batch=4", "recipe.samples=1024")
+    runs = specs("batch=[4,16,64]", "recipe.batch=4", "recipe.samples=1024", *words)
     run_dir = prepare(root, runs[0])
     with run_dir.writer() as writer:
         for row in rows:
@@ -94,3 +94,26 @@ def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(tradeoff.TradeoffError, match=r"--figure needs matplotlib: pip install 'scalerun\[figures\]'"):
         tradeoff.draw(trades, [4], tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    ("words", "predicted"),
+    [
+        (["rule=sqrt"], True),
+        (["rule=none"], False),
+        (["optimizer=sgd", "recipe.momentum=0", "rule=linear"], False),
+        (["optimizer=invariant_adam", "rule=invariant"], False),
+    ],
+)
+def test_a_prediction_is_made_for_the_square_root_rule_alone(words: list[str], predicted: bool, tmp_path: Path) -> None:
+    """Fails if SGD, an Adam that needs no dominating noise, or a control were given the square-root rule's number."""
+    runs = based(tmp_path, [record(n, 400.0) for n in (256, 512, 768, 1024)], *words)
+    described = validity.describe(runs, tmp_path, None)
+    assert "base batch" in described[runs[0].run_id]["text"]
+    for spec in runs[1:]:
+        assert ("deviation" in described[spec.run_id]) == predicted
+        assert ("no prediction" in described[spec.run_id]["text"]) != predicted
+    (t,) = tradeoff.of(runs, tmp_path, None)
+    adaptive = runs[0].science.family == "adaptive"
+    assert ("predicted to hold" in tradeoff.paragraph(t, [4, 16])) == adaptive
+    tradeoff.draw([t], [4, 16], tmp_path / "figure.png")

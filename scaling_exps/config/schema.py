@@ -468,7 +468,8 @@ def _group(groups: list[type[Group]], raw: Any, key: str, faults: list[str]) -> 
     kind = by.get(raw.get(tag) if tag else None) if isinstance(raw, dict) else None
     if kind is None:
         given = f"{key}.{tag}={raw.get(tag)!r}" if isinstance(raw, dict) else f"{key}={raw!r}"
-        options = "one of " + ", ".join(map(str, by)) if tag else "a group of keys, or the name of one of its options"
+        keys = ", ".join(f"{key}.{f.name}" for f in msgspec.structs.fields(groups[0]) if f.name != "words")
+        options = "one of " + ", ".join(map(str, by)) if tag else f"given by its keys: {keys}"
         faults.append(f"{given} must be {options}")
         return None
     fields = {f.name: f for f in msgspec.structs.fields(kind)}

@@ -29,7 +29,7 @@ class Tradeoff:
     """Of one recipe: what the noise records of its base run say, and what follows.
 
     b_noise: None where they give bounds alone; largest: the batch, in doublings of the base's, up to which the rule is
-    predicted to hold, the base batch where no larger one is.
+    predicted to hold, the base batch where no larger one is; None where nothing is predicted (no adaptive optimizer).
     """
 
     spec: RunSpec
@@ -37,7 +37,7 @@ class Tradeoff:
     rows: list[dict[str, Any]]
     at_base: validity.Validity
     b_noise: float | None
-    largest: int
+    largest: int | None
 
     @property
     def base(self) -> int:
@@ -56,7 +56,8 @@ def of(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[Tradeoff
         told = validity.assess(rows, base, base)
         out[recipe] = None
         if told is not None:
-            out[recipe] = Tradeoff(spec, source, rows, told, told.b_noise_point, _largest(rows, base))
+            largest = _largest(rows, base) if spec.science.family == "adaptive" else None
+            out[recipe] = Tradeoff(spec, source, rows, told, told.b_noise_point, largest)
     return [t for t in out.values() if t is not None]
 
 
@@ -90,6 +91,8 @@ def paragraph(t: Tradeoff, batches: list[int]) -> str:
             f"From batch {pays} on the next doubling no longer pays: it adds a larger share of samples than it saves "
             "of steps" + (", and the base batch lies above." if t.b_noise / 2 < t.base else ".")
         )
+    if t.largest is None:
+        return " ".join(said)
     said.append(
         f"The rule is predicted to hold up to batch {t.largest:,}, with a change of the displacement under {HOLDS:.0%}."
         if t.largest > t.base
@@ -140,13 +143,14 @@ def _row(left: Any, right: Any, t: Tradeoff, b_noise: float, batches: list[int])
         b_noise / 2, color="tab:green", lw=0.8, ls="-.", label=f"the next doubling no longer pays: {b_noise / 2:,.0f}"
     )
     left.set(yscale="log", ylabel=f"to the same loss, over batch {t.base}")
+    right.set_visible(t.largest is not None)
     doublings = [t.base * 2**i for i in range(int(math.log2(end / t.base)) + 1)]
     told = [(b, v) for b in doublings if (v := validity.assess(t.rows, b, t.base)) is not None]
     right.plot([b for b, _ in told], [100 * (v.deviation - 1) for _, v in told], color="tab:red", marker=".", ms=4)
     low, high = ([100 * (getattr(v, side) - 1) for _, v in told] for side in ("low", "high"))
     right.fill_between([b for b, _ in told], low, high, color="tab:red", alpha=0.15, linewidth=0)
     right.axhline(-100 * HOLDS, color="grey", lw=0.8, ls=":", label=f"-{HOLDS:.0%}: the rule should hold above")
-    if t.largest > t.base:
+    if t.largest is not None and t.largest > t.base:
         right.axvline(t.largest, color="tab:green", lw=0.8, ls="-.", label=f"holds up to {t.largest:,}, by the records")
     right.set(ylabel="predicted change of the displacement, %")
     for axis in (left, right):

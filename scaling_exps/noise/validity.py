@@ -25,7 +25,7 @@ from typing import Any
 
 import msgspec
 
-from scaling_exps.plan import PlanError, RunSpec
+from scaling_exps.plan import Arm, PlanError, RunSpec
 from scaling_exps.records import RunDir
 
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
@@ -290,9 +290,10 @@ def _recipe(spec: RunSpec) -> dict[str, Any]:
     return shared | {"svag": 1} | msgspec.structs.asdict(spec.arms[0].base)
 
 
-def lines(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[str]:
-    """One line for each batch and recipe of the list."""
-    return list(dict.fromkeys(row["text"] for row in describe(specs, runs_dir, given).values()))
+def predicts(spec: RunSpec, arm: Arm) -> bool:
+    """Whether the formula is that of this arm: a rule under test for adaptive optimizers, plain, at equal samples."""
+    s = spec.science
+    return arm.role == "rule" and s.family == "adaptive" and s.svag == 1 and arm.duration == 1
 
 
 def describe(specs: list[RunSpec], runs_dir: Path, given: str | None) -> dict[str, dict[str, Any]]:
@@ -307,7 +308,10 @@ def describe(specs: list[RunSpec], runs_dir: Path, given: str | None) -> dict[st
         batch, base = spec.science.batch, spec.arms[0].base.batch
         validity = assess(rows, batch, base)
         label = f"validity, {spec.science.model.name} {spec.science.optimizer} batch {base} -> {batch}"
-        if validity is not None:
+        if rows and batch != base and not any(predicts(spec, arm) for arm in spec.arms):
+            text = f"{label}: no prediction; the formula is that of the square-root rule for adaptive optimizers"
+            row = {"source": source, "applies": False, "text": text}
+        elif validity is not None:
             row = {**validity.to_json(), "source": source, "text": f"{label}: {sentence(validity, batch, base)}"}
         elif rows:
             row = {

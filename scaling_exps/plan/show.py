@@ -173,6 +173,7 @@ def _cells(
         known = validity.get("deviation")
         row["predicted\ndeviation"] = (
             "base" if arm.kappa == 1
+            else NONE if not validity.get("applies", True)
             else _deviation(known, validity.get("deviation_low"), validity.get("deviation_high")) if known is not None
             else "no record" if validity.get("source") is None
             else "not told"

@@ -35,7 +35,7 @@ class Change:
 
 def predicted(spec: RunSpec, arm: Arm, bases: Iterable[Run]) -> validity.Validity | None:
     """From the noise records of all base runs together; None: they say nothing, or the arm is not the formula's."""
-    if spec.science.svag > 1 or arm.role != "rule" or arm.duration != 1 or spec.science.family != "adaptive":
+    if not validity.predicts(spec, arm):
         return None
     return validity.assess([row for run in bases for row in run.noise], spec.science.batch, arm.base.batch)
 
