@@ -14,7 +14,7 @@ demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, a
 	.venv/bin/scalerun report runs --out report
 
 test: $(STAMP) ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses=2 --dist=loadfile
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 	$(PY) -m pytest -m slurm # alone: its cluster wants the machine
 
 check: $(STAMP) ## format, lint, types, rooms

@@ -14,6 +14,14 @@ if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a 
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
+SLOW = ("test_launcher", "test_train", "test_failures", "test_mirror", "test_bench", "test_noise", "test_language")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Slow files first: a worker that takes one last keeps all waiting."""
+    items.sort(key=lambda item: SLOW.index(item.path.stem) if item.path.stem in SLOW else len(SLOW))
+
+
 @pytest.fixture(scope="session")
 def cifar10() -> str:
     """Folder of the real CIFAR-10 parquet files."""

@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import msgspec
+from forked import ENVIRONMENT, ROOT
 
 from scaling_exps import config, plan
 from scaling_exps.records import RunDir
 
-ROOT = Path(__file__).resolve().parent.parent
-ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
 TINY = [
     "model.width=4", "recipe.epochs=null", "recipe.samples=256", "logger=none", "recipe.statistics_samples=64",
     "measure.evaluations=2", "measure.noise_records=2",
@@ -66,16 +64,16 @@ def take_steps(trainer: Any, count: int) -> None:
 
 
 def worker(run_dir: RunDir, processes: int = 1) -> list[str]:
-    """The command that runs a folder, one process or several."""
-    start = [sys.executable]
-    if processes > 1:
-        start += ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"]
-    return [*start, "-m", "scaling_exps.train", str(run_dir)]
+    """Python's words that run a folder, one process or several; torchrun forks them, so that they import no torch."""
+    if processes == 1:
+        return ["-m", "scaling_exps.train", str(run_dir)]
+    start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", "--start-method=fork"]
+    return [*start, "--run-path", str(ROOT / "scaling_exps/train/__main__.py"), str(run_dir)]
 
 
 def work(run_dir: RunDir, processes: int = 1) -> None:
     """Run a folder to its end in processes of its own."""
-    done = subprocess.run(worker(run_dir, processes), env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    done = forked.run(worker(run_dir, processes))
     log = run_dir.log.read_text() if run_dir.log.exists() else ""
     assert done.returncode == 0, (done.stdout, done.stderr, log)
 
@@ -87,10 +85,7 @@ def rows(run_dir: RunDir) -> list[dict[str, Any]]:
 
 def scalerun(*words: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """What a user gets who types `scalerun ...` in `cwd`."""
-    env = {**ENVIRONMENT, **environment}
-    return subprocess.run(
-        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=cwd, env=env, capture_output=True, text=True
-    )
+    return forked.run(["-m", "scaling_exps.cli", *words], cwd=cwd, env={**ENVIRONMENT, **environment})
 
 
 def plan_json(*words: str, cwd: Path) -> list[dict[str, Any]]:

@@ -4,11 +4,10 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from support import ENVIRONMENT, ROOT
 
@@ -17,7 +16,7 @@ from bench.fabricate import fabricate
 
 def run(name: str, *words: str, cwd: Path) -> str:
     env = {**ENVIRONMENT, "CUDA_VISIBLE_DEVICES": "", "TQDM_DISABLE": "1"}
-    done = subprocess.run([sys.executable, str(ROOT / name), *words], cwd=cwd, env=env, capture_output=True, text=True)
+    done = forked.run([str(ROOT / name), *words], cwd=cwd, env=env)
     assert done.returncode == 0, done.stderr[-3000:]
     return done.stdout
 

@@ -15,6 +15,7 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import forked
 import msgspec
 import pytest
 import torch
@@ -29,6 +30,7 @@ from support import (
     specs,
     take_steps,
     weights,
+    work,
     worker,
 )
 
@@ -217,10 +219,10 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
 def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
     (big,) = specs("recipe.samples=1000000")
     run_dir = prepare(tmp_path / "runs", big)
-    first = subprocess.Popen(worker(run_dir), env=ENVIRONMENT, cwd=ROOT, stderr=subprocess.DEVNULL)
+    first = forked.start(worker(run_dir))
     try:
         while run_dir.holder() is None:
-            assert first.poll() is None
+            assert first.is_alive()
             time.sleep(0.05)
         second = scalerun(*TINY, "recipe.samples=1000000", cwd=tmp_path)
         assert second.returncode == 1
@@ -228,10 +230,11 @@ def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
         with pytest.raises(BusyError, match=f"process {first.pid} on"):
             train.run(run_dir)
         os.kill(first.pid, signal.SIGTERM)
-        assert first.wait() == train.AGAIN
+        first.join()
+        assert first.exitcode == train.AGAIN
     finally:
         first.kill()
-        first.wait()
+        first.join()
     assert run_dir.state() == "interrupted"
     assert "saved and stopped" in run_dir.log.read_text()
 
@@ -247,7 +250,7 @@ def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: 
     held, free = two_ranks(tmp_path), two_ranks(tmp_path, "seed=1")
     with open(held.path / "lock", "a+") as f:
         fcntl.flock(f, fcntl.LOCK_SH)
-        done = subprocess.run([*worker(held, 2), str(free)], env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+        done = forked.run([*worker(held, 2), str(free)])
     assert done.returncode == 0, done.stderr
     assert (held.state(), free.state()) == ("waiting", "finished")
 
@@ -484,15 +487,12 @@ def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
     """The launcher is killed outright. Fails if its workers trained on, or died without saving."""
     sweep = specs(*PIECES, "recipe.samples=40000")
     words = [*TINY, *PIECES, "recipe.samples=40000", "launch.parallel=2", "runs_dir=."]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=tmp_path, env=ENVIRONMENT,
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-    )  # fmt: skip
+    process = forked.start(["-m", "scaling_exps.cli", *words], cwd=tmp_path)
     while not both_write(sweep, tmp_path):
-        assert process.poll() is None
+        assert process.is_alive()
         time.sleep(0.05)
     process.kill()
-    process.wait()
+    process.join()
     run_dirs = [RunDir(tmp_path / spec.run_id) for spec in sweep]
     while any(d.holder() for d in run_dirs):  # (a worker that trained on would finish)
         time.sleep(0.05)
@@ -501,7 +501,7 @@ def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
 
 def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
     run_dir = two_ranks(tmp_path)
-    subprocess.run(worker(run_dir, 2), env=ENVIRONMENT, cwd=ROOT, check=True, capture_output=True)
+    work(run_dir, 2)
     run_dir.clear_result()  # as if killed in the last instant
     (spec,) = specs("batch=32", "recipe.micro_batch=16", "recipe.samples=64")
     assert spec.placement.world_size == 1

@@ -6,13 +6,13 @@ import hashlib
 import json
 import re
 import subprocess
-import sys
 import threading
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import forked
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -136,7 +136,7 @@ def run(*words: str, home: Path, endpoint: str, offline: str = "0") -> subproces
         **ENVIRONMENT, "SCALERUN_DATA": str(home), "HF_HOME": str(home.parent / "hf"), "HF_ENDPOINT": endpoint,
         "HF_HUB_OFFLINE": offline, "XDG_CACHE_HOME": str(home.parent / "cache"), "NO_PROXY": "*",
     }  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", SMALL, *words], env=environment, capture_output=True, text=True)
+    done = forked.run(["-c", SMALL, *words], env=environment)
     assert "Traceback" not in done.stderr, done.stderr
     return done
 

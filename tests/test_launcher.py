@@ -16,6 +16,7 @@ import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
+import forked
 import gate
 import pytest
 import torch
@@ -80,7 +81,7 @@ def saved(where: Path) -> None:
 
 def goes_on(where: Path, *words: str) -> None:
     (where / "hold").unlink(missing_ok=True)
-    done = subprocess.run(command(*words), cwd=where, env=ENV, capture_output=True, text=True)
+    done = forked.run(command(*words)[1:], cwd=where, env=ENV)
     assert done.returncode == 0, done.stderr
     for run_dir in RunDir.under(where / "runs"):
         assert run_dir.state() == "finished"

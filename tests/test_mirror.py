@@ -15,6 +15,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import wandb_server
 from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
@@ -107,7 +108,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[wandb_server.Serv
     command = worker(run_dirs[0])[:-1] + [str(d) for d in run_dirs]
     with wandb_server.serving() as server:
         environment = {**ENVIRONMENT, **online(server.url)}
-        done = subprocess.run(command, env=environment, cwd=ROOT, capture_output=True, text=True)
+        done = forked.run(command, env=environment)
     assert done.returncode == 1, done.stderr
     return server, list(zip(run_dirs, planned, strict=True))
 
@@ -166,7 +167,7 @@ def test_noise_that_is_measured_later_arrives(
     run_dir.prepare(more)
     with wandb_server.serving() as server:
         server.runs[spec.run_id] = earlier.runs[spec.run_id]
-        done = subprocess.run(worker(run_dir), env={**ENVIRONMENT, **online(server.url)}, cwd=ROOT)
+        done = forked.run(worker(run_dir), env={**ENVIRONMENT, **online(server.url)})
     assert done.returncode == 0
     run = server.runs[spec.run_id]
     assert "noise" in {r["kind"] for r in run_dir.records().rows}

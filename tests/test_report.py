@@ -14,6 +14,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 from support import ENVIRONMENT, ROOT, scalerun
 
@@ -658,8 +659,7 @@ def test_without_matplotlib_there_are_table_and_page(sweep: Path, tmp_path: Path
     code = (
         "import sys; sys.modules['matplotlib'] = None; from scaling_exps import cli; sys.exit(cli.main(sys.argv[1:]))"
     )
-    words = [sys.executable, "-c", code, "report", str(sweep), "--out", str(tmp_path)]
-    done = subprocess.run(words, env=ENVIRONMENT, cwd=ROOT, capture_output=True, text=True)
+    done = forked.run(["-c", code, "report", str(sweep), "--out", str(tmp_path)])
     assert done.returncode == 0, done.stderr
     assert "equivalent" in done.stdout and "pip install 'scalerun[figures]'" in done.stdout
     assert [p.name for p in tmp_path.iterdir()] == ["index.html"]

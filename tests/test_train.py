@@ -13,6 +13,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import forked
 import msgspec
 import pytest
 import torch
@@ -127,19 +128,16 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> 
     draw, kills = random.Random(processes), 0
     while not broken.result():
         target = last_step(broken) + draw.uniform(40, 120)
-        process = subprocess.Popen(
-            worker(broken, processes), env=ENVIRONMENT, cwd=ROOT,
-            stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        )  # fmt: skip
-        while process.poll() is None and last_step(broken) < target:
+        process = forked.start(worker(broken, processes))
+        while process.is_alive() and last_step(broken) < target:
             time.sleep(0.02)
         time.sleep(draw.uniform(0, 0.1))
-        if process.poll() is None:
+        if process.is_alive():
             kills += 1
             for pid in _family_of(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
-        process.wait()
+        process.join()
         while broken.holder():  # the kernel has not yet removed them
             time.sleep(0.02)
         assert broken.state() in ("waiting", "interrupted", "finished")
@@ -301,8 +299,8 @@ def test_a_finished_run_is_not_aborted_at_the_interpreters_shutdown(tmp_path: Pa
         "class Late:\n    def __del__(self, abort=os.abort):\n        abort()\n\n\nlate = Late()\n"
         "sys.exit(work([Path(sys.argv[1])]))\n"
     )
-    command = [*worker(run_dir, 2)[:-3], str(script), str(run_dir)]  # -m scaling_exps.train RUN_DIR
-    done = subprocess.run(command, env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    done = subprocess.run([*torchrun, script, run_dir.path], env=ENVIRONMENT, capture_output=True, text=True, cwd=ROOT)
     assert done.returncode == 0, done.stderr
     assert run_dir.state() == "finished"
 
