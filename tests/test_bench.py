@@ -105,3 +105,12 @@ def test_every_bench_and_script_has_a_test() -> None:
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("scripts/*.py")):
         assert path.stem in tests, path
+
+
+def test_the_page_of_public_data_is_what_its_tables_give(tmp_path: Path) -> None:
+    """Fails where a table, a rule or the page was changed alone."""
+    page = tmp_path / "public.md"
+    shutil.copy(ROOT / "docs/evidence/public.md", page)
+    run("scripts/public.py", str(page), cwd=tmp_path)
+    assert page.read_text() == (ROOT / "docs/evidence/public.md").read_text()
+    assert page.read_text().count("\n| ") == 27  # 12 benchmarks, 7 batches, 4 rows by hand, heads and rules
