@@ -107,10 +107,11 @@ def test_every_bench_and_script_has_a_test() -> None:
         assert path.stem in tests, path
 
 
-def test_the_page_of_public_data_is_what_its_tables_give(tmp_path: Path) -> None:
-    """Fails where a table, a rule or the page was changed alone."""
-    page = tmp_path / "public.md"
-    shutil.copy(ROOT / "docs/evidence/public.md", page)
-    run("scripts/public.py", str(page), cwd=tmp_path)
-    assert page.read_text() == (ROOT / "docs/evidence/public.md").read_text()
-    assert page.read_text().count("\n| ") == 27  # 12 benchmarks, 7 batches, 4 rows by hand, heads and rules
+@pytest.mark.parametrize("name", ["public", "regime"])
+def test_a_page_is_what_its_script_writes(name: str, tmp_path: Path) -> None:
+    """Fails where a table, a rule, an experiment or the page was changed alone."""
+    page = tmp_path / f"{name}.md"
+    shutil.copy(ROOT / f"docs/evidence/{name}.md", page)
+    run(f"scripts/{name}.py", str(page), cwd=tmp_path)
+    assert page.read_text() == (ROOT / f"docs/evidence/{name}.md").read_text()
+    assert page.read_text().count("\n| ") == {"public": 27, "regime": 20}[name]
