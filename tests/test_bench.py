@@ -104,3 +104,13 @@ def test_every_bench_and_script_has_a_test() -> None:
     tests = "".join(p.read_text() for p in (ROOT / "tests").glob("test_*.py"))
     for path in (*ROOT.glob("bench/*.py"), *ROOT.glob("scripts/*.py")):
         assert path.stem in tests, path
+
+
+@pytest.mark.parametrize("name", ["public", "regime"])
+def test_a_page_is_what_its_script_writes(name: str, tmp_path: Path) -> None:
+    """Fails where a table, a rule, an experiment or the page was changed alone."""
+    page = tmp_path / f"{name}.md"
+    shutil.copy(ROOT / f"docs/evidence/{name}.md", page)
+    run(f"scripts/{name}.py", str(page), cwd=tmp_path)
+    assert page.read_text() == (ROOT / f"docs/evidence/{name}.md").read_text()
+    assert page.read_text().count("\n| ") == {"public": 27, "regime": 20}[name]

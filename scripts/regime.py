@@ -1,0 +1,73 @@
+"""Write docs/evidence/regime.md's table: how near each experiment is to the range in which the rule is derived.
+
+    python scripts/regime.py [PAGE]
+
+Every number is the plan's own: what `scalerun plan` derives for these words, base run against the largest batch.
+"""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from scaling_exps import config, plan
+
+PAGE = Path(__file__).resolve().parent.parent / "docs" / "evidence" / "regime.md"
+MARKS = ("<!-- regime -->", "<!-- end of regime -->")
+EXPERIMENTS = """
+fig1 model=resnet50 optimizer=adam
+fig1 model=resnet50 optimizer=rmsprop
+fig1 model=vgg16 optimizer=adam
+fig1 model=vgg16 optimizer=rmsprop
+fig2
+fig2_language
+fig2_language model=gpt_small batch=[512,1024,2048,4096,8192]
+fig1_small model=resnet8 optimizer=adam
+fig1_small model=resnet8 optimizer=rmsprop
+fig1_small model=resnet20 optimizer=adam
+fig1_small model=vgg16 optimizer=adam
+fig1_small model=vgg16 optimizer=rmsprop
+fig1_eps_small model=resnet8 optimizer=rmsprop
+epsilon_small
+fig2_small model=timm
+fig2_small model=vit optimizer=adamw
+fig2_small model=gpt
+fig2_small model=roberta
+beta1_small
+"""
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("page", nargs="?", type=Path, default=PAGE)
+    page = parser.parse_args().page
+    heads = "experiment | batch | κ | epochs | steps | t = kη² | 1 - β2 | v's memory"
+    lines = [f"| {heads} |", "|---" * 8 + "|", *map(row, EXPERIMENTS.strip().splitlines())]
+    before, _, rest = page.read_text().partition(MARKS[0])
+    page.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.partition(MARKS[1])[2]]))
+
+
+def row(words: str) -> str:
+    specs = plan.plan(config.compose([*f"experiment={words}".split(), "seed=0"]))
+    (large, arm), (base, _) = (
+        max(((s, a) for s in specs for a in s.arms if a.role == role), key=lambda pair: pair[1].kappa)
+        for role in ("rule", "base")
+    )
+    a, b = base.science, large.science
+    betas = a.hyper.betas, b.hyper.betas
+    averages = [(1 - beta[-1], 1 / ((1 - beta[-1]) * s.steps)) for beta, s in zip(betas, (a, b), strict=True) if beta]
+    cells = [
+        f"`{words}`",
+        f"{a.batch:,} → {b.batch:,}",
+        f"{arm.kappa:g}",
+        f"{a.samples(a.steps) / a.dataset.train_size:.3g}" if a.dataset.train_size else "",
+        f"{a.steps:,} → {b.steps:,}",
+        f"{a.steps * a.hyper.lr**2:.3g} → {b.steps * b.hyper.lr**2:.3g}",
+        " → ".join(f"{share:.3g}" for share, _ in averages),
+        " → ".join(f"{memory:.1%}" for _, memory in averages),
+    ]
+    return f"| {' | '.join(cells)} |"
+
+
+if __name__ == "__main__":
+    main()
