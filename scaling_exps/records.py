@@ -218,15 +218,25 @@ class RunDir:
         return next((line for line in reversed(lines) if line), "")
 
     def newest_record(self) -> dict[str, Any] | None:
-        """The last readable record, from the end of the file."""
-        readable = map(_record, reversed(_read(self._records, TAIL).split(b"\n")))
-        return next((record for record in readable if record is not None), None)
+        """The last readable record."""
+        return next(self.newest_records(), None)
+
+    def newest_records(self) -> Iterator[dict[str, Any]]:
+        """Readable records, the last first, as far as the end of the file holds them."""
+        raw = _read(self._records, TAIL)
+        lines = raw[raw.find(b"\n") + 1 if len(raw) == TAIL else 0 :]
+        if (whole := _whole(lines[: lines.rfind(b"\n") + 1])) is not None:
+            return reversed(whole)
+        return filter(None, map(_record, reversed(lines.split(b"\n"))))
 
     # ---- records ----
 
     def records(self) -> Records:
         """All records; a line that was cut by a crash is left out."""
-        lines = _read(self._records).split(b"\n")
+        raw = _read(self._records)
+        lines = raw.split(b"\n")
+        if (whole := _whole(raw[: len(raw) - len(lines[-1])])) is not None:
+            return Records(whole, list(range(len(whole))), 0)
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
         return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
 
@@ -416,6 +426,19 @@ def _parse(text: bytes | str) -> Any:
 def _object(path: Path) -> dict[str, Any] | None:
     value = _parse(_read(path))
     return value if isinstance(value, dict) else None
+
+
+_Fitting = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # see `_fits`
+_VALUES = msgspec.json.Decoder(dict[str, _Fitting | float | str | bool | list[Any] | dict[str, Any] | None])
+_KINDS = msgspec.json.Decoder(_Train | _Eval | _Noise | _Event)
+
+
+def _whole(raw: bytes) -> list[dict[str, Any]] | None:
+    """All lines, read at once; None where one has to be looked at: `_record` says which are records."""
+    with suppress(ValueError, RecursionError):
+        if len(_KINDS.decode_lines(raw)) == raw.count(b"\n"):
+            return _VALUES.decode_lines(raw)
+    return None
 
 
 def _record(line: bytes | str) -> dict[str, Any] | None:
