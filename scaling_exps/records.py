@@ -76,6 +76,10 @@ class _Event(_Row, tag="event"):
     pass
 
 
+class FindError(ValueError):
+    """No run, or several, are meant by a word."""
+
+
 class BusyError(RuntimeError):
     """Another process works on this run; the message says which."""
 
@@ -226,7 +230,7 @@ class RunDir:
         raw = _read(self._records, TAIL)
         lines = raw[raw.find(b"\n") + 1 if len(raw) == TAIL else 0 :]
         if (whole := _whole(lines[: lines.rfind(b"\n") + 1])) is not None:
-            return reversed(whole)
+            return iter(whole[::-1])
         return filter(None, map(_record, reversed(lines.split(b"\n"))))
 
     # ---- records ----
@@ -358,6 +362,23 @@ class Writer:
     def sync(self) -> None:
         """Put the records up to here on the disk."""
         os.fsync(self.file.fileno())
+
+
+def find(word: str) -> RunDir:
+    """The run that a person means: its folder, or the beginning of its id below RUNS, at most one folder deeper.
+
+    Raises:
+        FindError: none is meant, or several.
+    """
+    if RunDir(word).exists:
+        return RunDir(word)
+    patterns = (f"{word}*/run.json", f"*/{word}*/run.json") if re.fullmatch("[0-9a-f]+", word) else ()
+    found = [path.parent for pattern in patterns for path in sorted(RUNS.glob(pattern))]
+    if len(found) == 1:
+        return RunDir(found[0])
+    several = f"means {len(found)} runs: {', '.join(map(str, found[:8]))}; give more of the id, or the folder"
+    none = f"is no run: give a run's folder, or the beginning of a run id below {RUNS}/ (scalerun status lists them)"
+    raise FindError(f"{word!r} {several if found else none}")
 
 
 def looks(root: Path) -> list[dict[str, Any]]:

@@ -543,6 +543,14 @@ def allowed(kind: Any) -> str:
     return f"{name} in {low}, {high}" if low else name
 
 
+def _options(kind: Any) -> tuple[str, ...]:
+    """The words that a value of this type may be, where there are but few."""
+    kind, _ = _annotations(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return tuple(word for k in get_args(kind) for word in _options(k))
+    return ("true", "false") if kind is bool else tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
+
+
 def _short(limit: float) -> str:
     """A limit as text, great powers as such: 2^24, 10^6."""
     if limit < 10**6:
@@ -560,6 +568,7 @@ class Key:
     unit: str
     meaning: str
     variants: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # the words that it may be
 
 
 @cache
@@ -569,7 +578,9 @@ def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
     for field in msgspec.structs.fields(kind):
         name, (_, said), groups = prefix + field.name, _annotations(field.type), _groups(field.type)
         if "description" in said:
-            rows.append(Key(name, allowed(field.type), said["extra"]["unit"], said["description"]))
+            rows.append(
+                Key(name, allowed(field.type), said["extra"]["unit"], said["description"], (), _options(field.type))
+            )
         tags: dict[Key, list[str]] = {}
         for group in groups:
             for key in keys(group, f"{name}."):

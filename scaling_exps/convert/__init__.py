@@ -25,6 +25,7 @@ from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Clip, Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find, spelled
+from scaling_exps.words import Parser
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scalerun convert",
         description="Move a recipe of this or another trainer to another batch size. "
         "The linear map of the betas ends at κ < 1/(1 - β1), which is 10 for β1 = 0.9: beyond it, --beta-map power "

@@ -6,6 +6,7 @@ import os
 import shutil
 import sys
 from collections import Counter
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,12 @@ def status(root: Path, strict: bool = False) -> list[dict[str, Any]]:
     Raises:
         LaunchError: there is no such folder; strictly, also where SLURM does not answer.
     """
-    jobs = {run_dir: queue.last_job(run_dir) for run_dir in folders.under(root)}
+    return describe(folders.under(root), strict)
+
+
+def describe(run_dirs: Iterable[RunDir], strict: bool = False) -> list[dict[str, Any]]:
+    """The rows of `status`, of these runs."""
+    jobs = {run_dir: queue.last_job(run_dir) for run_dir in run_dirs}
     in_queue: dict[str, queue.Entry] = {}
     ended: dict[str, str] = {}
     if any(jobs.values()):
@@ -131,6 +137,13 @@ def _metric(metrics: dict[str, float], newest: list[dict[str, Any]]) -> tuple[st
     known |= {"train_loss": trained["loss"]} if trained else {}
     name = next((n for n in (*_EVALUATED.values(), "train_loss") if n in known), None)
     return name, known[name] if name else None
+
+
+def title(spec: RunSpec) -> str:
+    """A run in a line."""
+    s, arm = spec.science, spec.arms[0]
+    led = "base" if arm.role == "base" else f"rule {arm.rule}, κ = {arm.kappa:g}"
+    return f"{s.model.name} on {s.dataset.name}, {s.optimizer}, batch {s.batch:,}, {led}, seed {s.seed}"
 
 
 def count(rows: list[dict[str, Any]]) -> str:

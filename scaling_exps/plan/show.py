@@ -21,7 +21,10 @@ _COLUMNS = {
     "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "predicted\ndeviation": 9, "FLOPs": 14, "memory": 10,
     "time": 7, "device-\nhours": 13, "price": 9.5, "gain": 8,
 }  # fmt: skip
-_UNITS = {"seconds": (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)), "bytes": (("GiB", 2**30), ("MiB", 2**20))}
+_UNITS = {
+    "seconds": (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)),
+    "bytes": (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)),
+}
 
 
 def print_run(spec: RunSpec) -> None:
