@@ -8,6 +8,7 @@
     log.txt                what a worker printed, when it had no terminal
     jobs.jsonl             jobs submitted for it and processes started on it: event, job, commit, time
     code.patch             what the code that ran had over its commit, where the tree was not clean
+    metrics.csv, events.*  what logger=csv and logger=tensorboard make of the records
     lock                   held while a process works on the run; says who
     wandb.lock             held while a process mirrors it
 
@@ -273,6 +274,10 @@ class RunDir:
         """The lines of jobs.jsonl; what cannot be read is left out."""
         return [e for e in map(_parse, _read(self.path / "jobs.jsonl").splitlines()) if isinstance(e, dict)]
 
+    def write_text(self, name: str, text: str) -> None:
+        """A file for people and other programs, which nothing here reads; a reader sees the old one or the new one."""
+        write_aside(self.path / name, text)
+
     def write_patch(self, patch: str) -> None:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
             f.write(patch)
@@ -401,11 +406,15 @@ def make_writable(folder: Path, mode: int = 0o777) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_aside(path, json.dumps(value, indent=1))
+
+
+def write_aside(path: Path, text: str) -> None:
     """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     with os.fdopen(_open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as f:
-        json.dump(value, f, indent=1)
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)

@@ -15,6 +15,8 @@ from scaling_exps.launch.folders import LaunchError
 from scaling_exps.plan import RunSpec, amount, print_lines, print_run
 from scaling_exps.records import BusyError, RunDir, find
 
+_SAID_ELSEWHERE = ("status", "reason", "traceback", "metrics", "ended", "records_checksum")  # of a result
+
 
 def show(word: str) -> None:
     """Print the run's recipe, placement, state, result, last records and files.
@@ -47,15 +49,13 @@ def diff(first: str, second: str) -> None:
     """
     run_dirs = find(first), find(second)
     specs, results = [d.spec() for d in run_dirs], [d.result() or {} for d in run_dirs]
-    print(
-        *(f"{name} {d}: {overview.title(spec)}" for name, d, spec in zip("AB", run_dirs, specs, strict=True)), sep="\n"
-    )
+    print_lines(f"{name}: {overview.title(spec)}  [{d}]" for name, d, spec in zip("AB", run_dirs, specs, strict=True))
     science, rest = zip(*(_parts(spec) for spec in specs), strict=True)
     _differences("science", science, "nothing: they are one run" if specs[0].run_id == specs[1].run_id else "nothing")
     _differences("recipe and rule", [r.pop("arms")[0] for r in rest])
     _differences("settings", rest)
-    left_out = ("metrics", "traceback", "ended", "records_checksum")
-    _differences("machine, code and how it ended", [{k: v for k, v in r.items() if k not in left_out} for r in results])
+    ends = [{k: v for k, v in r.items() if k not in _SAID_ELSEWHERE or k == "status"} for r in results]
+    _differences("machine, code and how it ended", ends)
     metrics = [r.get("metrics", {}) for r in results]
     print("metrics")
     for name in dict.fromkeys(k for m in metrics for k in m):
@@ -116,6 +116,7 @@ def _entries(run_dir: RunDir) -> list[os.DirEntry[str]]:
 def _parts(spec: RunSpec) -> tuple[dict[str, Any], dict[str, Any]]:
     """The science, and the rest."""
     rest = spec.to_json()
+    del rest["run_id"]
     return rest.pop("science"), rest
 
 
