@@ -81,14 +81,14 @@ def _transformers(spec: RunSpec, weights: dict[str, Any]) -> Any:
 
     data: Any = spec.science.dataset
     height, width, channels = data.shape
-    theirs = TimmWrapperForImageClassification(
-        TimmWrapperConfig(
-            architecture=model.name,
-            num_labels=data.classes,
-            model_args={**model.options, "in_chans": channels},
-            pretrained_cfg={"input_size": [channels, height, width], "mean": data.mean, "std": data.std},
-        )
-    )
+    options: dict[str, Any] = {
+        "architecture": model.name,
+        "num_labels": data.classes,
+        "model_args": {**model.options, "in_chans": channels},
+        "pretrained_cfg": {"input_size": [channels, height, width], "mean": data.mean, "std": data.std},
+    }
+    config = TimmWrapperConfig(**options)
+    theirs = TimmWrapperForImageClassification(config)
     theirs.timm_model.load_state_dict(weights)
     return theirs
 
