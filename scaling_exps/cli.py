@@ -6,13 +6,14 @@ message says what was given, what is allowed and what to do; 130 Ctrl-C.
 
 from __future__ import annotations
 
-import argparse
 import importlib
 import json
 import os
 import sys
 from collections.abc import Callable
 from pathlib import Path
+
+from scaling_exps.words import Parser, UsageError, nearest
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -23,8 +24,12 @@ def main(argv: list[str] | None = None) -> int:
 
             print(f"scalerun {__version__}")
             return 0
+        if words[:1] == ["help"]:  # of a command, or of all
+            return main([*words[1:2], "--help"])
         command = COMMANDS.get(words[0]) if words else None
         return command(words[1:]) if command else _train(words)
+    except SystemExit as e:  # --help
+        return int(e.code or 0)
     except KeyboardInterrupt:
         print("interrupted; the same command again goes on from the newest checkpoint", file=sys.stderr)
         return 130
@@ -42,6 +47,10 @@ def main(argv: list[str] | None = None) -> int:
 def _train(words: list[str]) -> int:
     from scaling_exps import config, plan
 
+    if words and not words[0].startswith("-") and "=" not in words[0]:
+        keys = {k.name: f"{k.name}=..." for k in config.keys()}  # noqa: SIM118 (no dictionary)
+        hint = nearest(words[0], COMMANDS) or nearest(keys.get(words[0], words[0]), keys.values())
+        raise UsageError(f"{words[0]!r} is neither key=value nor a command{hint}; commands: {', '.join(COMMANDS)}")
     configs = config.compose(words)
     if not configs:  # --help, --cfg, --info: Hydra has answered
         return 0
@@ -54,14 +63,21 @@ def _train(words: list[str]) -> int:
 
 
 def _plan(words: list[str]) -> int:
-    parser = argparse.ArgumentParser(prog="scalerun plan", add_help=False, allow_abbrev=False)
-    parser.add_argument("--json", action="store_true")
-    parser.add_argument("--full", action="store_true")
-    parser.add_argument("--figure", type=Path, metavar="FILE")
+    parser = Parser(
+        prog="scalerun plan",
+        usage="scalerun plan [--full | --json] [--figure FILE] [key=value ...]",
+        description="What would run, with which numbers, at what cost and gain. Nothing is trained or written.",
+        epilog="Keys and groups: scalerun --help; their ranges and meanings: docs/keys.md; rules: docs/rules.md. "
+        "Hydra's flags work, too: -m, --cfg job, --config-dir DIR",
+        allow_abbrev=False,
+    )
+    parser.add_argument("--json", action="store_true", help="one object for each run, for machines")
+    parser.add_argument("--full", action="store_true", help="every number, base -> scaled, and every run")
+    parser.add_argument("--figure", type=Path, metavar="FILE", help="draw time against batch")
     options, rest = parser.parse_known_args(words)
     from scaling_exps import config, plan
 
-    configs = config.compose(rest)
+    configs = config.compose(rest, parser.flags)
     if not configs:
         return 0
     from scaling_exps import cost, launch
@@ -97,7 +113,7 @@ def _status(words: list[str]) -> int:
     from scaling_exps import launch
     from scaling_exps.records import RUNS
 
-    parser = argparse.ArgumentParser(prog="scalerun status")
+    parser = Parser(prog="scalerun status")
     parser.add_argument("dir", nargs="?", type=Path, default=RUNS, help="folder of runs (default: runs)")
     parser.add_argument("--json", action="store_true", help="for machines")
     options = parser.parse_args(words)
@@ -106,11 +122,45 @@ def _status(words: list[str]) -> int:
     return 0
 
 
+def _show(words: list[str]) -> int:
+    from scaling_exps import launch
+
+    parser = Parser(
+        prog="scalerun show", description="One run: its recipe, how it stands, its last records, its files."
+    )
+    parser.add_argument("run", help=RUN)
+    launch.show(parser.parse_args(words).run)
+    return 0
+
+
+def _diff(words: list[str]) -> int:
+    from scaling_exps import launch
+
+    parser = Parser(
+        prog="scalerun diff", description="What differs: the science, the settings, the machine, the result."
+    )
+    parser.add_argument("a", help=RUN)
+    parser.add_argument("b", help="the other")
+    options = parser.parse_args(words)
+    launch.diff(options.a, options.b)
+    return 0
+
+
+def _rm(words: list[str]) -> int:
+    from scaling_exps import launch
+
+    parser = Parser(prog="scalerun rm", description="Remove runs, after a question; never one that runs or is queued.")
+    parser.add_argument("runs", nargs="+", metavar="run", help=RUN)
+    parser.add_argument("--yes", action="store_true", help="do not ask")
+    options = parser.parse_args(words)
+    return 0 if launch.remove(options.runs, options.yes) else 1
+
+
 def _cancel(words: list[str]) -> int:
     from scaling_exps import launch
     from scaling_exps.records import RUNS
 
-    parser = argparse.ArgumentParser(prog="scalerun cancel")
+    parser = Parser(prog="scalerun cancel")
     parser.add_argument("dir", nargs="?", type=Path, default=RUNS, help="folder of runs (default: runs)")
     jobs = launch.cancel(parser.parse_args(words).dir)
     print(f"cancelled {len(jobs)} job(s)" + (f": {', '.join(jobs)}" if jobs else ""))
@@ -121,11 +171,25 @@ def _sync(words: list[str]) -> int:
     from scaling_exps import mirror
     from scaling_exps.records import RUNS
 
-    parser = argparse.ArgumentParser(prog="scalerun sync")
+    parser = Parser(prog="scalerun sync")
     parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     parser.add_argument("--dry-run", action="store_true", help="list the runs only")
     options = parser.parse_args(words)
     return mirror.sync(options.dirs, options.dry_run)
+
+
+def _completion(words: list[str]) -> int:
+    from scaling_exps.config import complete
+
+    parser = Parser(
+        prog="scalerun completion",
+        description="Print the completion of commands, keys and options, to be sourced by a shell.",
+        epilog='bash, zsh: eval "$(scalerun completion bash)" in ~/.bashrc, ~/.zshrc; fish: scalerun completion fish '
+        "> ~/.config/fish/completions/scalerun.fish",
+    )
+    parser.add_argument("shell", choices=list(complete.SHELLS))
+    print(complete.script(parser.parse_args(words).shell, list(COMMANDS)))
+    return 0
 
 
 def _of(module: str) -> Callable[[list[str]], int]:
@@ -133,9 +197,14 @@ def _of(module: str) -> Callable[[list[str]], int]:
     return lambda words: int(importlib.import_module(f"scaling_exps.{module}").main(words))
 
 
+RUN = "a run's folder, or the beginning of its id below runs/"
+
 COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "plan": _plan,
     "status": _status,
+    "show": _show,
+    "diff": _diff,
+    "rm": _rm,
     "cancel": _cancel,
     "report": _of("report"),
     "dashboard": _of("report.dashboard"),
@@ -143,7 +212,9 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "theory": _of("theory"),
     "convert": _of("convert"),
     "fork": _of("train.fork"),
+    "export": _of("train.export"),
     "data": _of("data.fetch"),
+    "completion": _completion,
 }
 
 

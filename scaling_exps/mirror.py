@@ -1,12 +1,15 @@
-"""wandb: a mirror of records.jsonl, live while wandb can be reached, else replayed later by `scalerun sync`.
+"""Mirrors of records.jsonl: wandb, live while it can be reached, else replayed later by `scalerun sync`; and files.
 
 Line i of records.jsonl is the row of wandb's step i, with the training step and the clock as columns. So what wandb has
 is known from its own count of rows, and a replay sends exactly the lines that it lacks, however often it is asked.
 
-The mirror is a process of its own, which reads the run's folder: wandb is neither imported nor waited for where a run
+metrics.csv and TensorBoard's events lie in the run's folder. Each process of a run writes them anew from the records,
+so they hold every record once, however often the run was stopped.
+
+A mirror is a process of its own, which reads the run's folder: wandb is neither imported nor waited for where a run
 is trained. It follows the run until its standard input ends, so it also ends when the run's process is killed.
 
-    python -m scaling_exps.mirror live|sync RUN_DIR SECONDS
+    python -m scaling_exps.mirror live|sync|files RUN_DIR SECONDS
 """
 
 from __future__ import annotations
@@ -14,6 +17,7 @@ from __future__ import annotations
 import atexit
 import configparser
 import contextlib
+import csv
 import io
 import netrc
 import os
@@ -23,7 +27,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -37,7 +41,7 @@ DEFAULT_HOSTS = ("api.forge.coreweave.com", "api.wandb.ai")  # of wandb 0.31, an
 INTERVAL = 2.0  # seconds between two looks for new records
 RETRY = 20.0  # seconds from a connection that failed to the next attempt
 CONNECT = 30.0  # seconds that the server has to answer at the start
-PATIENCE = {"live": 20.0, "sync": 600.0}  # seconds for what is left, when the run has ended
+PATIENCE = {"live": 20.0, "files": 20.0, "sync": 600.0}  # seconds for what is left, when the run has ended
 LATER = "`scalerun sync` uploads what is missing"
 
 
@@ -50,17 +54,24 @@ class MirrorError(ValueError):
 
 @contextlib.contextmanager
 def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
-    """Mirror the run while it is trained, where logger=wandb and wandb is online. At most one line tells of a trouble.
+    """Mirror the run while it is trained, as `logger` says; wandb where it is online. Each tells of a trouble once.
 
     On leaving, the last records have PATIENCE seconds to arrive, and result.json says how the run ended.
     """
-    if spec.logger != "wandb" or not online():
+    with contextlib.ExitStack() as stack:
+        if "wandb" in spec.loggers and online():
+            stack.enter_context(_mirroring("live", run_dir, "wandb", LATER))
+        if {"csv", "tensorboard"} & set(spec.loggers):
+            stack.enter_context(_mirroring("files", run_dir, "logger", "records.jsonl has them all"))
         yield
-        return
+
+
+@contextlib.contextmanager
+def _mirroring(how: str, run_dir: RunDir, name: str, consolation: str) -> Iterator[None]:
     try:
-        mirror = subprocess.Popen(_command("live", run_dir), stdin=subprocess.PIPE, start_new_session=True, **_OUTPUT)
+        mirror = subprocess.Popen(_command(how, run_dir), stdin=subprocess.PIPE, start_new_session=True, **_OUTPUT)
     except OSError as e:
-        print(f"wandb is off for this run ({e}); {LATER}", file=sys.stderr)
+        print(f"{name} is off for this run ({e}); {consolation}", file=sys.stderr)
         yield
         return
     assert mirror.stdin is not None and mirror.stdout is not None
@@ -79,11 +90,11 @@ def live(run_dir: RunDir, spec: RunSpec) -> Iterator[None]:
         with contextlib.suppress(OSError):
             mirror.stdin.close()  # so it learns that the run has ended
         with contextlib.suppress(subprocess.TimeoutExpired):
-            mirror.wait(PATIENCE["live"] + 5 if run_dir.result() else 5)  # a run that was stopped must make way
+            mirror.wait(PATIENCE[how] + 5 if run_dir.result() else 5)  # a run that was stopped must make way
         mirror.kill()
         relay.join(1)
         if mirror.wait() and not said:
-            print(f"wandb did not take all records in time; {LATER}", file=sys.stderr)
+            print(f"{name} did not take all records in time; {consolation}", file=sys.stderr)
 
 
 def online() -> bool:
@@ -124,7 +135,7 @@ def sync(roots: list[Path], dry_run: bool = False) -> int:
             raise MirrorError(f"no folder {str(root)!r}; give folders of runs (runs_dir, by default ./runs)")
         for run_dir in [RunDir(root)] if RunDir(root).exists else RunDir.under(root):
             try:
-                if run_dir.spec().logger == "wandb" and run_dir.records().rows:
+                if "wandb" in run_dir.spec().loggers and run_dir.records().rows:
                     todo.append(run_dir)
             except PlanError as e:
                 print(f"scalerun: {e}", file=sys.stderr)
@@ -162,6 +173,9 @@ def main(how: str, path: str, patience: float) -> int:
     for name in ("WANDB_SERVICE", "WANDB_SILENT"):  # a program around this one; what wandb prints is read below
         os.environ.pop(name, None)
     run_dir, over = RunDir(path), threading.Event()
+    if how == "files":
+        threading.Thread(target=_watch, args=(over, patience), daemon=True).start()
+        return _files(run_dir, over)
     try:
         folder = tempfile.mkdtemp(prefix="scalerun-wandb-")
     except OSError as e:
@@ -196,13 +210,14 @@ def main(how: str, path: str, patience: float) -> int:
                 wandb.teardown()  # else its core holds this id to be in use, for ever
 
 
-def _watch(over: threading.Event, patience: float, folder: str) -> None:
+def _watch(over: threading.Event, patience: float, folder: str = "") -> None:
     """Set `over` when standard input ends, and end this process `patience` seconds later, whatever wandb waits for."""
     while os.read(0, 512):
         pass
     over.set()
     time.sleep(patience)
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder:
+        shutil.rmtree(folder, ignore_errors=True)
     os._exit(1)
 
 
@@ -245,6 +260,49 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event, patie
         run.mark_preempting()  # it was stopped, and may go on
     run.finish(exit_code=0 if finished or trains_on else 1)
     return f"{sent} of {len(records.rows)} records uploaded"
+
+
+def _files(run_dir: RunDir, over: threading.Event) -> int:
+    """Write metrics.csv and the events of TensorBoard, each anew, and go on with them until the run is over."""
+    spec, known, ended = run_dir.spec(), 0, False
+    try:
+        board = _board(run_dir, spec) if "tensorboard" in spec.loggers else None
+        while not ended:
+            ended = over.wait(INTERVAL)  # first: what was written before the end is read after it
+            rows = run_dir.records().rows
+            for record in rows[known:]:
+                if board is not None:
+                    board(record)
+            if "csv" in spec.loggers and (ended or len(rows) != known):
+                text = io.StringIO()
+                table = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
+                table.writeheader()
+                table.writerows(rows)
+                run_dir.write_text("metrics.csv", text.getvalue())
+            known = len(rows)
+        return 0
+    except (OSError, ImportError) as e:
+        print(f"{run_dir}: its records are not mirrored ({type(e).__name__}: {e}); records.jsonl has them", flush=True)
+        return 1
+
+
+def _board(run_dir: RunDir, spec: RunSpec) -> Callable[[dict[str, Any]], None]:
+    """What puts a record into the run's events, of which those of an earlier process are removed; steps are samples."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.summary.writer.event_file_writer import EventFileWriter
+
+    for old in run_dir.path.glob("events.out.tfevents.*"):
+        old.unlink(missing_ok=True)
+    writer = EventFileWriter(str(run_dir.path), flush_secs=round(INTERVAL))
+    atexit.register(writer.close)
+
+    def put(record: dict[str, Any]) -> None:
+        numbers = {k: v for k, v in _columns(record).items() if "/" in k and isinstance(v, int | float)}
+        values = [Summary.Value(tag=k, simple_value=v) for k, v in numbers.items()]
+        writer.add_event(Event(wall_time=time.time(), step=record["samples"], summary=Summary(value=values)))
+
+    return put
 
 
 def _columns(record: dict[str, Any]) -> dict[str, Any]:

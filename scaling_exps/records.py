@@ -8,6 +8,7 @@
     log.txt                what a worker printed, when it had no terminal
     jobs.jsonl             jobs submitted for it and processes started on it: event, job, commit, time
     code.patch             what the code that ran had over its commit, where the tree was not clean
+    metrics.csv, events.*  what logger=csv and logger=tensorboard make of the records
     lock                   held while a process works on the run; says who
     wandb.lock             held while a process mirrors it
 
@@ -74,6 +75,10 @@ class _Noise(_Row, tag="noise"):
 
 class _Event(_Row, tag="event"):
     pass
+
+
+class FindError(ValueError):
+    """No run, or several, are meant by a word."""
 
 
 class BusyError(RuntimeError):
@@ -218,15 +223,25 @@ class RunDir:
         return next((line for line in reversed(lines) if line), "")
 
     def newest_record(self) -> dict[str, Any] | None:
-        """The last readable record, from the end of the file."""
-        readable = map(_record, reversed(_read(self._records, TAIL).split(b"\n")))
-        return next((record for record in readable if record is not None), None)
+        """The last readable record."""
+        return next(self.newest_records(), None)
+
+    def newest_records(self) -> Iterator[dict[str, Any]]:
+        """Readable records, the last first, as far as the end of the file holds them."""
+        raw = _read(self._records, TAIL)
+        lines = raw[raw.find(b"\n") + 1 if len(raw) == TAIL else 0 :]
+        if (whole := _whole(lines[: lines.rfind(b"\n") + 1])) is not None:
+            return iter(whole[::-1])
+        return filter(None, map(_record, reversed(lines.split(b"\n"))))
 
     # ---- records ----
 
     def records(self) -> Records:
         """All records; a line that was cut by a crash is left out."""
-        lines = _read(self._records).split(b"\n")
+        raw = _read(self._records)
+        lines = raw.split(b"\n")
+        if (whole := _whole(raw[: len(raw) - len(lines[-1])])) is not None:
+            return Records(whole, list(range(len(whole))), 0)
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
         return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
 
@@ -258,6 +273,10 @@ class RunDir:
     def events(self) -> list[dict[str, Any]]:
         """The lines of jobs.jsonl; what cannot be read is left out."""
         return [e for e in map(_parse, _read(self.path / "jobs.jsonl").splitlines()) if isinstance(e, dict)]
+
+    def write_text(self, name: str, text: str) -> None:
+        """A file for people and other programs, which nothing here reads; a reader sees the old one or the new one."""
+        write_aside(self.path / name, text)
 
     def write_patch(self, patch: str) -> None:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
@@ -350,6 +369,23 @@ class Writer:
         os.fsync(self.file.fileno())
 
 
+def find(word: str) -> RunDir:
+    """The run that a person means: its folder, or the beginning of its id below RUNS, at most one folder deeper.
+
+    Raises:
+        FindError: none is meant, or several.
+    """
+    if RunDir(word).exists:
+        return RunDir(word)
+    patterns = (f"{word}*/run.json", f"*/{word}*/run.json") if re.fullmatch("[0-9a-f]+", word) else ()
+    found = [path.parent for pattern in patterns for path in sorted(RUNS.glob(pattern))]
+    if len(found) == 1:
+        return RunDir(found[0])
+    several = f"means {len(found)} runs: {', '.join(map(str, found[:8]))}; give more of the id, or the folder"
+    none = f"is no run: give a run's folder, or the beginning of a run id below {RUNS}/ (scalerun status lists them)"
+    raise FindError(f"{word!r} {several if found else none}")
+
+
 def looks(root: Path) -> list[dict[str, Any]]:
     """The lines of looks.jsonl beside the runs under `root`: what a report showed of which arm at how many seeds."""
     return [line for line in map(_parse, _read(root / "looks.jsonl").splitlines()) if isinstance(line, dict)]
@@ -370,11 +406,15 @@ def make_writable(folder: Path, mode: int = 0o777) -> None:
 
 
 def write_json(path: Path, value: dict[str, Any]) -> None:
+    write_aside(path, json.dumps(value, indent=1))
+
+
+def write_aside(path: Path, text: str) -> None:
     """Write aside, flush to the disk, rename: a reader sees the old file or the new one."""
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     aside.unlink(missing_ok=True)
     with os.fdopen(_open(aside, os.O_WRONLY | os.O_CREAT | os.O_EXCL), "w") as f:
-        json.dump(value, f, indent=1)
+        f.write(text)
         f.flush()
         os.fsync(f.fileno())
     os.replace(aside, path)
@@ -416,6 +456,19 @@ def _parse(text: bytes | str) -> Any:
 def _object(path: Path) -> dict[str, Any] | None:
     value = _parse(_read(path))
     return value if isinstance(value, dict) else None
+
+
+_Fitting = Annotated[int, msgspec.Meta(ge=-(2**63), le=2**63 - 1)]  # see `_fits`
+_VALUES = msgspec.json.Decoder(dict[str, _Fitting | float | str | bool | list[Any] | dict[str, Any] | None])
+_KINDS = msgspec.json.Decoder(_Train | _Eval | _Noise | _Event)
+
+
+def _whole(raw: bytes) -> list[dict[str, Any]] | None:
+    """All lines, read at once; None where one has to be looked at: `_record` says which are records."""
+    with suppress(ValueError, RecursionError):
+        if len(_KINDS.decode_lines(raw)) == raw.count(b"\n"):
+            return _VALUES.decode_lines(raw)
+    return None
 
 
 def _record(line: bytes | str) -> dict[str, Any] | None:

@@ -7,12 +7,13 @@ import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
 from scaling_exps.config import schema
 from scaling_exps.config.schema import Config, ConfigError, Dataset
+from scaling_exps.words import nearest
 
 _PACKAGE = Path(__file__).resolve().parents[1]
 CONF = next(p for p in (_PACKAGE / "conf", _PACKAGE.parent / "conf") if p.is_dir())  # in the wheel, or in a checkout
@@ -23,15 +24,21 @@ SPLIT = {  # keys that people expect from other trainers -> the keys that hold t
 }
 
 
-def compose(argv: list[str]) -> list[Config]:
+def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
     """Let Hydra read `argv` (overrides and Hydra's own flags) and return one Config per `-m` combination.
 
     Flags that only print (`--help`, `--cfg job`, ...) print and return an empty list.
+
+    Args:
+        argv: the words.
+        flags: those of the command, which it has taken out of `argv`; a misspelt one is told so.
 
     Raises:
         ConfigError: unknown group, option or key, or a value of the wrong type.
     """
     faults = [fault for word in argv if (fault := _illegal(word))]
+    if not faults and (unknown := _unknown_flag(argv, flags)):
+        raise ConfigError(unknown)
     theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]")  # timm, a factory, sbatch: these keys alone may be new
     argv = ["margin.auto=true" if word == "margin=auto" else word for word in argv]
     words = [f"++{word}" if theirs.match(word) else word for word in argv if not _illegal(word)]
@@ -58,6 +65,29 @@ def _illegal(word: str) -> str:
     if word.startswith("--e"):  # --experimental-rerun, also abbreviated: it unpickles a file
         return f"{word!r} is not supported: a run is repeated by its words (`scalerun status` lists runs)"
     return f"{word!r} stands for nothing; drop it" if word == "--" else ""
+
+
+def _unknown_flag(argv: list[str], flags: Iterable[str]) -> str:
+    """Why a word that begins with a dash is no flag of Hydra's; empty if all are."""
+    if not any(word.startswith("-") for word in argv):
+        return ""
+    from hydra._internal.utils import get_args_parser
+
+    theirs = list(get_args_parser()._option_string_actions)
+    for word, following in zip(argv, [*argv[1:], ""], strict=True):
+        flag, _, value = word.partition("=")
+        long = flag.startswith("--")
+        if flag[:1] != "-" or any(t.startswith(flag) if long else len(t) == 2 and flag.startswith(t) for t in theirs):
+            continue
+        if flag in theirs:  # -sc
+            continue
+        if hint := nearest(flag, [*flags, *theirs]):
+            return f"{flag!r} is no flag{hint}"
+        key = flag.strip("-").replace("-", "_")
+        known = any(key in (k.name, k.name.split(".")[0]) for k in schema.keys())  # noqa: SIM118 (no dictionary)
+        written = f"keys are written without dashes: {key}={value or following or '...'}"
+        return f"{flag!r} is no flag; {written if known else _nearest_key(key)}"
+    return ""
 
 
 def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:

@@ -9,6 +9,7 @@ import math
 import types
 from dataclasses import dataclass, replace
 from functools import cache
+from importlib.util import find_spec
 from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
@@ -419,17 +420,22 @@ class Config(Group, frozen=True, kw_only=True):
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
     precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
-    logger: Annotated[Literal["wandb", "none"], _is("mirror of the records; wandb is online when you are logged in")]
+    logger: Annotated[
+        Literal["wandb", "tensorboard", "csv", "none"] | list[Literal["wandb", "tensorboard", "csv"]],
+        _is("mirrors of the records; wandb is online when you are logged in; the others lie in the run's folder"),
+    ]
     runs_dir: Annotated[str, _is("folder of runs", min_length=1)]
     noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
     experiment: Annotated[str | None, _is("file of conf/experiment")] = None
     words: list[str] = []  # of the command line; no key, so it has no meaning in the table of keys
 
     def faults(self) -> list[str]:
-        looks = self.looks or []
-        if looks == sorted(set(looks)):
-            return []
-        return [f"looks={looks} must rise: each is the number of seeds at a look, [3, 6, 10]"]
+        looks, wrong = self.looks or [], []
+        if looks != sorted(set(looks)):
+            wrong.append(f"looks={looks} must rise: each is the number of seeds at a look, [3, 6, 10]")
+        if "tensorboard" in self.logger and find_spec("tensorboard") is None:
+            wrong.append("logger=tensorboard needs its package: pip install 'scalerun[tensorboard]'; or logger=csv")
+        return wrong
 
 
 # ---- reading plain values ----
@@ -543,6 +549,14 @@ def allowed(kind: Any) -> str:
     return f"{name} in {low}, {high}" if low else name
 
 
+def _options(kind: Any) -> tuple[str, ...]:
+    """The words that a value of this type may be, where there are but few."""
+    kind, _ = _annotations(kind)
+    if get_origin(kind) in (Union, types.UnionType):
+        return tuple(word for k in get_args(kind) for word in _options(k))
+    return ("true", "false") if kind is bool else tuple(map(str, get_args(kind))) if get_origin(kind) is Literal else ()
+
+
 def _short(limit: float) -> str:
     """A limit as text, great powers as such: 2^24, 10^6."""
     if limit < 10**6:
@@ -560,6 +574,7 @@ class Key:
     unit: str
     meaning: str
     variants: tuple[str, ...] = ()
+    options: tuple[str, ...] = ()  # the words that it may be
 
 
 @cache
@@ -569,7 +584,9 @@ def keys(kind: type[Group] = Config, prefix: str = "") -> list[Key]:
     for field in msgspec.structs.fields(kind):
         name, (_, said), groups = prefix + field.name, _annotations(field.type), _groups(field.type)
         if "description" in said:
-            rows.append(Key(name, allowed(field.type), said["extra"]["unit"], said["description"]))
+            rows.append(
+                Key(name, allowed(field.type), said["extra"]["unit"], said["description"], (), _options(field.type))
+            )
         tags: dict[Key, list[str]] = {}
         for group in groups:
             for key in keys(group, f"{name}."):

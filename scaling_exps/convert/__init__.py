@@ -25,6 +25,7 @@ from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Clip, Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find, spelled
+from scaling_exps.words import Parser, UsageError
 
 
 @dataclass(frozen=True)
@@ -153,7 +154,7 @@ def _check(doc: Document, form: str, scaled: Recipe, partners: Sequence[tuple[st
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scalerun convert",
         description="Move a recipe of this or another trainer to another batch size. "
         "The linear map of the betas ends at κ < 1/(1 - β1), which is 10 for β1 = 0.9: beyond it, --beta-map power "
@@ -187,8 +188,11 @@ def main(argv: Sequence[str]) -> int:
     """`scalerun convert`: 0; or 2, one message and nothing written, where the recipe or the request is at fault."""
     try:
         options = vars(_parser().parse_args(argv))
-    except SystemExit as e:
+    except SystemExit as e:  # --help
         return int(e.code or 0)
+    except UsageError as e:
+        print(f"scalerun convert: {e}", file=sys.stderr)
+        return 2
     output, beside, where = options.pop("output", None), options.pop("beside", []), options["where"]
     try:
         partners = options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]

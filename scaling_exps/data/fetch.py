@@ -6,7 +6,6 @@ They are written aside and the folder is renamed at the end, so a data set is th
 
 from __future__ import annotations
 
-import argparse
 import errno
 import hashlib
 import json
@@ -25,6 +24,7 @@ from scaling_exps.config import TokenDataset
 from scaling_exps.data import files
 from scaling_exps.data.store import bar
 from scaling_exps.sources import GATED, DataError, access, home, how, need
+from scaling_exps.words import Parser
 
 SHARD = 2000  # images of a parquet file that is written from an image folder
 
@@ -68,7 +68,7 @@ NAMES = (*SETS, "stdlib", "text", f"{TOKENIZER}HUBID[@COMMIT]")
 
 def main(words: list[str]) -> int:
     """0: done. 2: it cannot be done; one message says why and what to do. 130: interrupted."""
-    parser = argparse.ArgumentParser(prog="scalerun data", description="Fetch, check and convert a data set.")
+    parser = Parser(prog="scalerun data", description="Fetch, check and convert a data set.")
     parser.add_argument("name", nargs="?", help=f"{', '.join(NAMES)}; none: a table of what is there")
     parser.add_argument("--from", dest="source", metavar="FOLDER", help="files that are here already, not the hub's")
     parser.add_argument("--out", metavar="FOLDER", help="instead of the data home's folder of that name")

@@ -7,6 +7,7 @@ from pathlib import Path
 from scaling_exps.config import Config, SlurmLaunch
 from scaling_exps.launch import local, margins, slurm
 from scaling_exps.launch.folders import LaunchError
+from scaling_exps.launch.inspect import diff, remove, show
 from scaling_exps.launch.margins import proposed
 from scaling_exps.launch.overview import print_status, status
 from scaling_exps.launch.ready import check
@@ -14,7 +15,7 @@ from scaling_exps.launch.slurm import cancel
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import RunDir
 
-__all__ = ["LaunchError", "cancel", "check", "launch", "print_status", "proposed", "status"]
+__all__ = ["LaunchError", "cancel", "check", "diff", "launch", "print_status", "proposed", "remove", "show", "status"]
 
 
 def launch(specs: list[RunSpec], config: Config) -> bool:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from submitit import SlurmExecutor
 
 PATIENCE = 600.0  # seconds for which `launch.wait` goes on asking a SLURM that does not answer: a controller restarts
+SIZE = 1000  # runs of a job array, where SLURM does not say
 JOBS = ".slurm"  # in the folder of runs: logs and submitit's files
 _WORDS = ("partition", "account", "qos", "constraint", "exclude")
 _WORD = re.compile(r"[\w.,:@+=/&|()\[\]*!-]+", re.ASCII)
@@ -54,19 +55,26 @@ def work(run_dir: str) -> None:
 
 def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     """Submit what is neither finished, nor queued, nor running; see `launch.launch`."""
-    if shutil.which("srun") is None or shutil.which("sbatch") is None:
+    if not settings.dry_run and (shutil.which("srun") is None or shutil.which("sbatch") is None):
         raise LaunchError(queue.NO_SLURM.format("srun and sbatch are"))
     if find_spec("submitit") is None:
         raise LaunchError("launch=slurm needs submitit: pip install 'scalerun[slurm]'")
     root = root.absolute()
     python = _check(root, settings)
-    queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
+    try:
+        queued = queue.entries()  # refuses here, before anything is written, where SLURM does not answer
+    except LaunchError:
+        if not settings.dry_run:
+            raise
+        _print_scripts(folders.unfinished(specs, root), root, settings, python, SIZE)
+        print("no SLURM answers: whether it takes such jobs, and which are queued, is not known", file=sys.stderr)
+        return True
     todo = folders.unfinished(specs, root)
     missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
         _room(_parameters(shape, settings), 1)
     if settings.dry_run:
-        _print_scripts(missing, root, settings, python)
+        _print_scripts(missing, root, settings, python, _array_size())
         return True
     prepared = folders.prepare(specs, root)
     jobs: list[str] = []
@@ -229,7 +237,13 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
     quotable = re.sub(r"[^\w ./-]", "?", command)  # between double quotes of a shell
     guard = f'{reachable} || {{ echo "this node cannot reach the code: {quotable}" >&2; exit 2; }}'
-    executor = submitit.SlurmExecutor(folder=root / JOBS / "%j", max_num_timeout=1000, python=command)
+
+    class Executor(submitit.SlurmExecutor):
+        @classmethod
+        def affinity(cls) -> int:  # what is missing here, `launch` has said
+            return 2
+
+    executor = Executor(folder=root / JOBS / "%j", max_num_timeout=1000, python=command)
     asked = _parameters(shape, settings)
     further = {option: asked.pop(option) for option in settings.sbatch if option in asked}
     executor.update_parameters(
@@ -244,10 +258,14 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
     return executor
 
 
-def _parts(runs: dict[RunDir, RunSpec], settings: SlurmLaunch) -> list[tuple[tuple[int, int], list[RunDir]]]:
-    """(shape, runs) of each job array: runs of one shape, as many as SLURM's bound on an array's size allows."""
+def _array_size() -> int:
+    """SLURM's bound on an array's size."""
     limit = re.search(r"MaxArraySize\s*=\s*(\d+)", queue.ask("scontrol", "show", "config"))
-    size = max(1, int(limit[1])) if limit else 1000
+    return max(1, int(limit[1])) if limit else SIZE
+
+
+def _parts(runs: dict[RunDir, RunSpec], settings: SlurmLaunch, size: int) -> list[tuple[tuple[int, int], list[RunDir]]]:
+    """(shape, runs) of each job array: runs of one shape, as many as fit."""
     groups: dict[tuple[int, int], list[RunDir]] = {}
     for run_dir, spec in runs.items():
         groups.setdefault(_shape(spec.placement.world_size, settings), []).append(run_dir)
@@ -259,7 +277,7 @@ def _submit(runs: dict[RunDir, RunSpec], root: Path, settings: SlurmLaunch, pyth
     from submitit.core import utils
 
     submitted: list[tuple[RunDir, str]] = []
-    for shape, part in _parts(runs, settings):
+    for shape, part in _parts(runs, settings, _array_size()):
         room = _room(_parameters(shape, settings), len(part))
         if room:
             try:
@@ -277,10 +295,10 @@ def _submit(runs: dict[RunDir, RunSpec], root: Path, settings: SlurmLaunch, pyth
     return [job for _, job in submitted], len(runs) - len(submitted)
 
 
-def _print_scripts(specs: list[RunSpec], root: Path, settings: SlurmLaunch, python: str) -> None:
+def _print_scripts(specs: list[RunSpec], root: Path, settings: SlurmLaunch, python: str, size: int) -> None:
     """Print the job scripts that `_submit` would hand to sbatch."""
     runs = {RunDir(root / s.run_id): s for s in specs}
-    for shape, part in _parts(runs, settings):
+    for shape, part in _parts(runs, settings, size):
         executor = _executor(shape, root, settings, python)
         if len(part) > 1:
             executor.parameters["map_count"] = len(part)

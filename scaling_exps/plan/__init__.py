@@ -4,10 +4,11 @@
 """
 
 from scaling_exps.plan.expand import UNNAMED_GPU, base_runs, content, device, lacking, plan
-from scaling_exps.plan.show import added, amount, describe, print_lines, print_plan
+from scaling_exps.plan.show import NONE, added, amount, describe, print_lines, print_plan, print_run, print_table
 from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science
 
 __all__ = [
-    "UNNAMED_GPU", "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "added", "amount", "base_runs",
-    "content", "describe", "device", "lacking", "plan", "print_lines", "print_plan",
+    "NONE", "UNNAMED_GPU", "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "added", "amount",
+    "base_runs", "content", "describe", "device", "lacking", "plan", "print_lines", "print_plan", "print_run",
+    "print_table",
 ]  # fmt: skip

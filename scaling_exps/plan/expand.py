@@ -174,7 +174,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         arms=(arm,),
         dataset_path=config.dataset.path,
         experiment=config.experiment,
-        logger=config.logger,
+        logger=config.logger if isinstance(config.logger, str) else tuple(config.logger),
         wandb=config.wandb,
         checkpoint=config.checkpoint,
         notes=tuple(_notes(config, rule, move, base, science)),

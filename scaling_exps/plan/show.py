@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import textwrap
 import unicodedata
@@ -20,7 +21,19 @@ _COLUMNS = {
     "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "predicted\ndeviation": 9, "FLOPs": 14, "memory": 10,
     "time": 7, "device-\nhours": 13, "price": 9.5, "gain": 8,
 }  # fmt: skip
-_UNITS = {"seconds": (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)), "bytes": (("GiB", 2**30), ("MiB", 2**20))}
+_UNITS = {
+    "seconds": (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)),
+    "bytes": (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)),
+}
+
+
+def print_run(spec: RunSpec) -> None:
+    """What one run is: its recipe, every number base -> scaled, its placement, notes."""
+    members = [(spec, arm) for arm in (spec.arms if spec.arms[0].kappa != 1 else spec.arms[:1])]
+    print_lines(_head([[member] for member in members]))
+    for member in members:
+        _block([member], None)
+    print_lines("  " + note for note in _notes(members))
 
 
 def describe(spec: RunSpec) -> list[dict[str, Any]]:
@@ -128,24 +141,35 @@ def _table(
     idle |= {"price": not any((costs.get(s.run_id) or {}).get("price") for s, _ in rows)}
     for name in ("FLOPs", "memory", "device-\nhours", "gain"):  # the time alone says that nothing is known
         idle[name] = all(row.get(name) == NONE for row in cells)
-    shown = [name for name in _COLUMNS if not idle.get(name) and any(name in row for row in cells)]
-    left_out: list[str] = []
+    print_table(cells, {name: rank for name, rank in _COLUMNS.items() if not idle.get(name)}, width)
 
-    def widths() -> list[int]:
-        return [max(_width(part) for part in (*n.split("\n"), *(r.get(n, NONE) for r in cells))) for n in shown]
 
-    while 2 + sum(widths()) + 2 * (len(shown) - 1) > width and len(shown) > 2:
-        left_out.append(max(shown, key=lambda name: _COLUMNS[name]))
-        shown.remove(left_out[-1])
-    heads = [name.split("\n") for name in shown]
-    tall = max(map(len, heads))
+def print_table(cells: list[dict[str, str]], columns: Mapping[str, float], width: int) -> None:
+    """One line a row, as many columns as fit, no word cut; what is left out is said.
+
+    Args:
+        cells: text by column, for each row.
+        columns: in their order; the one of the highest number is given up first.
+        width: of the window.
+    """
+    widths = {
+        name: max(_width(part) for part in (*name.split("\n"), *(row.get(name, NONE) for row in cells)))
+        for name in columns
+        if any(name in row for row in cells)
+    }
+    left_out: set[str] = set()
+    while 2 * len(widths) + sum(widths.values()) > width and len(widths) > 2:
+        left_out.add(max(widths, key=lambda name: columns[name]))
+        widths = {name: w for name, w in widths.items() if name not in left_out}
+    heads = [name.split("\n") for name in widths]
+    tall = max(map(len, heads), default=0)
     lines = [[(head + [""] * tall)[i] for head in heads] for i in range(tall)]
-    for line in [*lines, *([row.get(name, NONE) for name in shown] for row in cells)]:
-        padded = (" " * (w - _width(cell)) + cell for w, cell in zip(widths(), line, strict=True))
+    for line in [*lines, *([row.get(name, NONE) for name in widths] for row in cells)]:
+        padded = (" " * (w - _width(cell)) + cell for w, cell in zip(widths.values(), line, strict=True))
         print(("  " + "  ".join(padded)).rstrip())
     if left_out:
         names = ", ".join(
-            name.replace("device-\n", "device-").replace("\n", " ") for name in _COLUMNS if name in left_out
+            name.replace("device-\n", "device-").replace("\n", " ") for name in columns if name in left_out
         )
         _wrap(f"left out at {width} columns: {names}; a wider window or --json shows them", width, "  ")
 
@@ -279,8 +303,13 @@ def _show(value: Any) -> str:
 
 
 def _width(text: str) -> int:
-    """Columns of a terminal that the text takes."""
-    return sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    """Columns of a terminal that the text takes; colours take none."""
+    text = re.sub("\033\\[\\d*m", "", text) if "\033" in text else text
+    return (
+        len(text)
+        if text.isascii()
+        else sum(0 if unicodedata.combining(c) else 2 if unicodedata.east_asian_width(c) in "WF" else 1 for c in text)
+    )
 
 
 def _wrap(text: str, width: int, indent: str = "") -> None:

@@ -134,7 +134,7 @@ class RunSpec(_Value, frozen=True, dict=True):
     arms: tuple[Arm, ...]
     dataset_path: str | None
     experiment: str | None
-    logger: str
+    logger: str | tuple[str, ...]
     wandb: Wandb
     checkpoint: Checkpoint
     notes: tuple[str, ...]
@@ -144,6 +144,10 @@ class RunSpec(_Value, frozen=True, dict=True):
     @cached_property
     def run_id(self) -> str:
         return run_id(self.science)
+
+    @property
+    def loggers(self) -> tuple[str, ...]:
+        return (self.logger,) if isinstance(self.logger, str) else self.logger
 
     @property
     def chunks(self) -> int:

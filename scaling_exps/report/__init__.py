@@ -20,6 +20,7 @@ from scaling_exps.report.answer import answer
 from scaling_exps.report.judge import judge
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
 from scaling_exps.report.verdict import Row, compare, reading
+from scaling_exps.words import Parser
 
 __all__ = [
     "Collection",
@@ -44,7 +45,7 @@ def main(words: list[str]) -> int:
     Raises:
         ReportError: a folder is missing, no run is finished, a word cannot be read, or the page cannot be written.
     """
-    parser = argparse.ArgumentParser(prog="scalerun report")
+    parser = Parser(prog="scalerun report")
     parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     forms = parser.add_mutually_exclusive_group()
     for name in ("json", *FORMS):

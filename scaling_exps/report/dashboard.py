@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 from collections.abc import Callable
@@ -16,6 +15,7 @@ from scaling_exps.report.answer import answer
 from scaling_exps.report.charts import test_metric
 from scaling_exps.report.judge import METRICS
 from scaling_exps.report.runs import ReportError, collect, make_folder
+from scaling_exps.words import Parser
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
 NOISE = ("trace", "gradient_sq", "kappa_r", "b_noise")  # of a noise record, what gets a panel
@@ -30,7 +30,7 @@ def main(words: list[str]) -> int:
     Raises:
         ReportError: no finished run, wandb-workspaces is missing, OUT cannot be written, or wandb refuses.
     """
-    parser = argparse.ArgumentParser(prog="scalerun dashboard")
+    parser = Parser(prog="scalerun dashboard")
     parser.add_argument("dirs", nargs="*", type=Path, default=[RUNS], help="folders of runs (default: runs)")
     parser.add_argument("--entity", help="wandb user or team (default: yours)")
     parser.add_argument("--project", default=os.environ.get("WANDB_PROJECT", "scalerun"), help="(default: scalerun)")

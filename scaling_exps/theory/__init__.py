@@ -20,7 +20,6 @@ Quadratic ones have exact moments (`sde_moments`), fused kernels and self-sizing
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
 import json
 import platform
@@ -50,6 +49,7 @@ from scaling_exps.theory.problem import Chain, Problem, reference
 from scaling_exps.theory.result import Measurement, Result, draw, fit, show
 from scaling_exps.theory.sde import euler_maruyama, simulate
 from scaling_exps.theory.weak import measure, paired
+from scaling_exps.words import Parser
 
 __all__ = [
     "CHECKS", "Base", "Chain", "Condition", "Linear", "Logistic", "Measurement", "Noise", "Oracle", "Problem",
@@ -79,7 +79,7 @@ def main(words: Sequence[str] | None = None) -> int:
     """`scalerun theory`: 0 if every prediction holds, 1 if one does not, 2 for a user's error."""
     from rich.console import Console
 
-    parser = argparse.ArgumentParser(
+    parser = Parser(
         prog="scalerun theory",
         description="Measure what the paper predicts: orders of weak error, SVAG, the rule, and where they break.",
         epilog="checks: " + "; ".join(f"{n}: {(f.__doc__ or '').splitlines()[0]}" for n, f in CHECKS.items()),

@@ -14,7 +14,6 @@ warm up again.)
 
 from __future__ import annotations
 
-import argparse
 import copy
 import itertools
 import json
@@ -38,6 +37,7 @@ from scaling_exps.rules.scale import scale
 from scaling_exps.train import checkpoint, ranks
 from scaling_exps.train.measure import evaluate
 from scaling_exps.train.trainer import Trainer, mean_loss
+from scaling_exps.words import Parser
 
 KAPPAS = (0.5, 1.0, 2.0, 4.0, 8.0)
 PROBE = 1024  # samples on which the loss is taken
@@ -285,7 +285,7 @@ def render(f: Fork) -> str:
 
 def main(words: list[str]) -> int:
     """`scalerun fork WORDS`: print the result; it raises as `fork` does."""
-    parser = argparse.ArgumentParser(prog="scalerun fork", description=__doc__.splitlines()[0])
+    parser = Parser(prog="scalerun fork", description=__doc__.splitlines()[0])
     parser.add_argument("run_dir", type=Path, help="folder of a run, or one of its checkpoints; it is only read")
     parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")
     parser.add_argument("--repeats", type=int, default=4, help="data orders (default 4)")
