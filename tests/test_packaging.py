@@ -16,7 +16,7 @@ from support import ENVIRONMENT, ROOT
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 HARD = {
     "torch", "torchvision", "hydra-core", "omegaconf", "wandb", "timm", "transformers", "datasets", "numpy", "scipy",
-    "msgspec", "rich", "plotly", "jinja2", "safetensors",
+    "msgspec", "rich", "plotly", "jinja2",
 }  # fmt: skip
 HEAVY = ("torch", "wandb", "plotly", "matplotlib", "transformers", "numba", "datasets", "scipy", "numpy")
 COMPARED = {"torchsde", "diffrax", "jax"}  # bench/theory.py times them where they are installed

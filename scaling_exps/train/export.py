@@ -16,6 +16,7 @@ import torch
 from scaling_exps.config import GPT, Roberta, Timm
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import RunDir, find
+from scaling_exps.sources import need
 from scaling_exps.train import checkpoint
 from scaling_exps.train.trainer import build_net
 from scaling_exps.words import Parser
@@ -61,9 +62,9 @@ def export(run_dir: RunDir, form: str, out: Path) -> str:
             tensors = _load(aside)
         else:
             tensors = _once(state["net"])
-        from safetensors.torch import save_file
-
-        save_file(tensors, aside / "model.safetensors", {**metadata, "format": "pt"})
+        need("safetensors.torch", "export").save_file(
+            tensors, aside / "model.safetensors", {**metadata, "format": "pt"}
+        )
     unfinished = "" if step == total else f", which is not finished: step {step:,} of {total:,}"
     return f"{out}: {len(tensors)} tensors of run {spec.run_id}{unfinished}"
 
@@ -100,9 +101,8 @@ def _once(weights: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
 
 
 def _load(folder: Path) -> dict[str, torch.Tensor]:
-    from safetensors.torch import load_file
-
-    return load_file(folder / "model.safetensors")
+    tensors: dict[str, torch.Tensor] = need("safetensors.torch", "export").load_file(folder / "model.safetensors")
+    return tensors
 
 
 @contextlib.contextmanager
