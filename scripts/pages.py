@@ -86,7 +86,9 @@ def python() -> str:
                 out += described(name, thing, "###")
             if inspect.isclass(thing) and not issubclass(thing, Exception):
                 own = [n for n in vars(thing) if not n.startswith("_") and inspect.isroutine(getattr(thing, n))]
-                out += [line for n in own if prose(getattr(thing, n)) for line in described(n, getattr(thing, n), "####")]
+                out += [
+                    line for n in own if prose(getattr(thing, n)) for line in described(n, getattr(thing, n), "####")
+                ]
     return "\n".join(out)
 
 
