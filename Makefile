@@ -1,7 +1,7 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
 
-.PHONY: demo test check bench lock clean
+.PHONY: demo test check docs dist bench lock clean
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $${PYTHON:-python3} -m venv .venv
@@ -23,6 +23,16 @@ check: $(STAMP) ## format, lint, types, rooms
 	$(PY) -m mypy
 	.venv/bin/lint-imports
 
+docs: $(STAMP) ## the site, into site/; a broken link ends it
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
+
+dist: $(STAMP) ## wheel and sdist, checked
+	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
+	rm -rf dist
+	$(PY) -m hatchling build
+	$(PY) -m twine check --strict dist/*
+
 bench: $(STAMP) ## our loop against bare loops, noise, start-up, planning, report
 	$(PY) bench/loop.py
 	$(PY) bench/noise.py
@@ -36,4 +46,4 @@ lock: ## names and versions only, of a fresh environment
 	rm -rf .venv/lock
 
 clean:
-	rm -rf .venv runs report dist
+	rm -rf .venv runs report dist site
