@@ -51,14 +51,18 @@ def of(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[Tradeoff
         recipe = repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
         if recipe in out:
             continue
-        rows, source = validity.of_base(spec, specs, runs_dir, given)
-        base = spec.arms[0].base.batch
-        told = validity.assess(rows, base, base)
-        out[recipe] = None
-        if told is not None:
-            largest = _largest(rows, base) if spec.science.family == "adaptive" else None
-            out[recipe] = Tradeoff(spec, source, rows, told, told.b_noise_point, largest)
+        out[recipe] = told(spec, *validity.of_base(spec, specs, runs_dir, given))
     return [t for t in out.values() if t is not None]
+
+
+def told(spec: RunSpec, rows: list[dict[str, Any]], source: str) -> Tradeoff | None:
+    """From the noise records of a recipe's base runs; `spec` is one of its runs. None: they say nothing."""
+    base = spec.arms[0].base.batch
+    at_base = validity.assess(rows, base, base)
+    if at_base is None:
+        return None
+    largest = _largest(rows, base) if spec.science.family == "adaptive" else None
+    return Tradeoff(spec, source, rows, at_base, at_base.b_noise_point, largest)
 
 
 def _largest(rows: list[dict[str, Any]], base: int) -> int:
