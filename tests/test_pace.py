@@ -39,9 +39,9 @@ def slowed(root: Path, batch: int, factor: float) -> None:
 
 
 def test_samples_steps_and_time_to_the_same_loss(tmp_path: Path) -> None:
-    """At 16 the same curve, at 64 one that takes 1.5 times the samples: 1.5^(1/2) a doubling, below 4/3; at 256
-    twice as many as at 64. Fails if runs were compared across seeds (their losses differ by 0.05, 5% of the samples), or
-    if the loss were not one that all reached."""
+    """The same curve at 16; at 64 one that takes 1.5 times the samples, 1.5^(1/2) a doubling, which is below 4/3; at
+    256 twice as many as at 64. Fails if runs were compared across seeds (their losses differ by 0.05, 5% of the
+    samples), or if the loss were not one that all reached."""
     fabricate(tmp_path, DEMO, batches=(4, 16, 64, 256), rules=("sqrt",), spread=0.0, records=200)
     slowed(tmp_path, 64, 1.5)
     slowed(tmp_path, 256, 3.0)

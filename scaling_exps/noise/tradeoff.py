@@ -21,7 +21,11 @@ FAR = 2**20  # times the base batch: no larger one is looked at
 
 
 class TradeoffError(ValueError):
-    """There is nothing to draw, or nothing to draw it with."""
+    """There is nothing to draw with, or nowhere to draw to."""
+
+
+class NothingToDrawError(TradeoffError):
+    """No noise record tells a critical batch, which is nobody's mistake: the plan is of use without its figure."""
 
 
 @dataclass(frozen=True)
@@ -109,12 +113,13 @@ def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path) -> None:
     """Steps and samples to the same loss, and the predicted deviation, against batch: a row a recipe.
 
     Raises:
-        TradeoffError: no recipe has noise records, matplotlib is missing, or the file cannot be written.
+        NothingToDrawError: no recipe has noise records.
+        TradeoffError: matplotlib is missing, or the file cannot be written.
     """
     told = [(t, t.b_noise) for t in tradeoffs if t.b_noise is not None]
     if not told:
-        raise TradeoffError(
-            "--figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
+        raise NothingToDrawError(
+            "no figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
             "give noise_from=DIR"
         )
     try:
