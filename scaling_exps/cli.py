@@ -94,18 +94,19 @@ def _plan(words: list[str]) -> int:
     costs = cost.estimate(specs, configs)
     predicted = validity.describe(specs, *where)
     trades, batches = tradeoff.of(specs, *where), [s.science.batch for s in specs]
-    if options.figure is not None:
-        tradeoff.draw(trades, batches, options.figure)
     if options.json:
         beside = {s.run_id: {"validity": predicted[s.run_id], "cost": costs[s.run_id]} for s in specs}
         print(json.dumps([{**row, **beside[s.run_id]} for s in specs for row in plan.describe(s)], indent=1))
-        return 0
-    plan.print_plan(specs, costs, predicted, full=options.full)
-    missing = [row["text"] for row in predicted.values() if row["source"] is None]
-    paragraphs = [tradeoff.paragraph(t, batches) for t in trades]
-    plan.print_lines(
-        dict.fromkeys([*plan.added(added), *cost.lines(costs, configs[0]), *missing, *remarks, *margins, *paragraphs])
-    )
+    else:
+        plan.print_plan(specs, costs, predicted, full=options.full)
+        missing = [row["text"] for row in predicted.values() if row["source"] is None]
+        said = [*cost.lines(costs, configs[0]), *missing, *remarks, *margins]
+        plan.print_lines(dict.fromkeys([*plan.added(added), *said, *(tradeoff.paragraph(t, batches) for t in trades)]))
+    if options.figure is not None:
+        try:
+            tradeoff.draw(trades, batches, options.figure)
+        except tradeoff.NothingToDrawError as e:
+            print(f"scalerun: {e}", file=sys.stderr)
     return 0
 
 

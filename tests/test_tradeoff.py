@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from support import prepare, specs
 
-from scaling_exps import plan
+from scaling_exps import cli, plan
 from scaling_exps.noise import tradeoff, validity
 
 
@@ -75,6 +75,18 @@ def test_a_base_run_without_records_has_no_paragraph_and_no_figure(tmp_path: Pat
     assert tradeoff.of(runs, tmp_path, None) == []
     with pytest.raises(tradeoff.TradeoffError, match="no base run of this plan has noise records"):
         tradeoff.draw([], [4], tmp_path / "a.png")
+
+
+@pytest.mark.parametrize("words", [[], ["--json"]])
+def test_a_plan_without_records_is_printed_and_says_why_it_has_no_figure(
+    words: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the table were lost with the figure. It is 0: nothing that was typed is wrong."""
+    monkeypatch.chdir(tmp_path)
+    assert cli.main(["plan", "batch=[4,16]", "--figure", "a.png", *words]) == 0
+    out, err = capsys.readouterr()
+    assert ('"run_id"' if words else "base batch 4") in out and not (tmp_path / "a.png").exists()
+    assert err.startswith("scalerun: no figure: no base run of this plan has noise records") and err.count("\n") == 1
 
 
 def test_the_figure(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

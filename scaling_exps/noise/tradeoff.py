@@ -21,7 +21,11 @@ FAR = 2**20  # times the base batch: no larger one is looked at
 
 
 class TradeoffError(ValueError):
-    """There is nothing to draw, or nothing to draw it with."""
+    """There is nothing to draw with, or nowhere to draw to."""
+
+
+class NothingToDrawError(TradeoffError):
+    """No noise record tells a critical batch, which is nobody's mistake: the plan is of use without its figure."""
 
 
 @dataclass(frozen=True)
@@ -51,14 +55,18 @@ def of(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[Tradeoff
         recipe = repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
         if recipe in out:
             continue
-        rows, source = validity.of_base(spec, specs, runs_dir, given)
-        base = spec.arms[0].base.batch
-        told = validity.assess(rows, base, base)
-        out[recipe] = None
-        if told is not None:
-            largest = _largest(rows, base) if spec.science.family == "adaptive" else None
-            out[recipe] = Tradeoff(spec, source, rows, told, told.b_noise_point, largest)
+        out[recipe] = told(spec, *validity.of_base(spec, specs, runs_dir, given))
     return [t for t in out.values() if t is not None]
+
+
+def told(spec: RunSpec, rows: list[dict[str, Any]], source: str) -> Tradeoff | None:
+    """From the noise records of a recipe's base runs; `spec` is one of its runs. None: they say nothing."""
+    base = spec.arms[0].base.batch
+    at_base = validity.assess(rows, base, base)
+    if at_base is None:
+        return None
+    largest = _largest(rows, base) if spec.science.family == "adaptive" else None
+    return Tradeoff(spec, source, rows, at_base, at_base.b_noise_point, largest)
 
 
 def _largest(rows: list[dict[str, Any]], base: int) -> int:
@@ -105,12 +113,13 @@ def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path) -> None:
     """Steps and samples to the same loss, and the predicted deviation, against batch: a row a recipe.
 
     Raises:
-        TradeoffError: no recipe has noise records, matplotlib is missing, or the file cannot be written.
+        NothingToDrawError: no recipe has noise records.
+        TradeoffError: matplotlib is missing, or the file cannot be written.
     """
     told = [(t, t.b_noise) for t in tradeoffs if t.b_noise is not None]
     if not told:
-        raise TradeoffError(
-            "--figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
+        raise NothingToDrawError(
+            "no figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
             "give noise_from=DIR"
         )
     try:

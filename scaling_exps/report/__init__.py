@@ -1,8 +1,8 @@
 """Directories of runs -> verdicts, tables, figures, one page. Reads records and nothing else.
 
 A run is compared with the base run of its own seed: both saw the same examples in the same order, so the seed's luck
-cancels in the difference. `runs` reads, `verdict` judges, `charts` arranges, `figures` and `page` draw, `tables`
-prints, `dashboard` does the same in wandb.
+cancels in the difference. `runs` reads, `verdict` judges, `pace` tells time against batch, `charts` arranges,
+`figures` and `page` draw, `tables` prints, `dashboard` does the same in wandb.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from scaling_exps.records import RUNS, append_look, looks
-from scaling_exps.report import charts, tables
+from scaling_exps.report import charts, pace, tables
 from scaling_exps.report.answer import answer
 from scaling_exps.report.judge import judge
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
@@ -78,11 +78,13 @@ def main(words: list[str]) -> int:
             make_folder(options.out)
             if options.watch and sys.stdout.isatty():
                 print("\033[2J\033[H", end="")
-            print(*first, "", sep="\n")
+            tables.say([*first, ""])
             tables.show(rows)
             if margins:
-                print("the margins were given with --margin, not fixed before the runs: read the verdicts accordingly")
-            print(*reading(rows), sep="\n")
+                tables.say(
+                    ["the margins were given with --margin, not fixed before the runs: read the verdicts accordingly"]
+                )
+            tables.say([*reading(rows), *pace.paragraphs(rows)])
             _draw(rows, collection.missing, options, more, first)
         for absent in collection.missing:
             print(f"not in the table: {absent}", file=sys.stderr)

@@ -42,11 +42,7 @@ def _of_rule(arms: list[Row], members: list[Row]) -> str:
     rule, base = arms[0].rule, next((r.arm.base.batch for r in arms if r.runs), None)
     upward = sorted((r for r in arms if r.kappa > 1), key=lambda r: r.batch)
     others = [r for r in arms if r not in upward]
-    safe: Row | None = None
-    for row in upward:
-        if row.verdict != "equivalent" or row.powerless:
-            break
-        safe = row
+    safe = largest_safe(upward)
     beyond = upward[upward.index(safe) + 1 :] if safe else upward
     if safe:
         margins, seeds = _margins(safe), safe.gaps[_leading(safe)].n
@@ -67,6 +63,16 @@ def _of_rule(arms: list[Row], members: list[Row]) -> str:
         parts.append("nothing larger was run")
     parts += [f"batch {row.batch:,} (κ = {row.kappa:g}) {_fate(row)}" for row in others]
     return "; ".join(parts) + "."
+
+
+def largest_safe(arms: list[Row]) -> Row | None:
+    """Of the arms of one rule: the last that is equivalent, with power, as are all between it and the base."""
+    safe = None
+    for row in sorted((r for r in arms if r.kappa > 1), key=lambda r: r.batch):
+        if row.verdict != "equivalent" or row.powerless:
+            break
+        safe = row
+    return safe
 
 
 def _fate(row: Row) -> str:

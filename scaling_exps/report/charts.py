@@ -10,14 +10,15 @@ from typing import Any, TypeGuard
 
 import numpy as np
 
-from scaling_exps.noise.validity import DOMINATED
-from scaling_exps.report import prediction
+from scaling_exps.noise.validity import DOMINATED, steps_and_samples
+from scaling_exps.report import pace, prediction
 from scaling_exps.report.judge import METRICS
 from scaling_exps.report.runs import Run, trajectory
 from scaling_exps.report.verdict import Row
 
 GROUPS = {
     "curves": "Training and test curves against samples",
+    "pace": "Time against batch: to the same loss",
     "final": "Final metrics against batch",
     "gap": "Gap to the base run",
     "hyper": "Hyperparameters against batch",
@@ -30,8 +31,11 @@ GROUPS = {
 ACCURACY = "test accuracy"
 NOISE, SIGNAL = "noise √(tr Σ / B)", "signal ‖∇f‖"
 EQUAL = "as predicted"
+CURVE, EVEN = "predicted by the noise", "equal samples"  # of `pace`, and its marks on the batch axis
+STOP, HOLDS, HELD = "next doubling no longer pays", "predicted to hold up to", "measured to hold up to"
 WINDOWS = 12  # of training, over each of which noise records are pooled
 SPREAD = {"gap": "mean and 90% interval", "hyper": "", "cost": "mean and range", "noise": "pooled over seeds"}
+SPREAD["pace"] = "mean ± sd of the ratios to the base run of each seed"
 SPREAD["prediction"] = "95% interval of the prediction, 90% of the measurement"
 
 
@@ -79,7 +83,7 @@ Value = tuple[float, float, float]  # a point and the ends of its error bar
 
 def arrange(rows: list[Row]) -> list[Chart]:
     """Every chart that the rows have data for, by setting and then in the order of GROUPS."""
-    builders = (_curves, _final, _gap, _hyper, _cost, _noise, _svag, _paper)
+    builders = (_curves, _pace, _final, _gap, _hyper, _cost, _noise, _svag, _paper)
     by_setting: dict[str, list[Row]] = {}
     for row in rows:
         if row.runs:
@@ -156,30 +160,87 @@ def _against_batch(
 ) -> Chart:
     """A point a row, of `values`; every arm starts from the base batch, where all rules are one run.
 
-    Error bars at one batch are set side by side within a tenth of the way to the next batch. Where all rows have one
-    batch there is no such way: then the x axis names the arms.
+    Where the arms have one batch among them, a line would tell nothing: then the x axis names the arms.
 
     Args:
-        nested: lines may lie on each other: points stay at their batch, and each line is thinner than the one before.
+        nested: lines may lie on each other: each is thinner than the one before, also where the arms have one batch.
     """
     arms = [*dict.fromkeys(r.rule for r in rows if r.role == "base"), *_arms(rows)]
     batches = sorted({r.batch for r in rows})
-    one_batch = len(batches) == 1
-    nearest = min((b / a for a, b in itertools.pairwise(batches)), default=1.0)
+    targets = sorted({r.batch for r in rows if r.role != "base"}) or batches
+    by_name = len(batches) == 1 or (len(targets) == 1 and not nested)
     finite = [(r, v) for r, v in zip(rows, values, strict=True) if v and all(map(math.isfinite, v))]
     traces = []
     for i, arm in enumerate(arms):
-        aside = 1.0 if nested else nearest ** (0.1 * ((i + 0.5) / len(arms) - 0.5))
-        plain = all(r.svag == 1 for r in rows if r.rule == arm)
+        plain = all(r.svag == 1 for r in rows if r.rule == arm) and not by_name
         points = sorted((r.batch, v) for r, v in finite if r.rule == arm or (plain and r.role == "base"))
         if points:
-            x = [float(i) if one_batch else batch * aside for batch, _ in points]
+            x = [float(i if by_name else batch) for batch, _ in points]
             y, low, high = (list(column) for column in zip(*(v for _, v in points), strict=True))
             width = 1.5 + 0.9 * (len(arms) - 1 - i) if nested else 2.0
             traces.append(Trace(arm, x, y, low, high, points=True, width=width))
-    ticks = enumerate(arms) if one_batch else ((b, str(b)) for b in batches[:: -(-len(batches) // 8)])
-    x_name, places = f"batch {batches[0]}" if one_batch else "batch", tuple((float(x), label) for x, label in ticks)
-    return Chart(name, x_name, name, traces, ticks=places, log_x=not one_batch, **style)
+    if not by_name:
+        return Chart(name, "batch", name, traces, ticks=_batch_ticks(batches), log_x=True, **style)
+    of_base = {r.rule: f"base ({r.batch})" for r in rows if r.role == "base" and r.batch != targets[0]}
+    ticks = tuple((float(i), of_base.get(arm, arm)) for i, arm in enumerate(arms))
+    return Chart(name, f"batch {targets[0]}", name, traces, ticks=ticks, **style)
+
+
+def _batch_ticks(batches: list[int]) -> tuple[tuple[float, str], ...]:
+    return tuple((float(b), str(b)) for b in batches[:: -(-len(batches) // 8)])
+
+
+def _pace(rows: list[Row]) -> list[Chart]:
+    """Samples, steps, time to the same loss over the base's, and up to where a doubling pays and the rule holds."""
+    told = pace.of(rows)
+    if isinstance(told, str):
+        return []
+    t, batches = told.predicted, sorted({told.base, *(p.batch for p in told.points)})
+    marks: dict[str, float | None] = {HELD: max(told.held.values())}
+    if t is not None:
+        marks = {STOP: t.b_noise and t.b_noise / 2, HOLDS: t.largest} | marks
+    far = 16 * batches[-1]  # a mark beyond is in the paragraph alone, as is one that no larger batch reaches
+    shown = {name: float(b) for name, b in marks.items() if b and told.base < b <= far}
+    start, end = min(batches[0], *shown.values(), math.inf), max(batches[-1], *shown.values(), 0.0)
+    grid = np.geomspace(start, end, 60)
+    ticks = _batch_ticks(batches)
+    for b in shown.values():
+        if all(max(b / x, x / b) > 1.4 for x, _ in ticks):
+            ticks += ((b, f"{b:,.0f}"),)
+    drawn = []
+    for i, what in enumerate(("samples", "steps", "time")):
+        traces: list[Trace] = []
+        if t is not None and t.b_noise is not None and what != "time":
+            traces.append(_predicted_pace(t.base, t.b_noise, t.at_base.b_noise, grid, 1 - i))
+        if what == "steps":
+            traces.append(Trace(EVEN, grid.tolist(), (told.base / grid).tolist(), width=1.2))
+        for rule in told.held:
+            at = [(float(told.base), (1.0, 0.0))]
+            at += [(float(p.batch), getattr(p, what)) for p in told.points if p.rule == rule and p.batch != told.base]
+            at = sorted((b, (m, 0.0 if math.isnan(sd) else sd)) for b, (m, sd) in at if math.isfinite(m))
+            x, y = [b for b, _ in at], [m for _, (m, _) in at]
+            low, high = ([max(m + sign * sd, m / 10) for _, (m, sd) in at] for sign in (-1, 1))
+            traces.append(Trace(rule, x, y, low, high, points=True))
+        values = [v for trace in traces for v in (*trace.y, *(trace.low or ()), *(trace.high or ()))]
+        traces += [Trace(name, [b, b], [min(values), max(values)], width=1.5) for name, b in shown.items()]
+        title = f"{what} to train loss {told.loss:.3g}, × batch {told.base}'s"
+        log_y = what != "samples"
+        drawn.append(Chart(title, "batch", title, traces, ticks=ticks, log_x=True, log_y=log_y))
+    return drawn
+
+
+def _predicted_pace(base: int, b_noise: float, ends: tuple[float, float], grid: np.ndarray, which: int) -> Trace:
+    """McCandlish's curve over its value at the base batch, and the band of B_noise's interval."""
+
+    def curve(scale: float) -> list[float]:
+        at_base = steps_and_samples(base, scale)[which]
+        return [steps_and_samples(b, scale)[which] / at_base for b in grid.tolist()]
+
+    if not all(map(math.isfinite, ends)):
+        return Trace(CURVE, grid.tolist(), curve(b_noise))
+    low, high = curve(ends[0]), curve(ends[1])
+    both = list(zip(low, high, strict=True))
+    return Trace(CURVE, grid.tolist(), curve(b_noise), [min(p) for p in both], [max(p) for p in both])
 
 
 def _smallest_margin(rows: list[Row], metric: str) -> float | None:
@@ -376,6 +437,11 @@ _STYLES = {
     NOISE: Style("#c8500a", "#ff8f4d", "dot"),
     SIGNAL: Style("#0068a8", "#5ab8f0"),
     EQUAL: Style("#555555", "#bbbbbb", "dash"),
+    EVEN: Style("#555555", "#bbbbbb", "dot"),
+    CURVE: Style("#c8500a", "#ff8f4d", "dash"),
+    STOP: Style("#967000", "#e8c24a", "dashdot"),
+    HOLDS: Style("#c8500a", "#ff8f4d", "longdash"),
+    HELD: Style("#0068a8", "#5ab8f0", "longdash"),
 }
 _MORE = (
     Style("#00748a", "#5fd4e8"), Style("#a01030", "#ff8098", "dash"), Style("#5a6b00", "#c3d94a", "dot"),

@@ -21,7 +21,7 @@ from urllib.parse import quote
 import jinja2
 
 from scaling_exps import __version__, rules
-from scaling_exps.report import prediction, tables
+from scaling_exps.report import pace, prediction, tables
 from scaling_exps.report.answer import answer
 from scaling_exps.report.charts import GROUPS, Chart, sections, styles
 from scaling_exps.report.judge import MEANING, METRICS, form
@@ -83,7 +83,7 @@ def write(
         displaced=any(r.predicted or r.measured for r in rows),
         displacement=tables.DISPLACEMENT,
         both=prediction.both,
-        reading=reading(rows),
+        reading=[*reading(rows), *pace.paragraphs(rows)],
         sections=[
             (setting, group, GROUPS[group], [(i, charts[i]) for i in places])
             for setting, group, places in sections(charts)

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import csv
 import io
+import itertools
 import json
 import math
 import os
 import sys
-from collections.abc import Iterator
+import textwrap
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
 import msgspec
 
 from scaling_exps.plan.margin import ALPHA, spent
-from scaling_exps.report import prediction
+from scaling_exps.report import pace, prediction
 from scaling_exps.report.judge import MEANING, METRICS, Test, form
 from scaling_exps.report.runs import Missing
 from scaling_exps.report.verdict import Row
@@ -33,6 +35,7 @@ class Grid:
     cells: list[list[tuple[str, ...]]]
     verdicts: list[tuple[str, str]]  # and their colours
     legend: list[str]
+    judged: int  # columns, those of metrics with a margin the last of them
 
 
 FIRST = ("batch", "κ", "arm", "n", "verdict")  # the columns before those of the metrics
@@ -99,7 +102,7 @@ def grids(rows: list[Row]) -> Iterator[Grid]:
             legend.append(f"looks were declared at these numbers of seeds, with these shares of alpha: {shares}")
         legend += [f"{r.rule}, batch {r.batch}: {remark}" for r in members for remark in r.remarks]
         heads = [*FIRST, *map(head, shown), *([DISPLACEMENT] if displaced else [])]
-        yield Grid(setting, heads, cells, [(r.verdict, r.colour) for r in members], legend)
+        yield Grid(setting, heads, cells, [(r.verdict, r.colour) for r in members], legend, len(FIRST) + len(margins))
 
 
 def _moved(row: Row) -> tuple[str, ...]:
@@ -115,37 +118,61 @@ def level_of_intervals(rows: list[Row]) -> str:
     return " or ".join(f"{100 * level:.3g}%" for level in levels)
 
 
+def _room() -> int | None:
+    """Columns of the terminal; None where the output goes elsewhere and nobody named a width."""
+    from shutil import get_terminal_size
+
+    return get_terminal_size().columns if sys.stdout.isatty() or "COLUMNS" in os.environ else None
+
+
+def say(lines: Iterable[str], indent: str = "") -> None:
+    """Print lines, broken between words where there is a terminal's width to keep."""
+    room = _room()
+    for line in lines:
+        inner = indent + " " * (len(line) - len(line.lstrip()))
+        wrapped = textwrap.wrap(
+            line.strip(), room or 10**9, initial_indent=inner, subsequent_indent=inner + "  ", break_long_words=False,
+            break_on_hyphens=False,
+        )  # fmt: skip
+        print("\n".join(wrapped))
+
+
 def show(rows: list[Row]) -> None:
-    """Print the grids, each with as many metrics as fit between words into the terminal's width."""
+    """Print the grids, each with as many metrics as fit into the terminal's width; the displacement is told below."""
     from rich.console import Console
 
-    console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 170, highlight=False)
+    console = Console(width=_room() or 170, highlight=False)
     for grid in grids(rows):
         widths = _widths(grid, console.width)
         console.print(_table(grid, widths))
-        if len(widths) < len(grid.heads):
-            left_out = ", ".join(grid.heads[len(widths) :])
-            print(f"  too narrow for: {left_out} (all are in --csv, --markdown and the page)")
-        for line in grid.legend:
-            print(f"  {line}")
+        if left_out := [name for name in grid.heads[len(widths) :] if name != DISPLACEMENT]:
+            say([f"too narrow for: {', '.join(left_out)} (all are in --csv, --markdown and the page)"], "  ")
+        say(grid.legend, "  ")
 
 
 def _widths(grid: Grid, room: int) -> list[int]:
-    """Of as many columns as fit without a cut word. What room is left goes to the columns that would break a line."""
-    least, most = [], []
+    """Of as many columns as fit, no interval broken; of the judged ones as many as fit without a cut word."""
+    least, whole, most = [], [], []
     for i, name in enumerate(grid.heads):
-        parts = [line for part in (name, *(p for cells in grid.cells for p in cells[i])) for line in _lines(part)]
+        if name == DISPLACEMENT:
+            break
+        parts = [line for cells in grid.cells for part in cells[i] for line in _lines(part)]
         words = [word for part in parts for word in part.split()] if i >= len(FIRST) else parts
-        least.append(max(map(len, words)))
-        most.append(max(map(len, parts)))
-    count = len(least)
-    while count > len(FIRST) and sum(least[:count]) + 3 * count + 1 > room:
-        count -= 1
+        named = max(map(len, name.split()))
+        least.append(max(named, *map(len, words)))
+        whole.append(max(named, *map(len, parts)))
+        most.append(max(len(name), *map(len, parts)))
+
+    def fitting(widths: list[int]) -> int:
+        return sum(t + 3 * (i + 1) + 1 <= room for i, t in enumerate(itertools.accumulate(widths)))
+
+    count = max(len(FIRST), fitting(whole), min(grid.judged, fitting(least)))
     widths, spare = least[:count], room - sum(least[:count]) - 3 * count - 1
-    for i in range(count):
-        more = max(0, min(spare, most[i] - widths[i]))
-        widths[i] += more
-        spare -= more
+    for wanted in (whole, most):
+        for i in range(count):
+            more = max(0, min(spare, wanted[i] - widths[i]))
+            widths[i] += more
+            spare -= more
     return widths
 
 
@@ -219,6 +246,7 @@ def as_json(rows: list[Row], missing: list[Missing], first: list[str] | None = N
         "answer": first or [],
         "alpha": ALPHA,
         "calibration": prediction.calibration(rows),
+        "time_against_batch": [pace.as_json(members) for members in pace.by_setting(rows)],
         "rows": [
             {k: getattr(r, k) for k in keys}
             | {"metrics": {k: {"mean": m, "sd": s} for k, (m, s) in r.metrics.items()}}

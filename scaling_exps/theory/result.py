@@ -118,6 +118,7 @@ class Verdict:
     passed: bool | None = None
 
 
+FEW = 3  # lines of an arm in a panel; more are a band
 _AXES = {"eta2": "time of one step", "ell": "ell", "kappa": "kappa"}
 _OUTCOMES = {  # of (control, passed)
     (False, True): "pass",
@@ -209,9 +210,11 @@ def show(r: Result, console: Any) -> None:
 def draw(result: Result, path: Path) -> None:
     """The figure of a check as a PNG, 1000 pixels wide: what its verdicts judge, against its axis, log-log.
 
-    Of every arm the functions that were judged: of a rule all, of a control one. Where verdicts have an `x`, these are
-    drawn as points beside their prediction (a line), a panel for what stands before the comma of their function.
+    Of every arm the functions that were judged: of a rule all, of a control one. More than three lie in a band, whose
+    upper edge is the line. Where verdicts have an `x`, these are drawn as points beside their prediction (a line), a
+    panel for what stands before the comma of their function.
     """
+    from matplotlib import ticker
     from matplotlib.figure import Figure
 
     points = any(v.x is not None for v in result.fits)
@@ -231,32 +234,49 @@ def draw(result: Result, path: Path) -> None:
     entries: dict[str, Any] = {}
     for ax, panel in zip(axes, panels, strict=False):
         seen: set[float] = set()
-        for name, function in dict.fromkeys((n, v.function) for p, n, v in judged if p == panel):
-            i = names.index(name)
+        for name in dict.fromkeys(n for p, n, _ in judged if p == panel):
+            i, functions = names.index(name), dict.fromkeys(v.function for p, n, v in judged if (p, n) == (panel, name))
+            style = {"color": f"C{i}", "marker": "osD^vP*X"[i % 8], "ms": 4, "lw": 1}
             if points:
-                line = [v for _, _, v in judged if v.function == function]
+                line = [v for _, _, v in judged if v.function in functions]
                 x, y = [v.x or math.nan for v in line], [v.slope for v in line]
                 se = [(v.interval[1] - v.interval[0]) / 2 for v in line]
                 ax.plot(x, [v.expected for v in line], color=f"C{i}", lw=1)
                 entries[name] = ax.errorbar(x, y, se, color=f"C{i}", marker="o", ms=5, ls="")
-            else:
-                x, y, se = result.series(*panel, name)[function]
-                entries[name] = ax.errorbar(x, y, se, color=f"C{i}", marker="osD^vP*X"[i % 8], ms=4, lw=1)
-            seen.update(x)
+                seen.update(x)
+                continue
+            series = [result.series(*panel, name)[function] for function in functions]
+            seen.update(series[0][0])
+            if len(series) > FEW:
+                errors = np.array([y for _, y, _ in series])
+                ax.fill_between(series[0][0], errors.min(0), errors.max(0), color=f"C{i}", alpha=0.2, lw=0)
+                entries[f"{name} (largest; band: all)"] = ax.plot(series[0][0], errors.max(0), **style)[0]
+                continue
+            for x, y, se in series:
+                entries[name] = ax.errorbar(x, y, se, **style)
         xs = [x for x in sorted(seen) if math.log2(x).is_integer()]  # others stand too close for words
         ax.set(xscale="log", yscale="log", xlabel=_AXES[result.axis])
         ax.set_xticks(xs, [f"{x:g}" if x >= 1 else f"1/{1 / x:g}" for x in xs])
         ax.set_title(", ".join(panel), fontsize=11)
         ax.set_xticks([], minor=True)
+        ax.yaxis.set_major_locator(ticker.LogLocator(10, (1, 2, 5) if _decades(ax) < 3 else (1,)))
+        ax.yaxis.set_major_formatter(ticker.FuncFormatter(lambda y, _: f"{y:g}"))
+        ax.yaxis.set_minor_locator(ticker.NullLocator())
         ax.grid(alpha=0.25)
     for ax in axes[len(panels) :]:
         ax.remove()
     for ax in axes[: len(panels) : columns]:
         ax.set_ylabel("ratio to kappa = 1" if points else "error")
     figure.suptitle("\n".join(textwrap.wrap(f"{result.check}: {result.claim}", 15 + 30 * columns)), fontsize=11)
-    title = "points: measured, lines: closed form" if points else "one line a test function"
+    several = any(v.function != judged[0][2].function for _, n, v in judged if n == judged[0][1])
+    title = "points: measured, lines: closed form" if points else "error of test functions" if several else None
     figure.legend(
         entries.values(), entries.keys(), title=title, loc="outside lower center", ncols=2, fontsize=10,
         title_fontsize=10, frameon=False,
     )  # fmt: skip
     figure.savefig(path)
+
+
+def _decades(axis: Any) -> float:
+    low, high = axis.get_ylim()
+    return math.log10(high / low)
