@@ -22,6 +22,7 @@ LAYOUT = (
     "validation*.parquet with the columns image and label"
 )
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "ensurepip"}
+CHECKPOINT = "checkpoint.pt"  # the newest one in a run's folder
 JUST_WRITTEN = 2.0  # seconds: a file this young may change again within its clock's tick, so its hash is not kept
 
 
@@ -183,6 +184,26 @@ def content(files: list[Path]) -> str:
             aside.write_text(digest.hexdigest()[:16])
             os.replace(aside, kept)
     return digest.hexdigest()[:16]
+
+
+def weights(path: str | None) -> str | None:
+    """Identity of the weights that training begins with; None: those of the seed.
+
+    Raises:
+        DataError: nothing there, or not readable.
+    """
+    return None if path is None else content([weights_file(path)])
+
+
+def weights_file(path: str) -> Path:
+    """The file of weights at `path`: itself, or the newest checkpoint of a run's folder. Raises as `weights`."""
+    file = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
+    if file.is_file():
+        return file
+    raise DataError(
+        f"recipe.start_from={path!r}: there is no file {str(file)!r}; give a run's folder, a checkpoint (.pt) or "
+        ".safetensors"
+    )
 
 
 def _names_and_sizes(folder: Path) -> str:

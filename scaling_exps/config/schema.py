@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from scaling_exps.rules import OPTIMIZERS, BetaMap
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip
 
 
 class ConfigError(ValueError):
@@ -237,6 +237,24 @@ class Recipe(Group, frozen=True, kw_only=True):
     gamma: Annotated[float, _is("what a milestone multiplies the rate by", gt=0, le=1)]
     freeze_last: Annotated[bool, _is("keep the last linear layer at N(0, 0.01^2), as the authors' VGG")]
     statistics_samples: Annotated[Examples, _is("training examples for BN's evaluation statistics", "examples")]
+    clip: Annotated[
+        Annotated[float, _is("", gt=0, le=10**6)] | None,
+        _is("largest norm of a step's whole gradient, which is scaled down to it; null: none", "gradient"),
+    ]
+    ema: Annotated[
+        Annotated[float, _is("", gt=0, lt=1)] | None,
+        _is(
+            "decay a step, at the base batch, of an average of the weights: it begins at the initial ones and is what "
+            "evaluations see; null: none. Every rule but none makes it ema^kappa: the average over the same samples"
+        ),
+    ]
+    stop_after: Annotated[
+        Examples | None, _is("end here, on the schedule of the whole duration; null: at its end", "examples")
+    ]
+    start_from: Annotated[
+        str | None,
+        _is("begin with these weights: a finished run's folder, a checkpoint, or safetensors; null: drawn by the seed"),
+    ]
 
     def faults(self) -> list[str]:
         wrong = []
@@ -415,6 +433,12 @@ class Config(Group, frozen=True, kw_only=True):
     rule: Annotated[Name | list[Name] | None, _is("scaling rule; null: the default for the goal; a list is a sweep")]
     tested: Annotated[list[Name] | None, _is("rules under test, others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
+    clip: Annotated[
+        Clip,
+        _is(
+            "recipe.clip at another batch: keep, or rule: c/sqrt(kappa), the same share of steps where noise dominates"
+        ),
+    ]
     noise_scale: Annotated[NoiseScale | None, _is("measured B_noise, for the rules that need it", "examples")]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]

@@ -11,6 +11,7 @@ import importlib
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -21,7 +22,7 @@ from scaling_exps.config import GPT, VGG16, Custom, Dataset, Model, ResNet, ResN
 from scaling_exps.models import language, vision
 from scaling_exps.models.vision import ModelError
 
-__all__ = ["ModelError", "build", "has_batch_norm", "recompute_statistics"]
+__all__ = ["ModelError", "build", "has_batch_norm", "load_weights", "recompute_statistics"]
 
 
 def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) -> nn.Module:
@@ -53,6 +54,49 @@ def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) 
     for layer in _batch_norms(net):
         layer.momentum = 0.0  # training leaves the evaluation statistics alone
     return net if isinstance(dataset, TokenDataset) else net.to(memory_format=torch.channels_last)
+
+
+def load_weights(net: nn.Module, file: Path) -> None:
+    """Give the network the weights of a file: safetensors, a state_dict that torch saved, or a checkpoint of ours.
+
+    Of a checkpoint those that evaluations saw: the average, where the recipe has one.
+
+    Raises:
+        ModelError: the file holds none, or those of another network.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            from safetensors.torch import load_file
+
+            held = load_file(file)
+        else:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+            held = {**held["net"], **held.get("average", {})} if isinstance(held.get("net"), dict) else held
+        held = {name: torch.as_tensor(value) for name, value in held.items()}
+    except Exception as e:  # a damaged archive, a pickle of other things: each fails in its own way
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise ModelError(f"recipe.start_from: {str(file)!r} holds no weights that can be read ({reason})") from e
+    own = net.state_dict()
+    there = {own[name].data_ptr() for name in held if name in own}  # a tied weight has two names and is saved once
+    faults = {
+        "not in the file": [n for n, v in own.items() if n not in held and v.data_ptr() not in there],
+        "not in the network": [n for n in held if n not in own],
+        "of another shape": [
+            f"{n} {tuple(held[n].shape)} in the file, {tuple(v.shape)} in the network"
+            for n, v in own.items()
+            if n in held and held[n].shape != v.shape
+        ],
+    }
+    if wrong := [f"{what}: {_first(names)}" for what, names in faults.items() if names]:
+        raise ModelError(
+            f"recipe.start_from: {str(file)!r} does not fit the network. {'; '.join(wrong)}. Choose the network and "
+            "the data set that it was trained with"
+        )
+    net.load_state_dict(held, strict=False)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def _network(model: Model, dataset: Dataset) -> nn.Module:

@@ -32,12 +32,16 @@ def crosses(spec: RunSpec, step: int, count: int) -> bool:
     return marks(spec, step, count) > marks(spec, step - 1, count)
 
 
-@torch.no_grad()
 def evaluate(t: Trainer) -> dict[str, Any]:
     """Test loss in nats of the current weights, and accuracy (images) or perplexity and bits per byte (tokens).
 
-    Each rank takes its share of the test set.
+    Each rank takes its share of the test set. Where the recipe averages the weights, it is of their average.
     """
+    with torch.no_grad(), t.averaged():
+        return _evaluate(t)
+
+
+def _evaluate(t: Trainer) -> dict[str, Any]:
     s, net = t.science, t.net
     if models.has_batch_norm(net):
         statistics = t.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
