@@ -53,14 +53,15 @@ class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
 
 class _Images(_Dataset, frozen=True, kw_only=True):
     shape: Annotated[list[Positive], _is("height, width, channels", "pixels", min_length=3, max_length=3)]
-    classes: Annotated[int, _is("classes; imagefolder must be given it", ge=0, le=2**20)]
+    classes: Annotated[int, _is("classes; of imagefolder 0: as many as its folder has", ge=0, le=2**20)]
     mean: Annotated[list[float], _is("of each channel, of pixels in [0, 1]", min_length=1)]
     std: Annotated[list[Annotated[float, _is("", gt=0)]], _is("of each channel", min_length=1)]
     flip: Annotated[bool, _is("flip half of the training images")]
 
     def faults(self) -> list[str]:
         channels = self.shape[2]
-        wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
+        counted = self.classes == 0 and getattr(self, "name", "") == "imagefolder"
+        wrong = [] if self.classes >= 2 or counted else [f"dataset.classes={self.classes} must be >= 2"]
         if not len(self.mean) == len(self.std) == channels:
             wrong.append(f"dataset.mean={self.mean} dataset.std={self.std} must have {channels} values each (channels)")
         return wrong

@@ -15,7 +15,7 @@ import msgspec
 
 from scaling_exps import config as schema
 from scaling_exps import rules, sources
-from scaling_exps.config import Config, Dataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
+from scaling_exps.config import Config, Dataset, FileDataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
 from scaling_exps.plan import checks
 from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
@@ -39,12 +39,12 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     for config in configs:
         values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
         lists = [v if isinstance(v, list) else [v] for v in values]
-        faults += checks.faults(config)
         held = ""
         try:
-            held = content(config.dataset, config.dataset.path)
+            config, held = _counted(config)
         except sources.DataError as e:
             faults.append(str(e))
+        faults += checks.faults(config)
         try:
             for duration in (1.0, config.duration):
                 checks.samples(config, duration)
@@ -233,6 +233,28 @@ def _science(
         ema=None if recipe.ema is None else rule.ema(recipe.ema, kappa) ** (1 / stretch),
         start=sources.weights(recipe.start_from),
     )  # fmt: skip
+
+
+def _counted(config: Config) -> tuple[Config, str]:
+    """The command with what an image folder says of its own size, and the fingerprint of the data.
+
+    Raises:
+        DataError: it is not there, not readable, or not what the command says of it.
+    """
+    dataset, recipe = config.dataset, config.recipe
+    if not isinstance(dataset, FileDataset) or dataset.name != "imagefolder":
+        return config, content(dataset, dataset.path)
+    folder = sources.image_folder(dataset.path)
+    given = {"classes": dataset.classes or folder.classes, "train_size": dataset.train_size or 0}
+    given["test_size"] = dataset.test_size or 0
+    there = {"classes": folder.classes, "train_size": folder.train, "test_size": folder.test}
+    if wrong := [f"dataset.{k}={v}" for k, v in given.items() if v > there[k] or (k == "classes" and v != there[k])]:
+        has = ", ".join(f"{k}={v}" for k, v in there.items())
+        raise sources.DataError(f"{', '.join(wrong)}: the folder has {has}; drop what is wrong and it is counted")
+    if recipe.epochs is not None and dataset.train_size is None:
+        recipe = msgspec.structs.replace(recipe, epochs=None, samples=round(recipe.epochs * folder.train))
+    dataset = msgspec.structs.replace(dataset, classes=folder.classes)
+    return msgspec.structs.replace(config, dataset=dataset, recipe=recipe), folder.content
 
 
 def content(dataset: Dataset, path: str | None) -> str:
