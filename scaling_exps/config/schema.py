@@ -482,9 +482,8 @@ def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
             raise msgspec.ValidationError
         return value
     except msgspec.ValidationError:
-        meaning = _annotations(kind)[1].get("description")
         quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
-        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else "") + quoted)
+        faults.append(f"{key}={raw!r} must be {allowed(kind)}{_said(kind)}{quoted}")
         return None
 
 
@@ -504,8 +503,11 @@ def _group(groups: list[type[Group]], raw: Any, key: str, faults: list[str]) -> 
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
         known = ", ".join(n for n in fields if n != "words")
         faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {known}")
-    if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
-        faults.append(f"missing: {', '.join(missing)}; give them")
+    if missing := [n for n, f in fields.items() if n not in raw and f.required]:
+        faults += [f"{prefix + n} is missing: {allowed(fields[n].type)}{_said(fields[n].type)}" for n in missing]
+        faults.append(
+            "give them; a file can take over another's of its group: it begins with `defaults: [NAME, _self_]`"
+        )
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}
     if len(faults) > before:
         return None
@@ -539,6 +541,11 @@ def _annotations(kind: Any) -> tuple[Any, dict[str, Any]]:
     names = ("ge", "gt", "le", "lt", "min_length", "max_length", "description", "extra")
     metas = kind.__metadata__
     return get_args(kind)[0], {n: x for m in metas for n in names if (x := getattr(m, n)) not in (None, "")}
+
+
+def _said(kind: Any) -> str:
+    meaning = _annotations(kind)[1].get("description")
+    return f" ({meaning})" if meaning else ""
 
 
 def allowed(kind: Any) -> str:

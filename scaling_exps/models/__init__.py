@@ -7,11 +7,14 @@ neither the batch size nor the world size.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -126,14 +129,30 @@ def _from_factory(model: Model, **what: Any) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     options = {**what, **model.options}
+    found: Any = None
     try:
-        net = getattr(importlib.import_module(module), function)(**options)
+        found = importlib.import_module(module)
+        found = getattr(found, function)
+        net = found(**options)
     except Exception as e:  # whatever the user's code raises
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
-        raise ModelError(f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}") from e
+        raise ModelError(
+            f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}{_has(found, e)}"
+        ) from e
     if not isinstance(net, nn.Module):
         raise ModelError(f"model.factory={model.factory} returned {type(net).__name__}, not a torch.nn.Module")
     return net
+
+
+def _has(found: Any, error: Exception) -> str:
+    """What one would look up next: the functions of a module that lacks the one asked for, what a factory takes."""
+    if isinstance(found, ModuleType):
+        own = [k for k, v in vars(found).items() if callable(v) and getattr(v, "__module__", "") == found.__name__]
+        return f"; it has {', '.join(own) or 'no function'}"
+    with contextlib.suppress(ValueError, TypeError):  # of what is written in C nothing is known
+        if isinstance(error, TypeError) and found is not None:
+            return f"; it takes {inspect.signature(found)}, of which model.options={{KEY:VALUE}} gives what is missing"
+    return ""
 
 
 def _batch_norms(net: nn.Module) -> list[_BatchNorm]:
