@@ -37,6 +37,7 @@ import msgspec
 from msgspec.structs import replace
 
 from scaling_exps.plan import PlanError, RunSpec
+from scaling_exps.sources import CHECKPOINT
 
 State = Literal["finished", "failed", "running", "interrupted", "waiting"]
 RUNS = Path(os.environ.get("SCALERUN_RUNS", "runs"))  # where runs lie when nobody says otherwise
@@ -102,7 +103,7 @@ class RunDir:
 
     def __init__(self, path: Path | str) -> None:
         self.path = Path(path)
-        self.newest = self.path / "checkpoint.pt"
+        self.newest = self.path / CHECKPOINT
         self.previous = self.path / "checkpoint.prev.pt"
         self.log = self.path / "log.txt"
         self._records = self.path / "records.jsonl"

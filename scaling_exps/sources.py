@@ -12,16 +12,22 @@ import os
 import platform
 import sysconfig
 import time
+from dataclasses import dataclass
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 GATED = {"imagenet": "ILSVRC/imagenet-1k"}
 PICTURES = (".jpeg", ".jpg", ".png")
+UNREAD = (".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif", ".jfif")  # pictures, too
+TEST = ("val", "validation", "test")  # what the test part may be called; the first that is there
 LAYOUT = (
-    "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg, or parquet files train*.parquet and "
-    "validation*.parquet with the columns image and label"
+    "dataset.path must hold train/CLASS/*.jpg (.jpeg, .png) and val/CLASS/*.jpg (or validation/, or test/), or parquet "
+    "files train*.parquet and validation*.parquet with the columns image and label"
 )
+LOOKED_AT = 8  # pictures of a class that a plan opens
 NOT_STDLIB = {"test", "tests", "idle_test", "site-packages", "dist-packages", "__pycache__", "lib2to3", "ensurepip"}
+CHECKPOINT = "checkpoint.pt"  # the newest one in a run's folder
 JUST_WRITTEN = 2.0  # seconds: a file this young may change again within its clock's tick, so its hash is not kept
 
 
@@ -51,7 +57,7 @@ def raw_folder(name: str, path: str | None) -> Path:
     if path is None and name == "text":
         raise DataError("dataset=text needs dataset.path=FILE or FOLDER (of .txt or .parquet files)")
     if path is None and name == "imagefolder":
-        raise DataError(f"dataset=imagefolder needs dataset.path=FOLDER and dataset.classes=N; {LAYOUT}")
+        raise DataError(f"dataset=imagefolder needs dataset.path=FOLDER; {LAYOUT}")
     where = Path(path) if path is not None else home() / name
     if where.exists():
         return where
@@ -105,7 +111,8 @@ def fingerprint(
     elif name == "stdlib":
         held = f"python-{platform.python_version()}"
     elif name == "imagefolder":
-        held = _names_and_sizes(raw_folder(name, path))
+        where = raw_folder(name, path)
+        held = _names_and_sizes(where, _pictures(where))
     return f"{held} {tokenizer_content(tokenizer or 'bytes', tokenizer_revision)}".strip()
 
 
@@ -185,13 +192,143 @@ def content(files: list[Path]) -> str:
     return digest.hexdigest()[:16]
 
 
-def _names_and_sizes(folder: Path) -> str:
-    rows = []
+def weights(path: str | None) -> str | None:
+    """Identity of the weights that training begins with; None: those of the seed.
+
+    Raises:
+        DataError: nothing there, or not readable.
+    """
+    return None if path is None else content([weights_file(path)])
+
+
+def weights_file(path: str) -> Path:
+    """The file of weights at `path`: itself, or the newest checkpoint of a run's folder. Raises as `weights`."""
+    file = Path(path) / CHECKPOINT if Path(path).is_dir() else Path(path)
+    if file.is_file():
+        return file
+    raise DataError(
+        f"recipe.start_from={path!r}: there is no file {str(file)!r}; give a run's folder, a checkpoint (.pt) or "
+        ".safetensors"
+    )
+
+
+# ---- image folders ----
+
+
+@dataclass(frozen=True)
+class ImageFolder:
+    """What an image folder holds: its fingerprint, how many classes, training and test pictures."""
+
+    content: str
+    classes: int
+    train: int
+    test: int
+
+
+def image_folder(path: str | None) -> ImageFolder:
+    """The folder of `dataset=imagefolder`, counted and looked at; no picture is decoded.
+
+    Raises:
+        DataError: with every fault: no classes, an empty one, pictures that are outside of a class or cannot be read.
+    """
+    root = raw_folder("imagefolder", path)
+    there = _pictures(root)
+    held = _names_and_sizes(root, there)
+    if (shards := parquet_folder(root)) is not None:
+        return ImageFolder(held, *_parquet_counts(shards))
+    train, test, classes = parts(root, "imagefolder")
+    by_class: dict[tuple[str, str], list[Path]] = {}
+    wrong = []
+    for name, size in there.items():
+        part, *below = name.split("/")
+        if part in (train.name, test.name) and len(below) == 1:
+            wrong.append(f"{name} lies outside of a class folder")
+        elif part in (train.name, test.name) and name.lower().endswith(PICTURES):
+            by_class.setdefault((part, below[0]), []).append(root / name)
+            wrong += [f"{name} is empty"] * (size == 0)
+    if len(classes) < 2:
+        wrong.append(f"{train.name} has {len(classes)} class folder(s), and a classifier needs two or more")
+    wrong += [f"{train.name}/{c} holds no picture" for c in classes if (train.name, c) not in by_class]
+    wrong += [f"{test.name} holds no picture"] * all(part != test.name for part, _ in by_class)
+    if unread := _unread(there):
+        wrong.append(f"{unread}: convert them, or move them away")
+    image: Any = need("PIL.Image", "a data set of image files")
+    for files in by_class.values():
+        for file in files[:: max(1, len(files) // LOOKED_AT)]:
+            try:
+                image.open(file).close()
+            except OSError as e:
+                empty = file.stat().st_size == 0
+                wrong += [] if empty else [f"{file.relative_to(root)} is no picture ({type(e).__name__})"]
+    if wrong:
+        more = f", and {len(wrong) - 5} more" if len(wrong) > 5 else ""
+        raise DataError(f"dataset.path={str(root)!r}: {'; '.join(wrong[:5])}{more}. It reads .jpg, .jpeg and .png")
+    counts = [sum(len(f) for (part, _), f in by_class.items() if part == which.name) for which in (train, test)]
+    return ImageFolder(held, len(classes), *counts)
+
+
+def parts(root: Path, name: str) -> tuple[Path, Path, list[str]]:
+    """The folders of training and of test pictures, and the classes by name, which is the order of their labels.
+
+    Raises:
+        DataError: it has no such folders, or a class has test pictures alone.
+    """
+    train, test = root / "train", next((root / t for t in TEST if (root / t).is_dir()), None)
+    if not train.is_dir() or test is None:
+        names = _folders(root)
+        has = f"; it has the folders {', '.join(names[:8])}{', ...' * (len(names) > 8)}" if names else ""
+        fetch = "" if name == "imagefolder" else f"; or {how(name)}"
+        raise DataError(f"no images in {str(root)!r}: {LAYOUT}{has}{fetch}")
+    classes = _folders(train)
+    if strange := set(_folders(test)) - set(classes):
+        raise DataError(f"{str(test)!r} has the class {min(strange)!r}, which {str(train)!r} has not")
+    return train, test, classes
+
+
+def _folders(folder: Path) -> list[str]:
+    return sorted(e.name for e in os.scandir(folder) if e.is_dir())
+
+
+def parquet_folder(root: Path) -> Path | None:
+    """Where the shards of a data set in parquet lie; None: it is none."""
+    return next((folder for folder in (root, root / "data") if any(folder.glob("train*.parquet"))), None)
+
+
+def _parquet_counts(folder: Path) -> tuple[int, int, int]:
+    parquet: Any = need("pyarrow.parquet", "a data set in parquet")
+    sizes, classes = [], 0
+    for names in (("train",), TEST):
+        files = next((found for n in names if (found := sorted(folder.glob(f"{n}*.parquet")))), [])
+        try:
+            labels = [parquet.read_table(f, columns=["label"])["label"].to_pylist() for f in files]
+        except Exception as e:  # what is no parquet file fails in many ways; KeyError: no such column
+            raise DataError(f"cannot read the column label of {str(folder)!r}: {type(e).__name__}: {e}") from e
+        sizes.append(sum(map(len, labels)))
+        classes = classes or 1 + max((x for part in labels for x in part if x is not None), default=-1)
+    if classes < 2 or not sizes[1]:
+        raise DataError(f"{str(folder)!r} has {classes} class(es) and {sizes[1]} test pictures; {LAYOUT}")
+    return classes, sizes[0], sizes[1]
+
+
+def _unread(files: dict[str, int]) -> str:
+    kinds = [os.path.splitext(name)[1].lower() for name in files if name.lower().endswith(UNREAD)]
+    return f"{len(kinds)} file(s) are {', '.join(sorted(set(kinds)))}" if kinds else ""
+
+
+def _pictures(folder: Path) -> dict[str, int]:
+    """Relative name -> size of every picture and parquet file below a folder, whether it is of a kind that is read."""
+    rows = {}
     for base, subfolders, names in os.walk(folder, followlinks=True):
         subfolders.sort()
-        for name in sorted(n for n in names if n.lower().endswith((*PICTURES, ".parquet"))):
+        for name in sorted(n for n in names if n.lower().endswith((*PICTURES, ".parquet", *UNREAD))):
             file = Path(base, name)
-            rows.append(f"{file.relative_to(folder).as_posix()}\0{file.stat().st_size}\n")
+            rows[file.relative_to(folder).as_posix()] = file.stat().st_size
+    return rows
+
+
+def _names_and_sizes(folder: Path, files: dict[str, int]) -> str:
+    rows = [f"{name}\0{size}\n" for name, size in files.items() if not name.lower().endswith(UNREAD)]
     if not rows:
-        raise DataError(f"no images in {str(folder)!r}: {LAYOUT}")
+        unread = _unread(files)
+        raise DataError(f"no images in {str(folder)!r}{f' ({unread})' if unread else ''}: {LAYOUT}")
     return hashlib.sha256("".join(rows).encode()).hexdigest()[:16]

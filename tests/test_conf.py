@@ -117,3 +117,28 @@ def test_a_checkout_that_cannot_run_is_said(
     ]
     assert script.main(argv) == 2
     assert "not finished" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("group", "text", "words", "says"),
+    [
+        ("recipe", "lr: 0.1", [], ["recipe.batch is missing: an integer in [1, 2^24] (global batch", "recipe.beta2 is",
+                                   "recipe.statistics_samples is missing", "defaults: [NAME, _self_]"]),
+        ("recipe", "lr: 0.1", ["recipe=mien"], ["no recipe 'mien' (did you mean 'mine'?)"]),
+        ("experiment", "# @package _global_\ndefaults:\n  - override /modell: vit\n", [],
+         ["unknown key 'modell' in the defaults of a file; did you mean 'model'?"]),
+        ("experiment", "# @package _global_\ndefaults:\n  - override /model: vitt\n", [], ["did you mean 'vit'?"]),
+        ("experiment", "defaults:\n  - override /model: vit\n", [], ["begins with `# @package _global_`"]),
+        ("experiment", "# @package _global_\nbatchh: 4\nrecipe: {lrr: 1}\n", [], ["mean 'batch'", "mean 'recipe.lr'"]),
+    ],
+)  # fmt: skip
+def test_files_of_ones_own_are_told_all_they_lack(
+    group: str, text: str, words: list[str], says: list[str], tmp_path: Path
+) -> None:
+    """Fails if a fault came one at a time, without what the key means, or if files of one's own were not among those
+    that could have been meant."""
+    (tmp_path / group).mkdir()
+    (tmp_path / group / "mine.yaml").write_text(text)
+    with pytest.raises(config.ConfigError) as refusal:
+        config.compose([*(words or [f"{group}=mine"]), "--config-dir", str(tmp_path)])
+    assert all(part in str(refusal.value) for part in says), refusal.value

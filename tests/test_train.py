@@ -42,17 +42,27 @@ BN = [
     "model.norm=batch", "model.width=8", "recipe.micro_batch=16", "batch=64", "recipe.batch=64", "recipe.samples=1280",
 ]  # fmt: skip
 
+BOTH = ["recipe.clip=0.5", "recipe.ema=0.9"]
+
+
+def averages(run_dir: RunDir) -> dict[str, torch.Tensor]:
+    """The averaged weights in the newest checkpoint."""
+    state: dict[str, torch.Tensor] = torch.load(run_dir.newest, weights_only=True)["average"]
+    return state
+
 
 def test_world_size_and_accumulation_do_not_matter(tmp_path: Path) -> None:
     """20 steps of 4 micro-batches with BN: (1 process x 4), (2 x 2), (4 x 1). Fails if BN's evaluation statistics were
-    per rank, if ranks took the same slice, if accumulation summed instead of averaged."""
-    (spec,) = specs(*BN, "measure.evaluations=4", "measure.train_records=20")
+    per rank, if ranks took the same slice, if accumulation summed instead of averaged, if a rank clipped its own
+    gradient before the ranks are averaged."""
+    (spec,) = specs(*BN, *BOTH, "measure.evaluations=4", "measure.train_records=20")
     assert spec.science.steps == 20
     done = []
     for world in (1, 2, 4):
         run_dir = prepare(tmp_path / str(world), placed(spec, world))
         work(run_dir, world)
-        done.append((rows(run_dir), weights(run_dir)))
+        done.append((rows(run_dir), weights(run_dir) | averages(run_dir)))
+    assert any(r.get("gradient_norm", 0) > 0.5 for r in done[0][0])
     for other in done[1:]:
         for mine, theirs in zip(done[0][0], other[0], strict=True):
             assert mine.keys() == theirs.keys()
@@ -119,9 +129,10 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
 @pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
-    undisturbed run. Fails if any state were missing from the checkpoint or records were written twice."""
+    undisturbed run. Fails if any state were missing from the checkpoint, the average of the weights too, or records
+    were written twice."""
     often = ["measure.train_records=37", "measure.noise_records=5", "measure.evaluations=4"]
-    (spec,) = specs(*BN, "recipe.samples=9600", "checkpoint.minutes=0.0005", *often)
+    (spec,) = specs(*BN, *BOTH, "recipe.samples=9600", "checkpoint.minutes=0.0005", *often)
     spec = placed(spec, processes)
     whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path / "broken", spec)
     work(whole, processes)
@@ -143,6 +154,7 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> 
         assert broken.state() in ("waiting", "interrupted", "finished")
     assert kills > 0
     same_run(broken, whole)
+    assert all(torch.equal(averages(broken)[name], v) for name, v in averages(whole).items())
 
 
 def last_step(run_dir: RunDir) -> int:

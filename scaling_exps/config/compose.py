@@ -186,14 +186,17 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
     text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
-        return f"unknown key {key[1]!r}; {_nearest_key(key[1])}"
+        if key[1].partition("@")[2].startswith("experiment."):
+            return f"an experiment's file begins with `# @package _global_`, or {key[1]!r} is a key of the experiment"
+        typed = any(word.lstrip("+~").startswith(key[1]) for word in argv)
+        return f"unknown key {key[1]!r}{'' if typed else ' in the defaults of a file'}; {_nearest_key(key[1])}"
     if group := re.search(r"Could not find '([^/']+)/([^']+)'", text):
-        return _unknown_option(group[1], group[2])
+        return _unknown_option(group[1], group[2], argv)
     if text.startswith(("Config group override must be", "Error resolving interpolation")):  # model=5, model=[resnet8]
         for word in argv:
             group_name, _, value = word.partition("=")
             if group_name and (CONF / group_name).is_dir() and not (CONF / group_name / f"{value}.yaml").exists():
-                return _unknown_option(group_name, value)
+                return _unknown_option(group_name, value, argv)
     first = text.splitlines()[0]
     if merge := re.search(r"Error merging override \+*([^=]+)=(.*)", first):
         kind = next((k.allowed for k in schema.keys() if k.name == merge[1]), "a group of keys")  # noqa: SIM118
@@ -210,15 +213,24 @@ def _explain(error: Exception, argv: list[str]) -> str:
     return first
 
 
-def _unknown_option(group: str, name: str) -> str:
-    options = sorted(p.stem for p in (CONF / group).glob("*.yaml"))
+_OWN = {
+    "dataset": "; your own: imagefolder or text, with dataset.path=PATH",
+    "model": "; your own: model=custom model.factory=package.module:function",
+}
+
+
+def _unknown_option(group: str, name: str, argv: list[str] | None = None) -> str:
+    words = " ".join(argv or [])
+    folders = [CONF, *map(Path, re.findall(r"(?:--config-dir|-cd)[ =](\S+)", words))]
+    options = sorted({p.stem for folder in folders for p in (folder / group).glob("*.yaml")})
+    close = "".join(f" (did you mean {o!r}?)" for o in difflib.get_close_matches(name, options, 1))
     if group != "recipe":
-        close = "".join(f" (did you mean {o!r}?)" for o in difflib.get_close_matches(name, options, 1))
-        return f"unknown {group} {name!r}{close}; allowed: {', '.join(options)}"
+        return f"unknown {group} {name!r}{close}; allowed: {', '.join(options)}{_OWN.get(group, '')}"
     asked = name.split("-")  # data set, network or size class
     near = [o for o in options if any(a == b for a, b in zip(asked, o.split("-"), strict=False))]
+    close = close if f"recipe={name}" in words else ""  # else it is the one of a data set and a network that were typed
     return (
-        f"no recipe {name!r} (data set - network or size class); there are"
+        f"no recipe {name!r}{close} (data set - network or size class); there are"
         f"{' of this data set or network' if near else ''}: {', '.join(near or options)}. "
         "Choose one of these combinations, or name a recipe of your own with recipe=NAME --config-dir DIR"
     )

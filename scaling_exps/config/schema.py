@@ -14,7 +14,7 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 import msgspec
 
-from scaling_exps.rules import OPTIMIZERS, BetaMap
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip
 
 
 class ConfigError(ValueError):
@@ -54,14 +54,15 @@ class _Dataset(Group, frozen=True, kw_only=True, tag_field="kind"):
 
 class _Images(_Dataset, frozen=True, kw_only=True):
     shape: Annotated[list[Positive], _is("height, width, channels", "pixels", min_length=3, max_length=3)]
-    classes: Annotated[int, _is("classes; imagefolder must be given it", ge=0, le=2**20)]
+    classes: Annotated[int, _is("classes; of imagefolder 0: as many as its folder has", ge=0, le=2**20)]
     mean: Annotated[list[float], _is("of each channel, of pixels in [0, 1]", min_length=1)]
     std: Annotated[list[Annotated[float, _is("", gt=0)]], _is("of each channel", min_length=1)]
     flip: Annotated[bool, _is("flip half of the training images")]
 
     def faults(self) -> list[str]:
         channels = self.shape[2]
-        wrong = [] if self.classes >= 2 else [f"dataset.classes={self.classes} must be >= 2: give dataset.classes=N"]
+        counted = self.classes == 0 and getattr(self, "name", "") == "imagefolder"
+        wrong = [] if self.classes >= 2 or counted else [f"dataset.classes={self.classes} must be >= 2"]
         if not len(self.mean) == len(self.std) == channels:
             wrong.append(f"dataset.mean={self.mean} dataset.std={self.std} must have {channels} values each (channels)")
         return wrong
@@ -238,6 +239,24 @@ class Recipe(Group, frozen=True, kw_only=True):
     gamma: Annotated[float, _is("what a milestone multiplies the rate by", gt=0, le=1)]
     freeze_last: Annotated[bool, _is("keep the last linear layer at N(0, 0.01^2), as the authors' VGG")]
     statistics_samples: Annotated[Examples, _is("training examples for BN's evaluation statistics", "examples")]
+    clip: Annotated[
+        Annotated[float, _is("", gt=0, le=10**6)] | None,
+        _is("largest norm of a step's whole gradient, which is scaled down to it; null: none", "gradient"),
+    ]
+    ema: Annotated[
+        Annotated[float, _is("", gt=0, lt=1)] | None,
+        _is(
+            "decay a step, at the base batch, of an average of the weights: it begins at the initial ones and is what "
+            "evaluations see; null: none. Every rule but none makes it ema^kappa: the average over the same samples"
+        ),
+    ]
+    stop_after: Annotated[
+        Examples | None, _is("end here, on the schedule of the whole duration; null: at its end", "examples")
+    ]
+    start_from: Annotated[
+        str | None,
+        _is("begin with these weights: a finished run's folder, a checkpoint, or safetensors; null: drawn by the seed"),
+    ]
 
     def faults(self) -> list[str]:
         wrong = []
@@ -416,6 +435,12 @@ class Config(Group, frozen=True, kw_only=True):
     rule: Annotated[Name | list[Name] | None, _is("scaling rule; null: the default for the goal; a list is a sweep")]
     tested: Annotated[list[Name] | None, _is("rules under test, others are controls; null: by the rules' own goals")]
     beta_map: Annotated[BetaMap, _is("linear: 1 - beta -> kappa (1 - beta); power: beta -> beta^kappa")]
+    clip: Annotated[
+        Clip,
+        _is(
+            "recipe.clip at another batch: keep, or rule: c/sqrt(kappa), the same share of steps where noise dominates"
+        ),
+    ]
     noise_scale: Annotated[NoiseScale | None, _is("measured B_noise, for the rules that need it", "examples")]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
@@ -463,9 +488,8 @@ def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
             raise msgspec.ValidationError
         return value
     except msgspec.ValidationError:
-        meaning = _annotations(kind)[1].get("description")
         quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
-        faults.append(f"{key}={raw!r} must be {allowed(kind)}" + (f" ({meaning})" if meaning else "") + quoted)
+        faults.append(f"{key}={raw!r} must be {allowed(kind)}{_said(kind)}{quoted}")
         return None
 
 
@@ -485,8 +509,11 @@ def _group(groups: list[type[Group]], raw: Any, key: str, faults: list[str]) -> 
         hint = f" (did you mean {prefix + close[0]!r}?)" if close else ""
         known = ", ".join(n for n in fields if n != "words")
         faults.append(f"unknown key {prefix + str(name)!r}{hint}; allowed: {known}")
-    if missing := [prefix + n for n, f in fields.items() if n not in raw and f.required]:
-        faults.append(f"missing: {', '.join(missing)}; give them")
+    if missing := [n for n, f in fields.items() if n not in raw and f.required]:
+        faults += [f"{prefix + n} is missing: {allowed(fields[n].type)}{_said(fields[n].type)}" for n in missing]
+        faults.append(
+            "give them; a file can take over another's of its group: it begins with `defaults: [NAME, _self_]`"
+        )
     values = {n: _value(f.type, raw[n], prefix + n, faults) for n, f in fields.items() if n in raw}
     if len(faults) > before:
         return None
@@ -520,6 +547,11 @@ def _annotations(kind: Any) -> tuple[Any, dict[str, Any]]:
     names = ("ge", "gt", "le", "lt", "min_length", "max_length", "description", "extra")
     metas = kind.__metadata__
     return get_args(kind)[0], {n: x for m in metas for n in names if (x := getattr(m, n)) not in (None, "")}
+
+
+def _said(kind: Any) -> str:
+    meaning = _annotations(kind)[1].get("description")
+    return f" ({meaning})" if meaning else ""
 
 
 def allowed(kind: Any) -> str:

@@ -22,9 +22,9 @@ from scaling_exps.convert.coverage import Coverage, coupled, coverage
 from scaling_exps.convert.documents import Document, open_document, read_file
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
-from scaling_exps.convert.job import Clip, Edit, Recipe, agree, read, sentence
+from scaling_exps.convert.job import Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Move, Rule, RuleError, find, spelled
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip, Move, Rule, RuleError, find, spelled
 from scaling_exps.words import Parser, UsageError
 
 

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
-from typing import Any, Literal
+from typing import Any
 
 from scaling_exps.convert.documents import Path, dotted
 from scaling_exps.convert.layout import Layout, Slot, share
-from scaling_exps.rules import Hyper, Move, Rule, RuleError
+from scaling_exps.rules import CLIP_KEPT, Clip, Hyper, Move, Rule, RuleError
 
-Clip = Literal["keep", "rule"]
 _NORMALISE = "a network that normalises over the micro-batch sees another number of examples"
 
 
@@ -263,14 +261,16 @@ class Edit:
     def _clip(self) -> None:
         slot = self.layout.clip
         value = self.layout.number(slot)
-        if slot is None or not value or value < 0 or self.move.kappa == 1:
+        if slot is None or not value or value < 0:
             return
-        new = value / math.sqrt(self.move.kappa)
+        new = self.rule.clip(value, self.move.kappa)
+        if new == value:
+            return
         if self.clip == "rule":
             return self.put(slot, new)
         self.notes.append(
-            f"{_key(slot)}={value:g} is kept: clipping is outside the rule. Where noise dominates, the gradient's norm "
-            f"goes as 1/√κ and the same clip rate needs {new:.4g}; --clip rule writes it, as one MLPerf benchmark does"
+            f"{_key(slot)}={value:g} is kept: {CLIP_KEPT.format(new)}; "
+            "--clip rule writes it, as one MLPerf benchmark does"
         )
 
     def _split(self, parallel: int | None) -> tuple[int | None, int | None]:

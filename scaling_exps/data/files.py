@@ -24,12 +24,11 @@ from torch import Tensor
 from scaling_exps.config import FileDataset
 from scaling_exps.data.images import Normalise
 from scaling_exps.data.stream import Stream, random_bits, uniform
-from scaling_exps.sources import LAYOUT, PICTURES, DataError, cache, how, need, raw_folder
+from scaling_exps.sources import LAYOUT, PICTURES, TEST, DataError, cache, how, need, parquet_folder, parts, raw_folder
 
 if TYPE_CHECKING:
     from PIL import Image
 
-TEST = ("val", "validation", "test")  # what the test part may be called; the first that is there
 ASPECT = (3 / 4, 4 / 3)  # of a random crop, width over height
 TRIES = 10  # of a random crop, before the central one
 BILINEAR = 2  # PIL.Image.Resampling.BILINEAR
@@ -240,22 +239,12 @@ def load(dataset: FileDataset, path: str | None) -> Files:
 def listing(folder: str, name: str) -> Files:
     """Every file of a folder in its own order: by class and name, or by row. Raises as `load` does."""
     root = Path(folder)
-    shards = root if any(root.glob("train*.parquet")) else root / "data"
-    if any(shards.glob("train*.parquet")):
+    if (shards := parquet_folder(root)) is not None:
         return _parquet(shards, name)
-    test = next((root / t for t in TEST if (root / t).is_dir()), None)
-    if not (root / "train").is_dir() or test is None:
-        raise DataError(f"no images in {folder!r}: {LAYOUT}" + ("" if name == "imagefolder" else f"; or {how(name)}"))
-    classes = _class_folders(root / "train")
-    if strange := set(_class_folders(test)) - set(classes):
-        raise DataError(f"{str(test)!r} has the class {min(strange)!r}, which {str(root / 'train')!r} has not")
+    *both, classes = parts(root, name)
     digest = hashlib.sha256()
-    train, held_out = (_folder(part, classes, digest) for part in (root / "train", test))
+    train, held_out = (_folder(part, classes, digest) for part in both)
     return Files(train, held_out, digest.hexdigest()[:16])
-
-
-def _class_folders(folder: Path) -> list[str]:
-    return sorted(e.name for e in os.scandir(folder) if e.is_dir())
 
 
 def _folder(folder: Path, classes: list[str], digest: Any) -> Part:

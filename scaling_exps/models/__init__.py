@@ -7,10 +7,14 @@ neither the batch size nor the world size.
 
 from __future__ import annotations
 
+import contextlib
 import importlib
+import inspect
 import os
 import sys
 from collections.abc import Iterable
+from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 import torch
@@ -19,9 +23,10 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scaling_exps.config import GPT, VGG16, Custom, Dataset, Model, ResNet, ResNet50, Roberta, Timm, TokenDataset
 from scaling_exps.models import language, vision
+from scaling_exps.sources import need
 from scaling_exps.models.vision import ModelError
 
-__all__ = ["ModelError", "build", "has_batch_norm", "recompute_statistics"]
+__all__ = ["ModelError", "build", "has_batch_norm", "load_weights", "recompute_statistics"]
 
 
 def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) -> nn.Module:
@@ -55,6 +60,47 @@ def build(model: Model, dataset: Dataset, seed: int, freeze_last: bool = False) 
     return net if isinstance(dataset, TokenDataset) else net.to(memory_format=torch.channels_last)
 
 
+def load_weights(net: nn.Module, file: Path) -> None:
+    """Give the network the weights of a file: safetensors, a state_dict that torch saved, or a checkpoint of ours.
+
+    Of a checkpoint those that evaluations saw: the average, where the recipe has one.
+
+    Raises:
+        ModelError: the file holds none, or those of another network.
+    """
+    try:
+        if file.suffix == ".safetensors":
+            held = need("safetensors.torch", "recipe.start_from").load_file(file)
+        else:
+            held = torch.load(file, map_location="cpu", weights_only=True)
+            held = {**held["net"], **held.get("average", {})} if isinstance(held.get("net"), dict) else held
+        held = {name: torch.as_tensor(value) for name, value in held.items()}
+    except Exception as e:  # a damaged archive, a pickle of other things: each fails in its own way
+        reason = f"{type(e).__name__}: {e}".splitlines()[0]
+        raise ModelError(f"recipe.start_from: {str(file)!r} holds no weights that can be read ({reason})") from e
+    own = net.state_dict()
+    there = {own[name].data_ptr() for name in held if name in own}  # a tied weight has two names and is saved once
+    faults = {
+        "not in the file": [n for n, v in own.items() if n not in held and v.data_ptr() not in there],
+        "not in the network": [n for n in held if n not in own],
+        "of another shape": [
+            f"{n} {tuple(held[n].shape)} in the file, {tuple(v.shape)} in the network"
+            for n, v in own.items()
+            if n in held and held[n].shape != v.shape
+        ],
+    }
+    if wrong := [f"{what}: {_first(names)}" for what, names in faults.items() if names]:
+        raise ModelError(
+            f"recipe.start_from: {str(file)!r} does not fit the network. {'; '.join(wrong)}. Choose the network and "
+            "the data set that it was trained with"
+        )
+    net.load_state_dict(held, strict=False)
+
+
+def _first(names: list[str]) -> str:
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
+
+
 def _network(model: Model, dataset: Dataset) -> nn.Module:
     if isinstance(dataset, TokenDataset):
         vocab = dataset.vocab + (dataset.mask > 0)  # one id more, for the mask
@@ -82,14 +128,30 @@ def _from_factory(model: Model, **what: Any) -> nn.Module:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     options = {**what, **model.options}
+    found: Any = None
     try:
-        net = getattr(importlib.import_module(module), function)(**options)
+        found = importlib.import_module(module)
+        found = getattr(found, function)
+        net = found(**options)
     except Exception as e:  # whatever the user's code raises
         given = ", ".join(f"{k}={v!r}" for k, v in options.items())
-        raise ModelError(f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}") from e
+        raise ModelError(
+            f"model.factory={model.factory}({given}) failed: {type(e).__name__}: {e}{_has(found, e)}"
+        ) from e
     if not isinstance(net, nn.Module):
         raise ModelError(f"model.factory={model.factory} returned {type(net).__name__}, not a torch.nn.Module")
     return net
+
+
+def _has(found: Any, error: Exception) -> str:
+    """What one would look up next: the functions of a module that lacks the one asked for, what a factory takes."""
+    if isinstance(found, ModuleType):
+        own = [k for k, v in vars(found).items() if callable(v) and getattr(v, "__module__", "") == found.__name__]
+        return f"; it has {', '.join(own) or 'no function'}"
+    with contextlib.suppress(ValueError, TypeError):  # of what is written in C nothing is known
+        if isinstance(error, TypeError) and found is not None:
+            return f"; it takes {inspect.signature(found)}, of which model.options={{KEY:VALUE}} gives what is missing"
+    return ""
 
 
 def _batch_norms(net: nn.Module) -> list[_BatchNorm]:

@@ -67,12 +67,12 @@ class Estimate:
         i = self.inverse
         return self.trace.low > 0 and i.low > i.value / 2 > 0
 
-    def record(self, batch: int, kappa: float) -> dict[str, Any]:
+    def record(self, batch: int) -> dict[str, Any]:
         """The fields of a `noise` record; what means nothing is left out.
 
         Args:
-            batch: of the run, so that `kappa_r` = batch / B_noise.
-            kappa: batch / base batch, so that `r` = kappa_r / kappa is the ratio at the base batch.
+            batch: of the run, so that `kappa_r` = batch / B_noise. (What that is at the base batch is no part of a
+                measurement: a run may be reached from several.)
         """
         i = self.inverse
         kappa_r = Value(i.value * batch, i.low * batch, i.high * batch)
@@ -81,8 +81,6 @@ class Estimate:
         bounds = (1 / end if end > 0 and self.trace.low > 0 else math.inf for end in (i.high, i.low))
         b_noise = Value(1 / i.value if self.enough else math.nan, *bounds)
         named["b_noise"] = b_noise  # its bounds always, itself where it is more than a bound
-        if self.enough:
-            out["r"] = kappa_r.value / kappa
         for name, v in named.items():
             out |= {name: v.value, f"{name}_low": v.low, f"{name}_high": v.high}
         return {k: v for k, v in out.items() if math.isfinite(v)}
@@ -162,7 +160,7 @@ def full(
     out = []
     for s, scale in enumerate(scales):
         q, length = squares[s].sum(), torch.tensor(_length(everything, scale), dtype=torch.float64)
-        at = statistics(torch.tensor(float(units)), q, length)
+        at = statistics(torch.tensor(units, dtype=torch.float64), q, length)
         left_out = statistics(units - counts, q - squares[s], lengths[s])
         out.append(_jackknife(at, left_out, units, units * unit))
     return out

@@ -26,6 +26,7 @@ from typing import Any
 import msgspec
 
 from scaling_exps.plan import Arm, PlanError, RunSpec
+from scaling_exps.plan.margin import quantile
 from scaling_exps.records import RunDir
 
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
@@ -99,7 +100,7 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
     """
     noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
     noise = [r for r in noise if r["method"] == "full"] or noise
-    whole = _ratio(noise)
+    whole = _ratio(noise, skewed=True)
     if whole is None or not math.isfinite(whole[2]):
         return None
     kappa = batch / base_batch
@@ -152,10 +153,11 @@ def _stretches(noise: list[dict[str, Any]]) -> list[list[dict[str, Any]]]:
     return [list(itertools.chain(*marks[a:b])) for a, b in itertools.pairwise(edges)]
 
 
-def _ratio(noise: list[dict[str, Any]]) -> tuple[float, float, float] | None:
+def _ratio(noise: list[dict[str, Any]], skewed: bool = False) -> tuple[float, float, float] | None:
     """|∇f|²/tr Σ of all records together, 1/examples, and its 95% interval; None where there is none.
 
-    Of three records or more the interval is the jackknife's; of fewer it is that of the records themselves.
+    Of three records or more the interval is the jackknife's; of fewer it is that of the records themselves. `skewed`
+    takes the report's wider quantile: tr Σ of heavy-tailed gradients is mostly too small, now and then far too large.
     """
     n = len(noise)
     signal, trace = ([r[key] for r in noise] for key in ("gradient_sq", "trace"))
@@ -168,7 +170,7 @@ def _ratio(noise: list[dict[str, Any]]) -> tuple[float, float, float] | None:
         left_out = [(u - a) / (t - b) if t > b else math.nan for a, b in zip(signal, trace, strict=True)]
         mean = math.fsum(left_out) / n
         se = math.sqrt(math.fsum((x - mean) ** 2 for x in left_out) * (n - 1) / n)
-        reach = float(stdtrit(n - 1, 0.975)) * se
+        reach = (quantile(0.975, n) if skewed else float(stdtrit(n - 1, 0.975))) * se
     else:
         reach = math.hypot(*(r.get("gradient_sq_high", math.inf) - r["gradient_sq"] for r in noise)) / t
     return (u / t, u / t - reach, u / t + reach) if math.isfinite(reach) else None

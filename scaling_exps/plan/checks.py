@@ -26,6 +26,8 @@ def samples(config: Config, duration: float) -> int:
             f"recipe.epochs={recipe.epochs} recipe.samples={recipe.samples} duration={duration:g} is no sample: a run "
             "needs one; give a longer duration"
         )
+    if recipe.stop_after is not None and recipe.stop_after > total:
+        raise PlanError(f"recipe.stop_after={recipe.stop_after} lies beyond the end of the schedule, {total} samples")
     return total
 
 
@@ -39,6 +41,12 @@ def faults(config: Config) -> list[str]:
     takes = ", ".join(sorted(f"recipe.{k}" for k in taken if k))
     for key in sorted(typed & RECIPE_KEYS - taken):
         wrong.append(f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes {takes}")
+    if config.recipe.stop_after is not None and config.duration != 1:
+        wrong.append(f"recipe.stop_after ends the schedule early, duration={config.duration:g} moves its end: give one")
+    if config.recipe.clip is not None and optimizer.family == "invariant":
+        wrong.append(
+            f"recipe.clip with optimizer={optimizer.name}: its v hears gradients before they are clipped; use null"
+        )
     for name in config.tested or []:
         try:
             rules.find(name, optimizer.family)
@@ -79,6 +87,8 @@ def svag(config: Config, batch: int, svag: int) -> list[str]:
             f"svag={svag} draws two independent mini-batches a step, and batch={batch} leaves no second draw in "
             f"{size} training examples; allowed: batch <= {size // 2}, or svag=1"
         )
+    if recipe.clip is not None:
+        wrong.append(f"svag={svag}: SVAG is not defined for clipped gradients; use recipe.clip=null, or svag=1")
     if optimizer.family == "invariant":
         wrong.append(
             f"svag={svag}: SVAG is not defined for {optimizer.name}, whose v knows each micro-batch; use svag=1"

@@ -15,7 +15,7 @@ import msgspec
 
 from scaling_exps import config as schema
 from scaling_exps import rules, sources
-from scaling_exps.config import Config, Dataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
+from scaling_exps.config import Config, Dataset, FileDataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
 from scaling_exps.plan import checks
 from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
@@ -39,16 +39,17 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     for config in configs:
         values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
         lists = [v if isinstance(v, list) else [v] for v in values]
-        faults += checks.faults(config)
         held = ""
         try:
-            held = content(config.dataset, config.dataset.path)
+            config, held = _counted(config)
         except sources.DataError as e:
             faults.append(str(e))
+        faults += checks.faults(config)
         try:
             for duration in (1.0, config.duration):
                 checks.samples(config, duration)
-        except PlanError as e:
+            sources.weights(config.recipe.start_from)
+        except (PlanError, sources.DataError) as e:
             faults.append(str(e))
             continue
         for batch, rule, ell, seed in itertools.product(*lists):
@@ -63,8 +64,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             known = runs.setdefault(spec.run_id, spec)
             # settings that are no part of the run id, and of which a run has one
             beside = ("logger", "margin", "looks", "wandb", "measure", "checkpoint")
-            given = [{"dataset.path": s.dataset_path} | {k: getattr(s, k) for k in beside} for s in (known, spec)]
-            faults += _differing(given)
+            places = {"dataset.path": "dataset_path", "recipe.start_from": "start_from"} | {k: k for k in beside}
+            faults += _differing([{key: getattr(s, k) for key, k in places.items()} for s in (known, spec)])
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
             runs[spec.run_id] = msgspec.structs.replace(known, arms=arms)
     if faults:
@@ -149,8 +150,8 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         wrong.append(str(e))
     if wrong:
         raise PlanError("\n".join(wrong))
-    science = _science(config, held, scaled, batch, svag, config.duration, seed)
-    base_science = _science(config, held, base, recipe.batch, 1, 1.0, seed)
+    science = _science(config, held, rule, scaled, batch, svag, config.duration, seed)
+    base_science = _science(config, held, rule, base, recipe.batch, 1, 1.0, seed)
     if science.steps > MOST_STEPS:
         raise PlanError(
             f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
@@ -173,6 +174,7 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         placement=Placement(world_size=world, accumulation=accumulation, compile=config.launch.compile),
         arms=(arm,),
         dataset_path=config.dataset.path,
+        start_from=recipe.start_from,
         experiment=config.experiment,
         logger=config.logger if isinstance(config.logger, str) else tuple(config.logger),
         wandb=config.wandb,
@@ -203,8 +205,10 @@ def base_hyper(config: Config) -> Hyper:
     return Hyper(recipe.lr, tuple(values), recipe.eps, decay)
 
 
-def _science(config: Config, held: str, hyper: Hyper, batch: int, svag: int, duration: float, seed: int) -> Science:
-    recipe, total = config.recipe, checks.samples(config, duration)
+def _science(
+    config: Config, held: str, rule: Rule, hyper: Hyper, batch: int, svag: int, duration: float, seed: int
+) -> Science:
+    recipe, total, kappa = config.recipe, checks.samples(config, duration), batch / config.recipe.batch
     hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
     return Science(
         model=config.model,
@@ -220,12 +224,37 @@ def _science(config: Config, held: str, hyper: Hyper, batch: int, svag: int, dur
         svag=svag,
         batch=batch,
         micro_batch=_micro_batch(config, batch),
-        steps=max(1, round(total / batch)) * stretch,
+        steps=max(1, round((recipe.stop_after or total) / batch)) * stretch,
         precision=config.precision,
         freeze_last=recipe.freeze_last,
         statistics_samples=recipe.statistics_samples,
         seed=seed,
+        clip=recipe.clip if recipe.clip is None or config.clip == "keep" else rule.clip(recipe.clip, kappa),
+        ema=None if recipe.ema is None else rule.ema(recipe.ema, kappa) ** (1 / stretch),
+        start=sources.weights(recipe.start_from),
     )  # fmt: skip
+
+
+def _counted(config: Config) -> tuple[Config, str]:
+    """The command with what an image folder says of its own size, and the fingerprint of the data.
+
+    Raises:
+        DataError: it is not there, not readable, or not what the command says of it.
+    """
+    dataset, recipe = config.dataset, config.recipe
+    if not isinstance(dataset, FileDataset) or dataset.name != "imagefolder":
+        return config, content(dataset, dataset.path)
+    folder = sources.image_folder(dataset.path)
+    given = {"classes": dataset.classes or folder.classes, "train_size": dataset.train_size or 0}
+    given["test_size"] = dataset.test_size or 0
+    there = {"classes": folder.classes, "train_size": folder.train, "test_size": folder.test}
+    if wrong := [f"dataset.{k}={v}" for k, v in given.items() if v > there[k] or (k == "classes" and v != there[k])]:
+        has = ", ".join(f"{k}={v}" for k, v in there.items())
+        raise sources.DataError(f"{', '.join(wrong)}: the folder has {has}; drop what is wrong and it is counted")
+    if recipe.epochs is not None and dataset.train_size is None:
+        recipe = msgspec.structs.replace(recipe, epochs=None, samples=round(recipe.epochs * folder.train))
+    dataset = msgspec.structs.replace(dataset, classes=folder.classes)
+    return msgspec.structs.replace(config, dataset=dataset, recipe=recipe), folder.content
 
 
 def content(dataset: Dataset, path: str | None) -> str:
@@ -306,7 +335,12 @@ def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science
                 f"decoupled weight decay {base.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
                 f"shrinks weights by {shrink / kappa:.3g} times what the base does"
             )
-    total, trained = science.schedule.total_samples, science.clock(science.steps)
+    if recipe.clip is not None and kappa != 1 and (moved := rule.clip(recipe.clip, kappa)) != recipe.clip:
+        kept = f"recipe.clip={recipe.clip:g} is kept: {rules.CLIP_KEPT.format(moved)}; clip=rule sets it"
+        notes.append(kept if config.clip == "keep" else f"clip=rule moves the threshold, too: c/√κ = {moved:.4g}")
+    if recipe.stop_after is not None:
+        notes.append(f"ends after {recipe.stop_after:,} of its schedule's {science.schedule.total_samples:,} samples")
+    total, trained = recipe.stop_after or science.schedule.total_samples, science.clock(science.steps)
     if abs(trained / total - 1) > ROUNDING:
         notes.append(
             f"whole steps of {science.batch} make {trained:,.0f} samples of the {total:,} asked for "

@@ -100,27 +100,34 @@ def _head(rows: list[list[tuple[RunSpec, Arm]]]) -> list[str]:
     spec, arm = rows[0][0]
     science, base = spec.science, arm.base
     seeds = list(dict.fromkeys(str(s.science.seed) for members in rows for s, _ in members))
-    numbers = ", ".join(f"{k} {_show(getattr(base, k))}" for k in ("lr", "betas", "eps", "weight_decay"))
+    numbers = ", ".join(f"{k} {_show(getattr(base, k))}" for k in _moved(arm))
     lines = [
         f"{science.model.name} on {science.dataset.name}, {science.optimizer}, seed{'s' * (len(seeds) > 1)} "
         + ", ".join(seeds),
         f"  base batch {base.batch:,}: {numbers}, {base.steps:,} steps, warm-up {_show(base.warmup_steps)} steps, "
-        f"{base.samples:,} samples",
+        f"{base.samples:,} samples" + (f", from weights {base.start}" if base.start else ""),
     ]
     for members in rows:
-        _, arm = members[0]
+        spec, arm = members[0]
         if arm.kappa != 1 or arm.duration != 1:
-            formulas = _formulas(arm)
-            moved = ", ".join(f"{k} {formulas[k]}" for k in ("lr", "betas", "eps", "weight_decay"))
+            formulas = _formulas(spec, arm)
+            moved = ", ".join(f"{k} {formulas[k]}" for k in _moved(arm))
             lines.append(f"  rule {arm.rule}: {moved}; {formulas['steps']}; warm-up: {formulas['warmup_steps']}")
     return list(dict.fromkeys(lines))
 
 
-def _formulas(arm: Arm) -> dict[str, str]:
+def _moved(arm: Arm) -> list[str]:
+    """The hyperparameters of the recipe that a rule may move."""
+    return ["lr", "betas", "eps", "weight_decay", *(k for k in ("clip", "ema") if getattr(arm.base, k) is not None)]
+
+
+def _formulas(spec: RunSpec, arm: Arm) -> dict[str, str]:
     """What happens to each number of the base, as text."""
     delta = "δ·" if arm.duration != 1 else ""
     return {
         **rules.find(arm.rule).formulas(arm.beta_map),
+        "clip": "c" if spec.science.clip == arm.base.clip else "c/√κ",
+        "ema": "ρ" if spec.science.ema == arm.base.ema else "ρ^κ",
         "steps": f"{delta}steps/κ",
         "warmup_steps": f"{delta}samples" if delta else "same samples",
         "samples": f"{delta}samples" if delta else "same",
@@ -275,14 +282,14 @@ def _block(members: list[tuple[RunSpec, Arm]], validity: str | None) -> None:
     """base -> scaled with the formula, the batch arithmetic, the runs."""
     spec, arm = members[0]
     science, placement = spec.science, spec.placement
-    scaled, formulas = science.numbers(), _formulas(arm)
+    scaled, formulas = science.numbers(), _formulas(spec, arm)
     print(
         f"\n  batch {arm.base.batch} -> {science.batch}, κ = {arm.kappa:g}, "
         f"rule {'(any)' if arm.kappa == 1 else arm.rule}" + (f", SVAG ℓ = {science.svag}" if science.svag > 1 else "")
     )
     if scaled.samples != round(arm.duration * arm.base.samples) and science.svag == 1:
         formulas["samples"] += ", to whole steps"
-    for key in ("lr", "betas", "eps", "weight_decay", "steps", "warmup_steps", "samples"):
+    for key in (*_moved(arm), "steps", "warmup_steps", "samples"):
         formula = formulas[key] if arm.kappa != 1 or arm.duration != 1 else ""
         before, after = _show(getattr(arm.base, key)), _show(getattr(scaled, key))
         print(f"    {key:<13} {before:>20} -> {after:<26} {formula}".rstrip())

@@ -40,7 +40,7 @@ class Schedule(_Value, frozen=True):
     gamma: float
 
 
-class Science(_Value, frozen=True):
+class Science(_Value, frozen=True, omit_defaults=True):
     """Everything that decides the numbers. Two runs with equal science are one run."""
 
     model: Model
@@ -57,6 +57,10 @@ class Science(_Value, frozen=True):
     freeze_last: bool
     statistics_samples: int
     seed: int
+    # what a default leaves out of the run id; clip and ema are those that are executed, too
+    clip: float | None = None  # threshold on the norm of a step's gradient
+    ema: float | None = None  # decay a step of the average of the weights that is evaluated
+    start: str | None = None  # content of the file of weights that it begins with
 
     @property
     def family(self) -> Family:
@@ -86,11 +90,12 @@ class Science(_Value, frozen=True):
         h = self.hyper
         return Numbers(
             batch=self.batch, lr=h.lr, betas=h.betas, eps=h.eps, weight_decay=h.weight_decay,
-            steps=self.steps, warmup_steps=round(warmup, 2), samples=self.samples(self.steps),
+            steps=self.steps, warmup_steps=round(warmup, 2), samples=self.samples(self.steps), clip=self.clip,
+            ema=self.ema, start=self.start,
         )  # fmt: skip
 
 
-class Numbers(_Value, frozen=True):
+class Numbers(_Value, frozen=True, omit_defaults=True):
     """The numbers of a recipe at one batch size, as the plan shows them."""
 
     batch: int
@@ -101,6 +106,9 @@ class Numbers(_Value, frozen=True):
     steps: int
     warmup_steps: float
     samples: int
+    clip: float | None = None
+    ema: float | None = None
+    start: str | None = None
 
 
 class Arm(_Value, frozen=True, omit_defaults=True):
@@ -139,6 +147,7 @@ class RunSpec(_Value, frozen=True, dict=True):
     checkpoint: Checkpoint
     notes: tuple[str, ...]
     margin: dict[str, float]  # metric -> largest gap that counts as equal
+    start_from: str | None = None  # where the file of weights lies
     looks: tuple[int, ...] = ()  # seeds at which the report may judge; none: once, at the end
 
     @cached_property

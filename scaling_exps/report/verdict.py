@@ -78,14 +78,15 @@ def label(spec: RunSpec, arm: Arm) -> str:
         return "base"
     svag = "" if spec.science.svag == 1 else f"SVAG ℓ={spec.science.svag}"
     budget = "" if arm.duration == 1 else f"δ={arm.duration:g}"
-    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget)))
+    clip = "" if spec.science.clip == arm.base.clip else "clip=rule"
+    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget, clip)))
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
     """All that an arm shares with its base, as text: runs with the same are compared, others never."""
     science, base = msgspec.to_builtins(spec.science), msgspec.to_builtins(arm.base)
-    for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed"):
-        del science[key]
+    for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed", "clip", "ema"):
+        science.pop(key, None)
     schedule, total = science["schedule"], science["schedule"].pop("total_samples")
     schedule["warmup_samples"] = round(schedule["warmup_samples"] / total, 9)
     schedule["milestones"] = [round(m / total, 9) for m in schedule["milestones"]]

@@ -26,6 +26,7 @@ Family = Literal["adaptive", "invariant", "sgd", "sign"]
 Goal = Literal["match", "best", "control"]
 Evidence = Literal["settled", "contested", "experimental"]
 BetaMap = Literal["linear", "power"]
+Clip = Literal["keep", "rule"]  # of a threshold on the gradient's norm
 
 
 class RuleError(ValueError):

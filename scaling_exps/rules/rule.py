@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
@@ -14,6 +15,11 @@ QUESTIONS: dict[Goal, str] = {
     "best": "which hyperparameters are best at this batch size? (the runs will differ)",
     "control": "what happens if the scaling is left out or done wrongly?",
 }
+
+CLIP_KEPT = (
+    "clipping is outside the rule. Where noise dominates, the gradient's norm goes as 1/√κ and the same clip rate "
+    "needs {:.4g}"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -91,6 +97,12 @@ class Rule:
         (Busbridge et al. 2023. Updated every n steps instead of every n0: exponent kappa n / n0.)
         """
         return float(decay**kappa)
+
+    def clip(self, threshold: float, kappa: float) -> float:
+        """Threshold on the gradient's norm: c/√κ clips the same share of steps where noise dominates, whose norm goes
+        as 1/√κ. In high dimension that norm hardly varies, so that clipping is a factor on the gradient, the same one.
+        """
+        return threshold / math.sqrt(kappa)
 
     def scale(self, base: Hyper, move: Move) -> Hyper:
         """`base` after `move`; `base` itself where neither the batch nor the budget changes.

@@ -24,7 +24,7 @@ class Powers(Rule):
     Args:
         beta1, beta2: whether the average of the gradient, and of its square, keeps its time in samples.
         half_lives: beta -> beta^r whatever the beta map.
-        ema_exponent: 0 where a model average is left alone too.
+        alone: a model average and a clipping threshold are left alone too.
     """
 
     lr: float = 0
@@ -33,7 +33,7 @@ class Powers(Rule):
     eps: float = 0
     weight_decay: float = 0
     half_lives: bool = False
-    ema_exponent: float = 1
+    alone: bool = False
 
     def apply(self, base: Hyper, move: Move) -> Hyper:
         r = move.kappa / move.duration if self.moves_duration else move.kappa
@@ -48,7 +48,10 @@ class Powers(Rule):
         )
 
     def ema(self, decay: float, kappa: float) -> float:
-        return float(decay ** (kappa**self.ema_exponent))
+        return decay if self.alone else super().ema(decay, kappa)
+
+    def clip(self, threshold: float, kappa: float) -> float:
+        return threshold if self.alone else super().clip(threshold, kappa)
 
     def formulas(self, beta_map: BetaMap = "linear") -> dict[str, str]:
         """What happens to each hyperparameter, as text.
@@ -173,7 +176,7 @@ RULES: dict[str, Rule] = {
             source="nothing scaled; the control arm",
             conditions="None.",
             leaves_alone="everything",
-            ema_exponent=0,
+            alone=True,
         ),
         Powers(
             name="sqrt_without_betas",

@@ -39,6 +39,7 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
         "step": t.step,
         "net": t.net.state_dict(),
         "optimizer": t.optimizer.state_dict(),
+        "average": t.average,
         "loss_sum": loss_sum,
         "noise": noise_rows,
         "loss_count": t.loss_count,
@@ -105,6 +106,8 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
         )
     t.net.load_state_dict(state["net"])
     t.optimizer.load_state_dict(state["optimizer"])
+    if t.average:
+        t.average = state["average"]
     t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"]
     if t.rank == 0:  # the sum over ranks is what counts
         t.loss_sum.copy_(state["loss_sum"])

@@ -56,12 +56,13 @@ def export(run_dir: RunDir, form: str, out: Path) -> str:
     step, total = state["step"], spec.science.steps
     described = {"run_id": spec.run_id, "step": step, "samples": spec.science.samples(step), "run.json": spec.to_json()}
     metadata = {k: v if isinstance(v, str) else json.dumps(v) for k, v in described.items()}
+    weights = {**state["net"], **state["average"]}  # what evaluations saw
     with _new_folder(out) as aside:
         if form == "hf":
-            _transformers(spec, state["net"]).save_pretrained(aside)
+            _transformers(spec, weights).save_pretrained(aside)
             tensors = _load(aside)
         else:
-            tensors = _once(state["net"])
+            tensors = _once(weights)
         need("safetensors.torch", "export").save_file(
             tensors, aside / "model.safetensors", {**metadata, "format": "pt"}
         )

@@ -225,6 +225,7 @@ class _Branching:
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
         held = replace(s.schedule, warmup_samples=0.0, decay="constant", total_samples=samples)
         science = replace(s, batch=batch, micro_batch=micro, steps=samples // batch, schedule=held)
+        science = replace(science, ema=None, start=None)  # of the weights as they are, which the checkpoint has
         self.steps = math.floor(MORE * samples / batch + 1e-9)  # of the whole branch
         placement = Placement(world_size=1, accumulation=batch // micro, compile=False)
         self.spec = replace(spec, science=science, placement=placement, measure=replace(spec.measure, noise="none"))

@@ -223,7 +223,8 @@ def preflight(specs: list[RunSpec]) -> None:
         data.DataError, models.ModelError: with what was given and what is allowed.
     """
     for spec in {
-        repr((s.science.model, s.science.dataset, s.dataset_path, s.science.freeze_last)): s for s in specs
+        repr((x.model, x.dataset, s.dataset_path, x.freeze_last, x.start)): s
+        for s, x in ((s, s.science) for s in specs)
     }.values():
         s = spec.science
         x, y = data.stream(s.dataset, spec.dataset_path, s.seed, torch.device("cpu")).test_batch(0, 1)

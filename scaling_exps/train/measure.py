@@ -32,12 +32,16 @@ def crosses(spec: RunSpec, step: int, count: int) -> bool:
     return marks(spec, step, count) > marks(spec, step - 1, count)
 
 
-@torch.no_grad()
 def evaluate(t: Trainer) -> dict[str, Any]:
     """Test loss in nats of the current weights, and accuracy (images) or perplexity and bits per byte (tokens).
 
-    Each rank takes its share of the test set.
+    Each rank takes its share of the test set. Where the recipe averages the weights, it is of their average.
     """
+    with torch.no_grad(), t.averaged():
+        return _evaluate(t)
+
+
+def _evaluate(t: Trainer) -> dict[str, Any]:
     s, net = t.science, t.net
     if models.has_batch_norm(net):
         statistics = t.stream.sibling(0, "statistics")  # the same samples for every seed and batch size
@@ -87,7 +91,7 @@ def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
     """
     s, spec, rows = t.science, t.spec, []
     if t.free is not None and (t.free.able or spec.noise == "free"):
-        estimate = t.free.estimate(ranks.total).record(s.batch, spec.arms[0].kappa)
+        estimate = t.free.estimate(ranks.total).record(s.batch)
         rows.append(t.record("noise", method="free", batch=s.batch, **estimate))
     if spec.noise == "full":
         rows.append(full_noise(t, number))
@@ -96,7 +100,7 @@ def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
 
 def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     """A full noise record at the current weights, BN as in training; buffers, `.grad` and stream stay as they are."""
-    s, kappa, unit, n = t.science, t.spec.arms[0].kappa, t.spec.noise_unit, t.spec.noise_examples
+    s, unit, n = t.science, t.spec.noise_unit, t.spec.noise_examples
     stream, first = t.stream.sibling(s.seed, "noise"), number * n
     named = {k: p for k, p in t.net.named_parameters() if p.requires_grad}
     losses: list[Tensor] = []
@@ -136,9 +140,9 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     for buffer, before in buffers:
         buffer.copy_(before)
     own = torch.stack([v.double() for v in losses]).sum() if losses else torch.zeros_like(template[0]).double()
-    fields = estimates[0].record(s.batch, kappa)
+    fields = estimates[0].record(s.batch)
     if scale is not None:
-        preconditioned = estimates[1].record(s.batch, kappa)
+        preconditioned = estimates[1].record(s.batch)
         fields |= {f"preconditioned_{k}": v for k, v in preconditioned.items() if k not in ("units", "examples")}
     train_loss, weight_norm = float(ranks.total(own)) * unit / n, float(template.norm())
     return t.record("noise", method="full", batch=s.batch, **fields, train_loss=train_loss, weight_norm=weight_norm)

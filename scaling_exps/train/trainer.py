@@ -1,7 +1,9 @@
 """The state of one run on one rank, and its step.
 
 step k:   g = Σ_i w_i ∇L_i over the micro-batches of its draws   (plain: w_i = 1/n; SVAG: r1/n and r2/n)
+          g <- g · min(1, c/|g|), where the recipe clips
           θ, moments <- optimizer(g, η · multiplier(middle of the step))
+          θ̄ <- ρ θ̄ + (1 - ρ) θ, where it averages: what evaluations see
 """
 
 from __future__ import annotations
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from scaling_exps import data, models, optim, rules
+from scaling_exps import data, models, optim, rules, sources
 from scaling_exps.noise import estimators
 from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks
@@ -37,7 +39,12 @@ def mean_loss(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tenso
 
 def build_net(spec: RunSpec) -> nn.Module:
     s = spec.science
-    return models.build(s.model, s.dataset, s.seed, s.freeze_last)
+    net = models.build(s.model, s.dataset, s.seed, s.freeze_last)
+    if spec.start_from is not None and s.start is not None:
+        if sources.weights(spec.start_from) != s.start:
+            raise TrainError(f"recipe.start_from={spec.start_from}: its content is not what the run was planned with")
+        models.load_weights(net, sources.weights_file(spec.start_from))
+    return net
 
 
 class Trainer:
@@ -69,6 +76,9 @@ class Trainer:
             self.stream = data.stream(s.dataset, spec.dataset_path, s.seed, self.device)
         self.optimizer = optim.build(s.optimizer, self.net.parameters(), s.hyper)
         self.parameters = [p for p in self.net.parameters() if p.requires_grad]
+        named = self.net.named_parameters() if s.ema is not None else ()
+        self.average = {name: p.detach().clone() for name, p in named if p.requires_grad}  # θ̄
+        self.norm = torch.zeros((), device=self.device)  # of the newest step's gradient, where it is clipped
         self.per_draw = s.batch // s.micro_batch // self.world  # micro-batches a draw on this rank
         self.weights = [r / self.per_draw for r in rules.svag_weights(s.svag, s.family)]
         weights = [w for w in self.weights for _ in range(self.per_draw)]  # of the micro-batches of a step
@@ -112,11 +122,17 @@ class Trainer:
             self.free.step()
         self.loss_sum += loss_sum
         self.loss_count += last + 1
-        self._watch(loss_sum)
+        if s.clip is not None:
+            self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+        self._watch(loss_sum + self.norm)
+        if s.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, s.clip, self.norm)
         share = optim.multiplier(s.schedule, s.clock(self.step + 0.5))
         for group in self.optimizer.param_groups:
             group["lr"] = s.hyper.lr * share
         self.optimizer.step()
+        if s.ema is not None:
+            torch._foreach_lerp_([*self.average.values()], [p.detach() for p in self.parameters], 1 - s.ema)
         self.step += 1
 
     def _watch(self, loss_sum: Tensor) -> None:
@@ -141,6 +157,19 @@ class Trainer:
                 f"the loss or a gradient is not finite at step {bad:.0f} ({self.science.samples(int(bad))} samples): "
                 "the run stops before that update. Lower the learning rate or lengthen the warm-up"
             )
+
+    @contextlib.contextmanager
+    @torch.no_grad()
+    def averaged(self) -> Iterator[None]:
+        """In here the network has the averaged weights, where the recipe averages them."""
+        if not self.average:
+            yield
+            return
+        weights: list[Tensor] = [*self.parameters]
+        own = [p.clone() for p in weights]
+        torch._foreach_copy_(weights, [*self.average.values()])
+        yield
+        torch._foreach_copy_(weights, own)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -192,11 +221,14 @@ class Trainer:
     def train_record(self) -> dict[str, Any]:
         """Mean loss of the samples since the last record, over all ranks; what they were trained with."""
         count = self.loss_count * self.world
+        norm = self.norm  # before it was clipped
+        if self.science.clip is None:
+            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         row = {
             "loss": float(ranks.total(self.loss_sum)) / count,
             "window": count * self.science.micro_batch,
             "lr": self.optimizer.param_groups[0]["lr"],
-            "gradient_norm": float(nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])),
+            "gradient_norm": float(norm),
             "seconds": round(self.seconds, 3),
         }
         self.loss_sum.zero_()
