@@ -23,8 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from scaling_exps.config import GPT, VGG16, Custom, Dataset, Model, ResNet, ResNet50, Roberta, Timm, TokenDataset
 from scaling_exps.models import language, vision
-from scaling_exps.sources import need
 from scaling_exps.models.vision import ModelError
+from scaling_exps.sources import need
 
 __all__ = ["ModelError", "build", "has_batch_norm", "load_weights", "recompute_statistics"]
 
