@@ -287,7 +287,7 @@ def noise_scale(t: Trainer) -> validity.Validity | None:
 
     template = torch.cat([p.detach().flatten() for p in t.parameters])
     (estimate,) = estimators.full(gradients, n, b, [None], template)
-    row = {"kind": "noise", "method": "full", "samples": n * b, **estimate.record()}
+    row = {"kind": "noise", "method": "full", "samples": n * b, **estimate.record(b)}
     return validity.assess([row], b, b)
 
 
