@@ -10,8 +10,9 @@ import pytest
 
 os.environ["WANDB_MODE"] = "offline"
 os.environ["HF_HUB_OFFLINE"] = "1"
-if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:  # in the background of a shell; our children would inherit it
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+for number, usual in ((signal.SIGINT, signal.default_int_handler), (signal.SIGHUP, signal.SIG_DFL)):
+    if signal.getsignal(number) == signal.SIG_IGN:  # in the background of a shell, under nohup; our children inherit it
+        signal.signal(number, usual)
 
 
 SLOW = ("test_launcher", "test_train", "test_failures", "test_mirror", "test_bench", "test_noise", "test_language")
