@@ -16,7 +16,6 @@ from scaling_exps.records import RunDir
 
 # What a rule does to the fabricated curve: (offset of the loss, offset of accuracy, of the weight norm), per log4 kappa
 EFFECT = {"sqrt": (0.0, 0.0, 0.0), "none": (0.2, -0.05, -1.5), "linear": (0.15, -0.04, 4.0), "linear_scaled": (0, 0, 5)}
-SAMPLES = 17240  # of a run
 
 
 def fabricate(
@@ -47,7 +46,7 @@ def fabricate(
         shared = random.Random(f"seed {s.seed}")  # by the runs of a seed
         offset = shared.gauss(0, 0.05)
         noise = random.Random(f"{s.seed} {arm.rule} {arm.kappa}").gauss(0, spread)
-        window, unit = max(1, SAMPLES // records), s.draws * s.stretch
+        window, unit = max(1, arm.base.samples // records), s.draws * s.stretch
         lines = []
         for i in range(1, records + 1):
             x = i / records

@@ -47,7 +47,7 @@ def main(argv: list[str] | None = None) -> int:
 def _train(words: list[str]) -> int:
     from scaling_exps import config, plan
 
-    if words and not words[0].startswith("-") and "=" not in words[0]:
+    if words and words[0][:1] not in "-+~" and "=" not in words[0]:
         keys = {k.name: f"{k.name}=..." for k in config.keys()}  # noqa: SIM118 (no dictionary)
         hint = nearest(words[0], COMMANDS) or nearest(keys.get(words[0], words[0]), keys.values())
         raise UsageError(f"{words[0]!r} is neither key=value nor a command{hint}; commands: {', '.join(COMMANDS)}")

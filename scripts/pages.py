@@ -15,6 +15,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 from mkdocs.structure.files import File
 
@@ -68,8 +69,7 @@ def said(*words: str) -> str:
     from scaling_exps import cli
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit):
-        os.environ["COLUMNS"] = "90"
+    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), mock.patch.dict(os.environ, COLUMNS="90"):
         cli.main(list(words))
     return out.getvalue().strip()
 

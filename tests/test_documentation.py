@@ -14,7 +14,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from support import ROOT, prepare, scalerun, specs, work
+from support import ROOT, prepare, scalerun, specs, work, write_pictures
 
 from scaling_exps import cli, config
 from scaling_exps.config import CONF, document
@@ -109,9 +109,7 @@ def write_files(folder: Path) -> None:
                 (folder / name).write_text(code)
     for name in ("FILE", "text.txt"):
         (folder / name).write_text("a text of one's own " * 400)
-    for part in ("train", "val"):
-        (folder / "FOLDER" / part / "a").mkdir(parents=True)
-        (folder / "FOLDER" / part / "a" / "1.png").touch()  # a plan reads names and sizes
+    write_pictures(folder / "FOLDER", {"train": 2, "val": 1})
 
 
 def words_are_parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
