@@ -24,7 +24,7 @@ README = (ROOT / "README.md").read_text()
 PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 TEXTS = {page.name: page.read_text() for page in PAGES}
 NOT_RUN = {  # lines of shell blocks that begin so are not run by a test, because
-    "pip install scalerun": "it is on no index that a test may ask",
+    "pip install PATH/TO/CLONE": "it would install over what is tested",
     ".venv/bin/pre-commit install": "it would write into this checkout",
     "mkdir scaling ": "the test's folder stands for it",
     'cat "$(python ': "the test's own text stands for Python's sources",
