@@ -18,7 +18,7 @@ from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.plan.margin import ALPHA, ENOUGH, POWER, rounded, seeds_for, smallest, spent
 from scaling_exps.records import RunDir
 
-METRICS = ("test_accuracy", "test_loss", "weight_norm")  # those whose spread a result.json tells
+METRICS = ("test_accuracy", "test_loss")  # what a run is for
 
 
 @dataclass(frozen=True)
