@@ -57,14 +57,14 @@ def row(words: str) -> str:
     betas = a.hyper.betas, b.hyper.betas
     averages = [(1 - beta[-1], 1 / ((1 - beta[-1]) * s.steps)) for beta, s in zip(betas, (a, b), strict=True) if beta]
     cells = [
-        f"`{words}`",
+        words.partition(" batch=")[0],
         f"{a.batch:,} → {b.batch:,}",
         f"{arm.kappa:g}",
         f"{a.samples(a.steps) / a.dataset.train_size:.3g}" if a.dataset.train_size else "",
         f"{a.steps:,} → {b.steps:,}",
-        f"{a.steps * a.hyper.lr**2:.3g} → {b.steps * b.hyper.lr**2:.3g}",
+        f"{b.steps * b.hyper.lr**2:.3g}",
         " → ".join(f"{share:.3g}" for share, _ in averages),
-        " → ".join(f"{memory:.1%}" for _, memory in averages),
+        f"{averages[-1][1]:.1%}",
     ]
     return f"| {' | '.join(cells)} |"
 

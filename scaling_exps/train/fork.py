@@ -378,6 +378,8 @@ def draw(forks: Sequence[Fork], file: Path) -> None:
     axis.axhline(top, color="grey", lw=0.8, ls="--", label=f"largest tried, {top:,}; what lies above is not known")
     axis.set(xlabel="share of the run", ylabel="largest batch", yscale="log")
     axis.set_xticks(shares, [f"{s:.0%}" for s in shares])
+    axis.set_yticks([b.batch for b in f.branches], [f"{b.batch:,}" for b in f.branches])
+    axis.minorticks_off()
     axis.set_title(f"fork of run {f.run_id}: limits with 95% intervals; none where undecided", fontsize=10, loc="left")
     figure.legend(loc="outside lower center", ncols=2, fontsize=9, frameon=False)
     try:
