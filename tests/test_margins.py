@@ -98,4 +98,4 @@ def test_a_launch_trains_the_base_first_and_fixes_the_margins_before_the_rest(
     assert cli.main(["plan", *words]) == 0
     assert "proposed earlier" in capsys.readouterr().out
     assert cli.main(["report", "--markdown"]) == 0
-    assert "accuracy and 2 more margins" in capsys.readouterr().out.splitlines()[0]
+    assert "accuracy and 1 more margin" in capsys.readouterr().out.splitlines()[0]
