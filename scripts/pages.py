@@ -15,7 +15,6 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
-from unittest import mock
 
 from mkdocs.structure.files import File
 
@@ -69,8 +68,12 @@ def said(*words: str) -> str:
     from scaling_exps import cli
 
     out = io.StringIO()
-    with contextlib.redirect_stdout(out), contextlib.suppress(SystemExit), mock.patch.dict(os.environ, COLUMNS="90"):
-        cli.main(list(words))
+    os.environ["COLUMNS"] = "90"
+    try:
+        with contextlib.redirect_stdout(out):
+            cli.main(list(words))
+    finally:
+        del os.environ["COLUMNS"]
     return out.getvalue().strip()
 
 
