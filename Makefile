@@ -1,7 +1,8 @@
 PY := .venv/bin/python
 STAMP := .venv/.installed
+SPREAD := --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 
-.PHONY: demo test check docs dist bench lock clean
+.PHONY: demo test slow check docs dist bench lock clean
 
 $(STAMP): requirements.lock pyproject.toml
 	test -x $(PY) || $${PYTHON:-python3} -m venv .venv
@@ -13,9 +14,13 @@ demo: $(STAMP) ## sweep the embedded default over batch sizes x seeds x rules, a
 	.venv/bin/scalerun experiment=demo launch.parallel=2
 	.venv/bin/scalerun report runs --out report
 
-test: $(STAMP) ## every test that this machine can run
-	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm" --numprocesses=3 --dist=loadfile --no-loadscope-reorder
-	$(PY) -m pytest -m slurm # alone: its cluster wants the machine
+test: $(STAMP) ## the tests, but for those of `slow`: under ten minutes on two quiet cores
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "not slurm and not slow" $(SPREAD)
+	$(PY) -m pytest -m "slurm and not slow" # alone: its cluster wants the machine
+
+slow: $(STAMP) ## the tests that take longest: drills, benches, examples, small experiments. CI runs both
+	OMP_NUM_THREADS=1 $(PY) -m pytest -m "slow and not slurm" $(SPREAD)
+	$(PY) -m pytest -m "slurm and slow"
 
 check: $(STAMP) ## format, lint, types, rooms
 	$(PY) -m ruff format --check .

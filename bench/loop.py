@@ -21,23 +21,26 @@ from fixture import seconds, step, trainer
 from torch import Tensor
 from torch.nn import functional as F
 
-from scaling_exps.train import provenance, ranks
+from scaling_exps.train import probe, provenance, ranks
 from scaling_exps.train.trainer import build_net
 
 KEPT = 2048  # examples that the bare loop goes round in, made beforehand
 
 
-def bare_step(net: torch.nn.Module, inputs: Tensor, targets: Tensor, batch: int, precision: str) -> Callable[[], None]:
+def bare_step(
+    net: torch.nn.Module, inputs: Tensor, targets: Tensor, micro: int, precision: str, accumulation: int = 1
+) -> Callable[[], None]:
     """What one would write by hand: resident inputs, no augmentation, no records, no checks."""
     optimizer = torch.optim.Adam((p for p in net.parameters() if p.requires_grad), 1e-3, fused=True)
     counter = iter(range(10**9))
 
     def step() -> None:
-        at = next(counter) * batch % (len(inputs) - batch + 1)
-        with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
-            logits = net(inputs[at : at + batch])
-            loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets[at : at + batch].reshape(-1))
-        loss.backward()
+        for _ in range(accumulation):
+            at = next(counter) * micro % (len(inputs) - micro + 1)
+            with torch.autocast(inputs.device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                logits = net(inputs[at : at + micro])
+                loss = F.cross_entropy(logits.view(-1, logits.shape[-1]), targets[at : at + micro].reshape(-1))
+            (loss / accumulation).backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
 
@@ -97,6 +100,7 @@ def measure(name: str, options: argparse.Namespace) -> None:
         "rounds": options.rounds,
         "samples_per_second": round(options.batch / own, 1),
         "ratio_to_bare": [round(r, 3) for r in statistics.quantiles(b / a for a, b in pairs)],  # quartiles
+        "flops_a_sample": probe.flops(ours),
         "data_path_share": round(statistics.median(path) / own, 4),
     }
     print(json.dumps(row), flush=True)

@@ -25,6 +25,7 @@ def rows(printed: str) -> list[dict[str, Any]]:
     return [json.loads(line) for line in printed.splitlines()]
 
 
+@pytest.mark.slow
 def test_loop(tmp_path: Path) -> None:
     """A network of texts after one of images: fails if the first left its data behind for the second."""
     printed = rows(run("bench/loop.py", "--models", "resnet8,gpt", "--batch", "2", "--rounds", "2", cwd=tmp_path))
@@ -32,6 +33,30 @@ def test_loop(tmp_path: Path) -> None:
     assert all(len(row["ratio_to_bare"]) == 3 and min(row["ratio_to_bare"]) > 0 for row in printed)
     (memory,) = rows(run("bench/loop.py", "--models", "resnet8", "--batch", "2", "--memory", cwd=tmp_path))
     assert list(memory["peak_mib"]) == ["2", "32"]
+
+
+@pytest.mark.slow
+def test_gpu(tmp_path: Path) -> None:
+    """All of it on this CPU; then the same command measures nothing again but the panel."""
+    words = ["bench/gpu.py", "--tiny", "--minutes", "4", "--out", str(tmp_path / "gpu")]
+    run(*words, cwd=tmp_path)
+    done = json.loads((tmp_path / "gpu/gpu.json").read_text())
+    assert done["the same run twice"]["differences"] == done["killed and resumed"]["differences"] == []
+    one, two = (done["two processes"][n] for n in "12")
+    assert abs(one - two) < 1e-4 and done["speed of resnet8, float32"]["samples_per_second"] > 0
+    assert "| killed and resumed |" in (tmp_path / "gpu/gpu.md").read_text()
+    assert len(run(*words, cwd=tmp_path).splitlines()) == 1
+
+
+@pytest.mark.slow
+def test_peers(tmp_path: Path) -> None:
+    """Each peer trains the network of images and the one of texts."""
+    words = ["--models", "resnet8,gpt", "--micro", "2", "--accumulation", "2", "--steps", "2", "--rounds", "2"]
+    printed = rows(run("bench/peers.py", *words, cwd=tmp_path))
+    assert [row["model"] for row in printed] == ["resnet8", "gpt"]
+    for row in printed:
+        assert min(row["samples_per_second"].values()) > 0
+        assert set(row["ours_is_faster_by"]) == {"bare", "timm", "trainer", "lightning"}
 
 
 def test_noise(tmp_path: Path) -> None:
@@ -42,6 +67,7 @@ def test_noise(tmp_path: Path) -> None:
     assert single["examples_a_gradient"] == 1
 
 
+@pytest.mark.slow
 def test_startup(tmp_path: Path) -> None:
     printed = {row["command"]: row for row in rows(run("bench/startup.py", "--runs", "1", cwd=tmp_path))}
     assert printed["bare Hydra start"]["over_hydra"] == 1
@@ -49,6 +75,7 @@ def test_startup(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_report(tmp_path: Path) -> None:
     printed = run("bench/report.py", "26", "20", "1", cwd=tmp_path).splitlines()
     assert [line.split()[2] for line in printed if "MB peak" in line] == ["status", "report"] * 2

@@ -74,6 +74,7 @@ def script() -> ModuleType:
     return module
 
 
+@pytest.mark.slow
 def test_checkouts_are_compared_to_the_last_bit(
     script: ModuleType, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

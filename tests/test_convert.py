@@ -1007,6 +1007,7 @@ def test_timm_builds_our_optimizer(text: str) -> None:
         assert decayed["momentum"] == h.betas[0]
 
 
+@pytest.mark.slow
 def test_lightning_builds_our_optimizer(tmp_path: Path) -> None:
     pytest.importorskip("lightning", reason="lightning is not installed: its CLI cannot be asked")
     pytest.importorskip("jsonargparse", reason="lightning's CLI needs jsonargparse")

@@ -163,6 +163,7 @@ def test_a_probe_measures_in_a_process_of_its_own_and_leaves_nothing(tmp_path: P
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "says"),
     [
@@ -253,6 +254,7 @@ def test_a_base_batch_with_fewer_micro_batches_than_devices_runs_on_fewer() -> N
     assert base.placement.world_size == 1
 
 
+@pytest.mark.slow
 def test_what_is_added_is_said_and_run(tmp_path: Path) -> None:
     words = [*TINY, "batch=[16,32]", "recipe.samples=64", "measure.noise=none"]
     done = scalerun(*words, cwd=tmp_path)

@@ -149,6 +149,7 @@ def test_python_of_a_page_runs(page: str, code: str) -> None:
     exec(compile(code, page, "exec"), {"__name__": "page"})
 
 
+@pytest.mark.slow
 def test_the_tutorial_leads_to_an_answer(tmp_path: Path) -> None:
     """Its files and its commands as they stand, at a hundredth of the samples and one seed."""
     write_files(tmp_path)

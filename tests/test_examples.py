@@ -20,6 +20,7 @@ LAST = {  # the last line of each: κ = 4, or 2 for accelerate, from numbers tha
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", sorted(p.stem for p in EXAMPLES.glob("*.py")))
 def test_example(name: str) -> None:
     """A change of `scale`, of `convert`, or of the library that breaks what a reader would copy fails here."""

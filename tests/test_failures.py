@@ -42,26 +42,25 @@ from scaling_exps.train import checkpoint
 from scaling_exps.train import loop as loop_module
 from scaling_exps.train import worker as worker_module
 
-OFTEN = ["batch=16", "recipe.samples=4800", "checkpoint.minutes=1e-9"]  # 300 steps; a save at every look
+OFTEN = ["batch=16", "recipe.samples=1600", "checkpoint.minutes=1e-9"]  # 100 steps; a save at every look
 
 
 @pytest.fixture(scope="module")
 def spec() -> RunSpec:
+    torch.set_num_threads(1)  # another number, other bits
     return specs(*OFTEN)[0]
 
 
 @pytest.fixture(scope="module")
 def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
     run_dir = prepare(tmp_path_factory.mktemp("undisturbed"), spec)
-    torch.set_num_threads(1)
     assert train.run(run_dir) == "finished"
     return run_dir
 
 
-@pytest.fixture
-def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
-    """A run that was stopped in the middle: two checkpoints, and records up to the newer one."""
-    run_dir = prepare(tmp_path, spec)
+@pytest.fixture(scope="module")
+def stopped(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
+    run_dir = prepare(tmp_path_factory.mktemp("stopped"), spec)
     step = train.Trainer.train_step
 
     def steps(trainer: train.Trainer) -> None:
@@ -69,7 +68,7 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
         if trainer.step >= spec.science.steps // 2:
             worker_module._signals.append(signal.SIGTERM)  # what the handler does
 
-    with monkeypatch.context() as m:
+    with pytest.MonkeyPatch.context() as m:
         m.setattr(train.Trainer, "train_step", steps)
         m.setattr(loop_module, "POLL", 0.0)  # asked at every step
         assert train.run(run_dir) == "stopped"
@@ -77,6 +76,12 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
     assert run_dir.state() == "interrupted"
     assert run_dir.previous.exists()
     return run_dir
+
+
+@pytest.fixture
+def halfway(stopped: RunDir, tmp_path: Path) -> RunDir:
+    """A run that was stopped in the middle: two checkpoints, and records up to the newer one."""
+    return RunDir(shutil.copytree(stopped.path, tmp_path / stopped.path.name))
 
 
 def goes_on(run_dir: RunDir, undisturbed: RunDir) -> None:
@@ -144,7 +149,7 @@ def test_a_kept_checkpoint_is_gone_back_to(
     run_dir.clear_result()
     capfd.readouterr()
     goes_on(run_dir, undisturbed)
-    assert "from step 150" in capfd.readouterr().out
+    assert "from step 50" in capfd.readouterr().out
 
 
 def test_a_checkpoint_beyond_the_run_is_not_believed(halfway: RunDir, undisturbed: RunDir) -> None:
@@ -216,6 +221,7 @@ def test_a_full_disk_is_said_and_the_run_goes_on_when_there_is_room(
         goes_on(run_dir, undisturbed)
 
 
+@pytest.mark.slow
 def test_two_launchers_race_for_one_run(spec: RunSpec, tmp_path: Path) -> None:
     (big,) = specs("recipe.samples=1000000")
     run_dir = prepare(tmp_path / "runs", big)
@@ -340,6 +346,7 @@ def test_whatever_a_network_raises_the_sweep_goes_on(tmp_path: Path, dying: str)
     assert all("dying.py" in trace and name in trace for name, trace in failed.items())
 
 
+@pytest.mark.slow
 def test_a_sweep_of_two_devices_goes_past_a_run_that_fails_and_says_why(tmp_path: Path, dying: str) -> None:
     """The network dies in its fourth training step on both ranks, of one run only."""
     words = [*options("IndexError", ""), "recipe.micro_batch=16", "launch.devices=2"]
@@ -355,6 +362,7 @@ def starts(root: Path) -> list[int]:
     return [sum(e["event"] == "start" for e in d.events()) for d in RunDir.under(root)]
 
 
+@pytest.mark.slow
 def test_a_run_that_failed_is_not_started_again_by_its_neighbour(tmp_path: Path, dying: str) -> None:
     """Two workers have one list. Fails if the second tried what the first has just failed (repro/b02), or if the next
     command did not try again."""
@@ -467,6 +475,7 @@ def both_write(sweep: list[RunSpec], root: Path) -> bool:
     return all(d.newest_record() is not None and d.holder() is not None for d in run_dirs)
 
 
+@pytest.mark.slow
 def test_workers_side_by_side_save_when_the_minutes_are_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """The minutes end when both workers train. Fails if one did not hear, did not save, or lost or doubled anything."""
     sweep = specs(*PIECES, "recipe.samples=2000")
@@ -483,6 +492,7 @@ def test_workers_side_by_side_save_when_the_minutes_are_over(tmp_path: Path, mon
         same_run(run_dir, whole[run_dir.path.name])
 
 
+@pytest.mark.slow
 def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
     """The launcher is killed outright. Fails if its workers trained on, or died without saving."""
     sweep = specs(*PIECES, "recipe.samples=40000")
@@ -499,6 +509,7 @@ def test_workers_end_with_their_launcher(tmp_path: Path) -> None:
     assert [d.state() for d in run_dirs] == ["interrupted"] * 2 and all(d.begun for d in run_dirs)
 
 
+@pytest.mark.slow
 def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
     run_dir = two_ranks(tmp_path)
     work(run_dir, 2)

@@ -421,6 +421,7 @@ SMALL = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", SMALL)
 def test_every_small_experiment_takes_its_first_steps(
     words: str, tmp_path: Path, request: pytest.FixtureRequest

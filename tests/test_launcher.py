@@ -88,6 +88,7 @@ def goes_on(where: Path, *words: str) -> None:
         assert run_dir.records().rows[-1]["step"] == 200
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [SIDE_BY_SIDE, TORCHRUN], ids=["parallel", "torchrun"])
 def test_workers_notice_that_their_launcher_was_killed(words: list[str], tmp_path: Path) -> None:
     """Fails if they train on to the end, and hold the runs against the next command."""
@@ -99,6 +100,7 @@ def test_workers_notice_that_their_launcher_was_killed(words: list[str], tmp_pat
     goes_on(tmp_path, *words)
 
 
+@pytest.mark.slow
 def test_ranks_notice_that_torchrun_was_killed(tmp_path: Path) -> None:
     launcher = start(tmp_path, *TORCHRUN)
     (parent,) = {int(Path(f"/proc/{p}/stat").read_text().rpartition(")")[2].split()[1]) for p in held(tmp_path)}
@@ -108,6 +110,7 @@ def test_ranks_notice_that_torchrun_was_killed(tmp_path: Path) -> None:
     saved(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("words", "signals"),
     [
@@ -130,6 +133,7 @@ def test_signals_save(words: list[str], signals: list[int], tmp_path: Path) -> N
     saved(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [ONE, TORCHRUN], ids=["one", "torchrun"])
 def test_closing_the_terminal_saves(words: list[str], tmp_path: Path) -> None:
     """Fails if SIGHUP ends the run, or if what it prints to the closed terminal makes it a failed one."""
@@ -149,6 +153,7 @@ def test_closing_the_terminal_saves(words: list[str], tmp_path: Path) -> None:
     saved(tmp_path)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [ONE, TORCHRUN], ids=["one", "torchrun"])
 def test_nohup_outlives_the_terminal(words: list[str], tmp_path: Path) -> None:
     """Fails if a handler of ours, or torchrun's, takes the SIGHUP that nohup ignores."""

@@ -407,6 +407,7 @@ def hostile(
     return run_dir, spec
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("trouble", ["refusing", "silent", "silent at the end", "unreachable"])
 def test_whatever_the_server_does_the_run_goes_on(
     trouble: str, tmp_path: Path, server: wandb_server.Server, monkeypatch: pytest.MonkeyPatch,
@@ -432,6 +433,7 @@ def test_whatever_the_server_does_the_run_goes_on(
     assert said.count("\n") == 1 and "`scalerun sync` uploads what is missing" in said
 
 
+@pytest.mark.slow
 def test_a_busy_server_is_tried_again(tmp_path: Path, server: wandb_server.Server) -> None:
     """429 from the start, for longer than one attempt takes. Fails if the mirror had given up by then."""
     run_dir, spec = begun(tmp_path, lines=LINES[:10])
@@ -445,6 +447,7 @@ def test_a_busy_server_is_tried_again(tmp_path: Path, server: wandb_server.Serve
     assert mirrored(server.runs[spec.run_id]) == LINES
 
 
+@pytest.mark.slow
 def test_twenty_starts_at_once(tmp_path: Path, server: wandb_server.Server) -> None:
     """Fails if they shared a folder, a lock or a core. On a slow machine some are in time, and `sync` does the rest."""
     planned = specs("logger=wandb", f"seed=[{','.join(map(str, range(20)))}]")

@@ -147,6 +147,7 @@ def test_the_same_command_again_submits_nothing(undisturbed: Path) -> None:
     assert "0 submitted" in text
 
 
+@pytest.mark.slow
 def test_preemption_and_then_a_lost_node(undisturbed: Path, tmp_path: Path, hold: Path) -> None:
     submit(tmp_path, *TWO_NODES, "seed=0", OFTEN)
     (run_dir,) = run_dirs(tmp_path)
@@ -165,6 +166,7 @@ def test_preemption_and_then_a_lost_node(undisturbed: Path, tmp_path: Path, hold
     same(run_dir, twin(run_dir, undisturbed))
 
 
+@pytest.mark.slow
 def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path: Path) -> None:
     folders = requeued, limited, cancelled = [tmp_path / name for name in ("requeued", "limited", "cancelled")]
     for folder in folders:

@@ -17,7 +17,9 @@ from scaling_exps.theory.result import Result, Row, fit
 STEPS = [2.0**-k for k in range(3, 7)]
 
 
-@pytest.mark.parametrize(("algorithm", "budget"), [("rmsprop", 3e7), ("adam", 3e7), ("sgd", 1e6)])
+@pytest.mark.parametrize(
+    ("algorithm", "budget"), [pytest.param("rmsprop", 3e7, marks=pytest.mark.slow), ("adam", 3e7), ("sgd", 1e6)]
+)
 def test_weak_order_1(algorithm, budget):
     """Slope 1 +- 0.15 for every function that rises above the noise, and all but one must rise.
 

@@ -126,7 +126,7 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
     undisturbed run. Fails if any state were missing from the checkpoint, the average of the weights too, or records
@@ -284,6 +284,7 @@ def test_a_sweep_as_a_user_runs_it(tmp_path: Path) -> None:
     assert (tmp_path / "report" / "curves.png").stat().st_size > 20_000
 
 
+@pytest.mark.slow
 def test_two_devices_as_a_user_runs_them(tmp_path: Path) -> None:
     done = scalerun(
         "batch=64",
@@ -300,6 +301,7 @@ def test_two_devices_as_a_user_runs_them(tmp_path: Path) -> None:
     assert json.loads(result.read_text())["world_size"] == 2
 
 
+@pytest.mark.slow
 def test_a_finished_run_is_not_aborted_at_the_interpreters_shutdown(tmp_path: Path) -> None:
     """gloo's threads outlive their group and sometimes abort the process while the interpreter shuts down; a finalizer
     that runs there does so always. A worker must be gone before."""

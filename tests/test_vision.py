@@ -289,6 +289,7 @@ def test_options_reach_timm_added_or_replaced() -> None:
         config.compose(["model=timm", "model.options=3"])
 
 
+@pytest.mark.slow
 def test_a_vit_takes_steps_on_cifar10(cifar10: str, tmp_path: Path) -> None:
     """Real images: from the loss of a guess, log 10, to below it."""
     spec = planned(

@@ -53,7 +53,7 @@ def probe(spec: RunSpec) -> dict[str, Any]:
         "update_seconds": update,
         "steps": steps,
         "memory_bytes": memory,
-        "flops": _flops(trainer),
+        "flops": flops(trainer),
         "device": provenance.environment()["device"],
         "threads": torch.get_num_threads(),
     }
@@ -95,7 +95,7 @@ def _measurements(t: Trainer, spec: RunSpec, micro_seconds: float) -> int:
     return gradients * sum(p.numel() * p.element_size() for p in t.parameters)
 
 
-def _flops(t: Trainer) -> float | None:
+def flops(t: Trainer) -> float | None:
     """FLOPs of one example, forward and backward; None where torch cannot count them (a compiled or an odd network)."""
     x, y = t.stream.batch(0, t.science.micro_batch)
     try:
