@@ -92,9 +92,9 @@ def killed(lease: Lease) -> dict[str, Any]:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     process.wait()
-    resumed = lease.train("killed")
-    text = resumed.log.read_text() if resumed.log.exists() else ""
-    return {"resumed": "from step" in text, "differences": differences(lease.train("first").path, resumed.path, [])}
+    said = lease.run("-m", "scaling_exps.cli", *lease.words("killed"))
+    resumed = lease.found("killed").path
+    return {"resumed": "from step" in said, "differences": differences(lease.train("first").path, resumed, [])}
 
 
 def _losses(lease: Lease, name: str, *words: str) -> dict[str, Any]:
