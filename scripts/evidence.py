@@ -1,15 +1,18 @@
-"""Write docs/evidence/experiments.md, a summary and a section an experiment, from runs of the laptop experiments.
+"""Write docs/evidence/claims.md, a summary and a section an experiment, from the records that are kept beside it.
 
-    python scripts/evidence.py RUNS
+    python scripts/evidence.py               write the page and its figures
+    python scripts/evidence.py RUNS NAME     first keep the finished runs of a folder, as docs/evidence/runs/NAME.tar.xz
 
-RUNS holds a folder of runs for each section, named as the section is to be called. Tables, readings and figures are
-those of `scalerun report`; each section begins with the head of the experiment's file. Text outside the marks
-`<!-- evidence: begin -->` and `<!-- evidence: end -->` is kept: what people wrote stays, what was measured is replaced.
+Tables, readings and figures are those of `scalerun report`; a section begins with the head of the experiment's file.
+Text outside the marks `<!-- evidence: begin -->` and `<!-- evidence: end -->` is kept: what people wrote stays, what
+was measured is replaced.
 """
 
 from __future__ import annotations
 
 import argparse
+import io
+import tarfile
 import tempfile
 from pathlib import Path
 
@@ -25,16 +28,35 @@ MARKS = ("<!-- evidence: begin -->", "<!-- evidence: end -->")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", type=Path, help="folder with a folder of runs for each section")
+    parser.add_argument("runs", type=Path, nargs="?", help="folder of runs to keep")
+    parser.add_argument("name", nargs="?", help="what their section is called")
+    o = parser.parse_args()
+    if o.runs:
+        pack(o.runs, DOCS / "runs" / f"{o.name}.tar.xz")
     sections, summary = [], ["| experiment | what was run here | result | verdict |", "|---|---|---|---|"]
-    for folder in sorted(p for p in parser.parse_args().runs.iterdir() if p.is_dir()):
-        collection = report.collect([folder])
+    for archive in sorted((DOCS / "runs").glob("*.tar.xz")):
+        name = archive.name.removesuffix(".tar.xz")
+        with tempfile.TemporaryDirectory() as folder, tarfile.open(archive) as kept:
+            kept.extractall(folder, filter="data")
+            collection = report.collect([Path(folder)])
         rows = report.compare(collection)
         head = _head(rows)
-        sections.append(_section(folder.name, head, rows, collection.missing))
-        summary += _summary(folder.name, head.partition(". ")[0], rows)
-    _replace(DOCS / "experiments.md", "\n\n".join(["\n".join(summary), *sections]))
+        sections.append(_section(name, head, rows, collection.missing))
+        summary += _summary(name, head.partition(". ")[0], rows)
+    _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *sections]))
     print(f"{len(sections)} sections")
+
+
+def pack(runs: Path, archive: Path) -> None:
+    """Keep of each finished run what a report reads; the same runs make the same bytes."""
+    archive.parent.mkdir(exist_ok=True)
+    with tarfile.open(archive, "w:xz", preset=9) as kept:
+        for result in sorted(runs.glob("*/result.json")):
+            for name in ("run.json", "records.jsonl", "result.json"):
+                content = (result.parent / name).read_bytes()
+                entry = tarfile.TarInfo(f"{result.parent.name}/{name}")
+                entry.size = len(content)
+                kept.addfile(entry, io.BytesIO(content))
 
 
 def _head(rows: list[Row]) -> str:

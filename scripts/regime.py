@@ -2,15 +2,22 @@
 
     python scripts/regime.py [PAGE]
 
-Every number is the plan's own: what `scalerun plan` derives for these words, base run against the largest batch.
+What is planned is what `scalerun plan` derives for these words, base run against the largest batch. What is measured
+comes from the runs whose records are kept in docs/evidence/runs/; a dash stands for an experiment without.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
+import tarfile
+import tempfile
 from pathlib import Path
 
 from scaling_exps import config, plan
+from scaling_exps.noise import validity
+from scaling_exps.plan import RunSpec
+from scaling_exps.records import RunDir
 
 PAGE = Path(__file__).resolve().parent.parent / "docs" / "evidence" / "regime.md"
 MARKS = ("<!-- regime -->", "<!-- end of regime -->")
@@ -34,6 +41,9 @@ fig2_small model=vit optimizer=adamw
 fig2_small model=gpt
 fig2_small model=roberta
 beta1_small
+fig1_mid optimizer=adam
+fig1_mid optimizer=rmsprop
+fig2_mid
 """
 
 
@@ -41,14 +51,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("page", nargs="?", type=Path, default=PAGE)
     page = parser.parse_args().page
-    heads = "experiment | batch | κ | epochs | steps | t = kη² | 1 - β2 | v's memory"
-    lines = [f"| {heads} |", "|---" * 8 + "|", *map(row, EXPERIMENTS.strip().splitlines())]
+    heads = "experiment | batch | κ | epochs | steps | t = kη² | 1 - β2 | v's memory | κr < 0.1 | at the end"
+    with tempfile.TemporaryDirectory() as folder:
+        for archive in (PAGE.parent / "runs").glob("*.tar.xz"):
+            with tarfile.open(archive) as kept:
+                kept.extractall(folder, filter="data")
+        rows = [row(words, Path(folder)) for words in EXPERIMENTS.strip().splitlines()]
+    lines = [f"| {heads} |", "|---" * 10 + "|", *rows]
     before, _, rest = page.read_text().partition(MARKS[0])
     page.write_text("\n".join([before + MARKS[0], *lines, MARKS[1] + rest.partition(MARKS[1])[2]]))
 
 
-def row(words: str) -> str:
-    specs = plan.plan(config.compose([*f"experiment={words}".split(), "seed=0"]))
+def row(words: str, kept: Path) -> str:
+    specs = plan.plan(config.compose(f"experiment={words}".split()))
     (large, arm), (base, _) = (
         max(((s, a) for s in specs for a in s.arms if a.role == role), key=lambda pair: pair[1].kappa)
         for role in ("rule", "base")
@@ -65,8 +80,22 @@ def row(words: str) -> str:
         f"{b.steps * b.hyper.lr**2:.3g}",
         " → ".join(f"{share:.3g}" for share, _ in averages),
         f"{averages[-1][1]:.1%}",
+        *measured([s for s in specs if s.arms[0].role == "base"], b.batch, kept),
     ]
     return f"| {' | '.join(cells)} |"
+
+
+def measured(bases: list[RunSpec], batch: int, kept: Path) -> list[str]:
+    """Over the base runs that are kept: the share of the samples in which noise dominates at `batch`; how they end."""
+    runs = [RunDir(kept / spec.run_id) for spec in bases if (kept / spec.run_id).is_dir()]
+    if not runs:
+        return ["–", "–"]
+    assessed = validity.assess([r for run in runs for r in run.records().rows], batch, bases[0].science.batch)
+    metrics = [(run.result() or {})["metrics"] for run in runs]
+    name = next(m for m in ("test_accuracy", "test_loss") if m in metrics[0])
+    mean = statistics.mean(m[name] for m in metrics)
+    end = f"{mean:.1%}" if name == "test_accuracy" else f"{mean:.3f} nats"
+    return ["–" if assessed is None else f"{assessed.dominated:.0%}", f"{end}, n = {len(runs)}"]
 
 
 if __name__ == "__main__":

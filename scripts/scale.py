@@ -24,7 +24,9 @@ MARKS = ("<!-- scale -->", "<!-- end of scale -->")
 PEAK = cost.CARDS["h100"][1] or 0.0  # FLOP/s, dense bfloat16
 SHARE = 0.4  # of the peak: assumed
 WITHIN, BETWEEN = 450e9, 50e9  # bytes/s a card sends: NVLink 4 within a node of 8; 400 Gb/s a card between nodes
-GPT_7B = "model=gpt model.layers=32 model.width=4096 model.heads=32 dataset=text dataset.path=README.md dataset.context=2048"
+GPT_7B = (
+    "model=gpt model.layers=32 model.width=4096 model.heads=32 dataset=text dataset.path=README.md dataset.context=2048"
+)
 NETWORKS = {  # words -> examples a device and step
     "model=vgg16": 256,
     "model=resnet56": 256,
