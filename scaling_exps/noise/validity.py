@@ -29,6 +29,7 @@ from scaling_exps.plan import Arm, PlanError, RunSpec
 from scaling_exps.plan.margin import quantile
 from scaling_exps.records import RunDir
 
+METHODS = ("full", "free", "halves", "examples", "moments")  # of a record, the best first
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
 STRETCH = 5  # records of a stretch, or more
 STRETCHES = 6  # of training, at most
@@ -96,10 +97,11 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
     """Validity of the rule from `base_batch` to `batch`, from noise records; None: they say nothing.
 
     Args:
-        rows: records of one base run, or of several seeds of it together; full measurements count where there are any.
+        rows: records of one base run, or of several seeds of it together; those of the best method count.
     """
     noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
-    noise = [r for r in noise if r["method"] == "full"] or noise
+    best = min((METHODS.index(r["method"]) for r in noise), default=0)
+    noise = [r for r in noise if r["method"] == METHODS[best]]
     whole = _ratio(noise, skewed=True)
     if whole is None or not math.isfinite(whole[2]):
         return None
