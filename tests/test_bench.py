@@ -40,6 +40,8 @@ def test_noise(tmp_path: Path) -> None:
     assert min(free["free_own_calls_share"]) > 0
     assert full["examples_a_gradient"] == 4 and min(full["full_over_2_steps"]) > 0
     assert single["examples_a_gradient"] == 1
+    probed = rows(run("bench/noise.py", *words, "--probe", cwd=tmp_path))
+    assert [row["probe"] for row in probed] == ["free", "examples"] and probed[1]["covered"] == 1
 
 
 def test_startup(tmp_path: Path) -> None:

@@ -40,6 +40,7 @@ from scaling_exps.rules.scale import unwrapped
 
 METHODS = ("auto", "free", "examples", "moments")
 EVERY = 8  # steps from one that measures single examples to the next: they cost a share of a backward pass
+SMALL = 2**16  # numbers of a gradient that is kept until the end of its backward pass; else it would have to be copied
 COVERED = 0.5  # of the parameters: with fewer in layers that `examples` covers, `auto` takes the moments
 
 
@@ -93,7 +94,7 @@ class NoiseProbe:
             self.records = [r for r in read_noise(self.file) if r["step"] <= step]
         self.listening, self._halves = True, False
         self._begun, self._passes, self._usual = False, 0, 0  # passes of this step, and of the newest one that is done
-        self._norms: list[Tensor] = []  # of each parameter's gradient in this backward pass
+        self._grads: list[Tensor] = []  # of this backward pass: small gradients, and the norms of large ones
         self._sums: dict[str, tuple[int, Tensor]] = {}  # by method: parts of this step, Σ |h|²
         self._after: dict[str, Tensor] = {}  # by method: |ĝ|²
         self._rows: dict[str, list[tuple[int, Tensor]]] = {m: [] for m in METHODS[1:]}  # a step: parts, (2,)
@@ -165,7 +166,8 @@ class NoiseProbe:
     def _hear(self, grad: Tensor) -> None:
         if self.listening:
             self._begin()
-            self._norms.append(_norm(grad))
+            small = grad.numel() < SMALL and not grad.is_sparse
+            self._grads.append(grad if small else _square([grad]).sqrt())
 
     def _begin(self) -> None:
         """In a backward pass: look at its end, behind what DDP and FSDP have queued till then to end their reduction."""
@@ -184,9 +186,9 @@ class NoiseProbe:
         self._passes += 1
         for method in self._active:
             if method == "free":
-                parts, norm = 1, torch.stack(self._norms).square().sum() if self._norms else None
+                parts, norm = 1, _square(self._grads) if self._grads else None
                 params = self.params
-                self._norms.clear()
+                self._grads.clear()
             else:
                 parts, norm = self._examples.take() if self._examples else (0, None)
                 params = self._examples.params if self._examples else []
@@ -248,7 +250,10 @@ class NoiseProbe:
 
     def _total(self, params: list[nn.Parameter], own: list[Any]) -> Tensor:
         """|x|² over all parameters, of which each has its own x; sharded ones so that the mean over ranks is right."""
-        return torch.stack([_norm(x) * self._shards[p] ** 0.5 for p, x in zip(params, own, strict=True)]).square().sum()
+        by_shards: dict[int, list[Tensor]] = {}
+        for p, x in zip(params, own, strict=True):
+            by_shards.setdefault(self._shards[p], []).append(x._local_tensor if isinstance(x, DTensor) else x)
+        return torch.stack([n * _square(tensors) for n, tensors in by_shards.items()]).sum()
 
     def _moments(self) -> None:
         length, _ = _block(self._optimizer)
@@ -330,11 +335,11 @@ def _cut(batch: Any, rows: slice) -> Any:
     return type(batch)(_cut(v, rows) for v in batch) if isinstance(batch, tuple | list) else batch[rows]
 
 
-def _norm(x: Tensor) -> Tensor:
-    """|x| of the own shard, in float32."""
-    x = x._local_tensor if isinstance(x, DTensor) else x
-    x = x.coalesce().values() if x.is_sparse else x
-    return torch.linalg.vector_norm(x, dtype=torch.promote_types(x.dtype, torch.float32))
+def _square(tensors: list[Tensor]) -> Tensor:
+    """|x|² of all together, in float32 or better."""
+    tensors = [x.coalesce().values() if x.is_sparse else x for x in tensors]
+    low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if low else None)).square().sum()
 
 
 def _shards(p: Tensor, fsdp: bool) -> int:
