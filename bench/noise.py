@@ -68,7 +68,7 @@ def main() -> None:
 
     inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
     if options.probe:
-        for owner, names in ((NoiseProbe, ("_hear", "_pass", "_before_step", "_after_step")), (ExampleNorms, ("_backward",))):
+        for owner, names in ((NoiseProbe, ("_hear", "_pass", "_after_step")), (ExampleNorms, ("_backward",))):
             for name in names:
                 timed(owner, name, inside)
         for method, micro, bound in (("free", options.micro, 0.02), ("examples", options.batch, 0.1)):

@@ -30,7 +30,9 @@ def main(kind: str, file: Path) -> None:
         for part in (model[1], model[4], model):
             fully_shard(part)
     groups = [[p for p in model.parameters() if (p.ndim > 1) == large] for large in (True, False)]
-    optimizer = torch.optim.AdamW([{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3, betas=(0.5, 0.99))
+    optimizer = torch.optim.AdamW(
+        [{"params": groups[0]}, {"params": groups[1], "weight_decay": 0.0}], lr=1e-3, betas=(0.5, 0.99)
+    )
     how = {"batch": BATCH, "window": WINDOW}
     probes = [NoiseProbe(net, optimizer, method=m, **how) for m in ("free", "examples", "moments")]
     generator = torch.Generator().manual_seed(1)

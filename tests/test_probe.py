@@ -215,7 +215,11 @@ def test_a_step_of_one_part_has_an_estimate_with_its_name() -> None:
     regression(net, optimizer, steps=400)
     records = {m: p.records[0] for m, p in probes.items()}
     assert [r["method"] for r in records.values()] == ["examples", "free", "moments"]
-    assert [r["units"] for r in records.values()] == [50, 0, 18]  # every eighth step; blocks of 20 steps but the first 2
+    assert [r["units"] for r in records.values()] == [
+        50,
+        0,
+        18,
+    ]  # every eighth step; blocks of 20 steps but the first 2
     assert "trace" not in records["free"] and records["auto"]["trace_low"] > 0
     assert records["auto"]["covered"] == 1.0
     for p in probes.values():

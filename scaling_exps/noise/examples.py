@@ -149,8 +149,8 @@ class ExampleNorms:
         assert kind is not None
         embeds = isinstance(module, nn.Embedding)
         examples = len(x) if (x.ndim > 1 or embeds) and len(e) == len(x) else 0
-        if embeds and module.padding_idx is not None:
-            e = e * (x != module.padding_idx).unsqueeze(-1)
+        if isinstance(module, nn.Embedding) and module.padding_idx is not None:
+            e = e * x.ne(module.padding_idx).unsqueeze(-1)
         norms = kind(module, x, e) if examples else {}
         for name, p in mine.items():
             self._heard.append((p, examples, norms[name] if examples else x.new_zeros(())))

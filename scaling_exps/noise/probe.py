@@ -81,7 +81,7 @@ class NoiseProbe:
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise NoiseError("the model has no parameter that requires a gradient")
-        sharded = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
         self._optimizer = unwrapped(optimizer)
         self.why_not = {"examples": _no_examples(model), "moments": _no_moments(self._optimizer)}
@@ -95,17 +95,15 @@ class NoiseProbe:
         self.listening, self._halves = True, False
         self._begun, self._passes, self._usual = False, 0, 0  # passes of this step, and of the newest one that is done
         self._grads: list[Tensor] = []  # of this backward pass: small gradients, and the norms of large ones
-        self._sums: dict[str, tuple[int, Tensor]] = {}  # by method: parts of this step, Σ |h|²
+        self._sums: dict[str, tuple[int, Tensor | float]] = {}  # by method: parts of this step, Σ |h|²
         self._after: dict[str, Tensor] = {}  # by method: |ĝ|²
         self._rows: dict[str, list[tuple[int, Tensor]]] = {m: [] for m in METHODS[1:]}  # a step: parts, (2,)
         self._squares: list[Tensor] = []  # |g|² of the steps of a block of `moments`
         self._steps = 0  # seen
         self._examples: ExampleNorms | None = None
         self._hooks: dict[str, list[Any]] = {m: [] for m in METHODS}
-        self._hooks["auto"] = [  # those of every method
-            self._optimizer.register_step_pre_hook(self._before_step),
-            self._optimizer.register_step_post_hook(self._after_step),
-        ]
+        # behind the update, not before it: Lightning's last backward pass of a step is inside of `step`
+        self._hooks["auto"] = [self._optimizer.register_step_post_hook(self._after_step)]  # of every method
         if method in ("auto", "free"):
             self._hear_parameters(sharded)
         if method in ("auto", "examples") and self.why_not["examples"] is None:
@@ -151,7 +149,7 @@ class NoiseProbe:
             handle.remove()
         self._hooks[method] = []
 
-    def _hear_parameters(self, sharded: list[FSDPModule]) -> None:
+    def _hear_parameters(self, sharded: list[Any]) -> None:
         hooks, known = self._hooks["free"], set(self.params)
         hooks += [p.register_hook(self._hear) for p in self.params if not isinstance(p, DTensor)]
 
@@ -199,7 +197,7 @@ class NoiseProbe:
                 self._after[method] = self._total(grads, [p.grad for p in grads])
 
     @torch.no_grad()
-    def _before_step(self, *_: object) -> None:
+    def _after_step(self, *_: object) -> None:
         for method, after in self._after.items():
             n, total = self._sums[method]
             if n * self.world > 1:
@@ -211,9 +209,6 @@ class NoiseProbe:
             self._squares.append(self._total(grads, [p.grad for p in grads]))
         elif self._passes:
             self._usual = self._passes
-
-    @torch.no_grad()
-    def _after_step(self, *_: object) -> None:
         self._sums, self._after, self._passes = {}, {}, 0
         self.step += 1
         self._steps += 1
@@ -289,7 +284,10 @@ class NoiseProbe:
 
     def record(self) -> dict[str, Any]:
         """The record of the steps since the last one, appended to `records` and the file; every rank calls it."""
-        row = {"kind": "noise", "method": "halves" if self._halves and self.method == "free" else self.method}
+        row: dict[str, Any] = {
+            "kind": "noise",
+            "method": "halves" if self._halves and self.method == "free" else self.method,
+        }
         row |= {"step": self.step, "samples": self.step * self.batch, "batch": self.batch, "covered": self.covered}
         row |= self.estimate().record(self.batch)
         for rows in self._rows.values():
@@ -313,7 +311,9 @@ class NoiseProbe:
         out["noise/kappa_r"] = self.batch / point if point else None
         for b in batches:
             v = self.validity(b)
-            out |= {f"noise/deviation_{b}{end}": getattr(v, f"{end[1:]}" or "deviation") for end in ("", "_low", "_high")}
+            out |= {
+                f"noise/deviation_{b}{end}": getattr(v, f"{end[1:]}" or "deviation") for end in ("", "_low", "_high")
+            }
         return {k: v for k, v in out.items() if v is not None and math.isfinite(v)}
 
     def sentence(self, *batches: int) -> str:

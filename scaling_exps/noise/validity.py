@@ -27,7 +27,7 @@ import msgspec
 
 from scaling_exps.plan import Arm, PlanError, RunSpec
 from scaling_exps.plan.margin import quantile
-from scaling_exps.records import RunDir
+from scaling_exps.records import RunDir, read_noise
 
 METHODS = ("full", "free", "halves", "examples", "moments")  # of a record, the best first
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
@@ -246,11 +246,14 @@ def of_base(
     Args:
         siblings: the runs of the same plan: the base runs of other seeds count, too.
         runs_dir: where runs lie.
-        given: the run's directory, or a folder of runs; None: `runs_dir`.
+        given: the run's directory, a folder of runs, or a NoiseProbe's noise.jsonl or the folder that has one; None:
+            `runs_dir`.
 
     Raises:
         PlanError: `given` is no run, or one of another recipe, or has no noise record.
     """
+    if given is not None and (other := probed(Path(given))):
+        return other, f"{given}, of another trainer (whether it is this recipe is not checked)"
     recipe = _recipe(spec)
     if given is not None and RunDir(given).exists:
         candidates = [RunDir(given)]
@@ -280,9 +283,32 @@ def of_base(
     if given is not None:
         raise PlanError(
             f"noise_from={given}: no base run with enough noise records lies there; give the directory of one, "
-            "trained with measure.noise=full"
+            "trained with measure.noise=full, or the noise.jsonl of a NoiseProbe"
         )
     return [], "no noise record of the base run: train it, or give noise_from=DIR"
+
+
+def probed(path: Path) -> list[dict[str, Any]]:
+    """The records of a NoiseProbe's noise.jsonl, or of the one in a folder; none where they say nothing yet."""
+    rows = read_noise(path / "noise.jsonl" if path.is_dir() else path)
+    return rows if rows and assess(rows, rows[-1]["batch"], rows[-1]["batch"]) is not None else []
+
+
+def noise_scale(path: Path) -> float:
+    """B_noise in examples, from a noise.jsonl (or its folder) or from the folder of a run.
+
+    Raises:
+        PlanError: no records, or so few that they tell bounds only.
+    """
+    rows = probed(path) or [r for r in RunDir(path).records().rows if r["kind"] == "noise"]
+    known = assess(rows, rows[-1]["batch"], rows[-1]["batch"]) if rows else None
+    if known is None:
+        raise PlanError(
+            f"{path} has no noise records that say anything: give a NoiseProbe's noise.jsonl or a run's folder"
+        )
+    if known.b_noise_point is None:
+        raise PlanError(f"{path} tells no noise scale: {scale_text(known)}. Measure longer, or give --noise-scale")
+    return known.b_noise_point
 
 
 _SHARED = ("model", "dataset", "content", "optimizer", "precision", "freeze_last")
