@@ -12,6 +12,8 @@ import csv
 import json
 import math
 import re
+import struct
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -98,21 +100,37 @@ def _csv(path: Path) -> History:
 
 def _wandb(path: Path) -> History:
     from wandb.proto import wandb_internal_pb2
-    from wandb.sdk.internal.datastore import DataStore
 
-    store, rows, known = DataStore(), [], {}
-    store.open_for_scan(str(path))
-    while (data := store.scan_data()) is not None:
+    rows, config = list[tuple[int, dict[str, float]]](), dict[str, Any]()
+    for data in _log(path.read_bytes()):
         record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
         record.ParseFromString(data)
         for update in [*record.config.update, *record.run.config.update]:
-            if update.key == "scalerun":
-                known = json.loads(update.value_json)
+            *outer, last = update.nested_key or [update.key]
+            at = config
+            for key in outer:
+                at = at.setdefault(key, {})
+            at[last] = json.loads(update.value_json)
         items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-        if steps := [items[n] for n in items if STEP.fullmatch(n) and n != "_step"] or [items.get("_step")]:
-            if items and steps[0] is not None:
-                rows.append((int(steps[0]), _numbers(items)))
-    return History(rows, known)
+        own = [v for n, v in items.items() if STEP.fullmatch(n) and n != "_step"] + [items.get("_step")]
+        if own[0] is not None:
+            rows.append((int(own[0]), _numbers(items)))
+    return History(rows, config.get("scalerun", {}))
+
+
+def _log(raw: bytes) -> Iterator[bytes]:
+    """The records of wandb's file: LevelDB's log format behind a head of 7 bytes. A torn end is left out."""
+    block, at, parts = 32_768, 7, b""
+    while at + 7 <= len(raw):
+        if (left := block - at % block) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from("<IHB", raw, at)  # 1: a whole record, 2: its first part, 3: more, 4: its last
+        piece = raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        parts = piece if kind in (1, 2) else parts + piece
+        if kind in (1, 4) and len(piece) == size:
+            yield parts
 
 
 def _numbers(row: dict[str, Any]) -> dict[str, float]:
