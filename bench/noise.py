@@ -5,8 +5,8 @@
 Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
---probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches (at most 2%), and of
-single examples (at most 10%), where one step of `probe.EVERY` is measured.
+--probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches (at most 2%), and
+of single examples (at most 10%), where one step of `probe.EVERY` is measured.
 """
 
 from __future__ import annotations

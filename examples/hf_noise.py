@@ -1,7 +1,7 @@
 """Hugging Face's Trainer, from "how large may my batch be?" to a verdict: python examples/hf_noise.py [SAMPLES]
 
-Three seeds of a small GPT-2 at batch 8 with NoiseCallback: the critical batch, and how far a run at 32 should stray. Then
-the same at 32, by the rule and unscaled, and `scalerun import` and `report` on what the Trainer left.
+Three seeds of a small GPT-2 at batch 8 with NoiseCallback: the critical batch, and how far a run at 32 should stray.
+Then the same at 32, by the rule and unscaled, and `scalerun import` and `report` on what the Trainer left.
 """
 
 import argparse
@@ -33,7 +33,7 @@ def run(folder: Path, seed: int, batch: int, rule: str) -> NoiseCallback:
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, loss_type="ForCausalLM",
     )  # fmt: skip
     arguments = TrainingArguments(
-        output_dir=str(folder), learning_rate=tuned["lr"], adam_beta1=0.9, adam_beta2=0.99, lr_scheduler_type="constant",
+        output_dir=str(folder), learning_rate=tuned["lr"], adam_beta2=0.99, lr_scheduler_type="constant",
         per_device_train_batch_size=4, gradient_accumulation_steps=batch // 4, max_steps=samples // batch, seed=seed,
         logging_steps=max(1, samples // batch // 16), eval_strategy="steps", eval_steps=samples // batch,
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,

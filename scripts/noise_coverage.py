@@ -2,9 +2,9 @@
 
     python scripts/noise_coverage.py [REPEATS]      (500)
 
-Gradients of known Σ and ∇f: one linear layer whose mean output is the loss, so that an example's gradient is the example,
-of 40 dimensions and tr Σ = 1. A repeat is 24 steps of 16 examples (moments: of β1 = 0.5, so 5 blocks of 4 steps). Then a GPT
-and a ResNet whose weights stand still: all methods on the same steps.
+Gradients of known Σ and ∇f: one linear layer whose mean output is the loss, so that an example's gradient is the
+example, of 40 dimensions and tr Σ = 1. A repeat is 24 steps of 16 examples (moments: of β1 = 0.5, so 6 blocks of 4 steps).
+Then a GPT and a ResNet whose weights stand still: all methods on the same steps.
 """
 
 from __future__ import annotations
@@ -78,8 +78,8 @@ def agreement(words: list[str], steps: int) -> dict[str, tuple[Estimate, float]]
     probes.EVERY = 1
     out = {}
     for micro, methods in ((8, ("free",)), (16, ("halves",)), (32, ("examples", "moments"))):
-        composed = config.compose([*words, "recipe.batch=32", "batch=32", f"recipe.micro_batch={micro}", "recipe.lr=1e-12",
-                                   "measure.noise=none", "logger=none"])  # fmt: skip
+        fixed = ["recipe.batch=32", "batch=32", "recipe.lr=1e-12", "measure.noise=none", "logger=none"]
+        composed = config.compose([*words, *fixed, f"recipe.micro_batch={micro}"])
         (spec,) = plan.plan(composed)
         t = Trainer(spec)
         watching = {

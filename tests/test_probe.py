@@ -52,9 +52,9 @@ def test_the_probe_finds_what_the_runner_records() -> None:
 
 @pytest.mark.slow
 def test_processes_and_sharding_do_not_matter(tmp_path: Path) -> None:
-    """One process with accumulation, DDP on two, FSDP2 on two and on four: the same records to 1e-5, of all methods, with
-    clipping, a frozen parameter and two groups. Fails if |ĝ|² were of a clipped gradient, of one shard, or of what is
-    not reduced yet; if a part's norm were of the reduced gradient; or a rank's examples counted as all."""
+    """One process with accumulation, DDP on two, FSDP2 on two and on four: the same records to 1e-5, of all methods,
+    with clipping, a frozen parameter and two groups. Fails if |ĝ|² were of a clipped gradient, of one shard, or of
+    what is not reduced yet; if a part's norm were of the reduced gradient; or a rank's examples counted as all."""
     found = []
     for kind, world in (("one", 1), ("ddp", 2), ("fsdp", 2), ("fsdp", 4)):
         script, file = str(ROOT / "tests/probed.py"), tmp_path / f"{kind}{world}"
@@ -99,9 +99,9 @@ class Layers(nn.Module):
 
 
 def test_norms_of_single_examples_are_those_of_their_gradients() -> None:
-    """Against a backward pass for each example, layer by layer in one sum: exact to float32, in-place activation, padding,
-    groups, dilation and stride included; what is called twice, broadcast over the batch, frozen or outside of layers is
-    not covered, and a weight that Embedding and Linear share is only while each is called once."""
+    """Against a backward pass for each example, layer by layer in one sum: exact to float32, in-place activation,
+    padding, groups, dilation and stride included; what is called twice, broadcast over the batch, frozen or outside of
+    layers is not covered, and a weight that Embedding and Linear share is only while each is called once."""
     torch.manual_seed(0)
     net, x = Layers(), torch.randint(13, (5, 6))
     x[0, :3] = 0
@@ -159,8 +159,8 @@ def network() -> nn.Module:
 
 @pytest.mark.parametrize(("model", "parts"), [("gpt", 1), ("gpt", 2), ("resnet8", 1), ("resnet8", 2)])
 def test_a_probed_run_ends_on_the_same_bits_and_keeps_no_trace(model: str, parts: int) -> None:
-    """Weights and moments, under every method at once; after `detach` no hook is left. Fails if a hook changed what flows,
-    drew a random number, or stayed."""
+    """Weights and moments, under every method at once; after `detach` no hook is left. Fails if a hook changed what
+    flows, drew a random number, or stayed."""
     states = []
     words = ["model=gpt", "model.layers=1", "model.width=32"] if model == "gpt" else []
     for probed in (False, True):
@@ -184,8 +184,8 @@ def test_a_probed_run_ends_on_the_same_bits_and_keeps_no_trace(model: str, parts
 
 
 def test_scalers_compilers_and_clipping_do_not_matter() -> None:
-    """A GradScaler, a compiled network, a loss that is not divided: B_noise is the plain loop's, and with the scaler given
-    so is tr Σ. Fails if the parts were in the scaler's units and their mean was not."""
+    """A GradScaler, a compiled network, a loss that is not divided: B_noise is the plain loop's, and with the scaler
+    given so is tr Σ. Fails if the parts were in the scaler's units and their mean was not."""
 
     def measured(parts: int = 4, scaler: Any = None, given: bool = False, compiled: bool = False) -> dict[str, Any]:
         net = network()
@@ -206,9 +206,9 @@ def test_scalers_compilers_and_clipping_do_not_matter() -> None:
 
 
 def test_a_step_of_one_part_has_an_estimate_with_its_name() -> None:
-    """One process, no accumulation. `auto` takes examples; where the network normalises over the batch, moments; where the
-    user cuts the batch, halves. `free` says nothing there, and divides by no zero. A batch that is cut off and one that
-    is not finite are left out."""
+    """One process, no accumulation. `auto` takes examples; where the network normalises over the batch, moments; where
+    the user cuts the batch, halves. `free` says nothing there, and divides by no zero. A batch that is cut off and one
+    that is not finite are left out."""
     net = network()
     optimizer = torch.optim.AdamW(net.parameters(), lr=1e-3)
     probes = {m: NoiseProbe(net, optimizer, batch=8, method=m, window=400) for m in ("auto", "free", "moments")}

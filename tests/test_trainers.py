@@ -26,8 +26,8 @@ def adamw(**changes: Any) -> torch.optim.AdamW:
 
 
 def test_the_rule_is_applied_once_and_checked() -> None:
-    """From the base, and again where it is already done (a resumed run); a group free of decay stays so. Fails if a second
-    call scaled twice, or an optimizer of other numbers passed for the base's."""
+    """From the base, and again where it is already done (a resumed run); a group free of decay stays so. Fails if a
+    second call scaled twice, or an optimizer of other numbers passed for the base's."""
     optimizer, by = adamw(), ScaledBy("adamw_sde", BASE)
     for _ in range(2):
         plan = by.apply(optimizer, 32)
@@ -38,7 +38,7 @@ def test_the_rule_is_applied_once_and_checked() -> None:
         by.apply(adamw(lr=3e-3), 32)
     with pytest.raises(RuleError, match="takes 80 steps, and the plan says 20"):
         ScaledBy("adamw_sde", {**BASE, "steps": 80}).apply(adamw(), 32, steps=80)
-    with pytest.raises(RuleError, match="no value would be left|κ|kappa"):
+    with pytest.raises(RuleError, match=r"beta"):
         by.apply(adamw(), 128)
 
 
@@ -64,9 +64,9 @@ def hugging_face(folder: Path, accumulation: int, steps: int, **how: Any) -> Any
 
 
 def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its loggers get the noise; the rule moves optimizer and scheduler; a run that goes on from a checkpoint keeps records
-    and scale; plan and convert read noise.jsonl; and two runs are imported as base and arm. Fails if clipping at norm 1,
-    which Trainer does by default, were in |ĝ|²."""
+    """Its loggers get the noise; the rule moves optimizer and scheduler; a run that goes on from a checkpoint keeps
+    records and scale; plan and convert read noise.jsonl; and two runs are imported as base and arm. Fails if clipping
+    at norm 1, which Trainer does by default, were in |ĝ|²."""
     trainer, callback = hugging_face(tmp_path / "base", 2, 16)
     trainer.train()
     log = json.loads((tmp_path / "base/checkpoint-16/trainer_state.json").read_text())["log_history"]
@@ -95,9 +95,11 @@ def test_hugging_face(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Non
 
 
 def test_what_a_probe_wrote_is_read_by_plan_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """B_noise 100, by records of which each is sure. Fails if a file of another trainer were held against the recipe."""
+    """B_noise 100, by sure records. Fails if a file of another trainer were held against the recipe."""
     sure = {"kind": "noise", "method": "free", "batch": 8, "enough": True, "kappa_r": 0.08, "b_noise": 100.0}
-    rows = [{**sure, "step": i, "samples": 8 * i, "trace": 1 + 0.01 * (i % 2), "gradient_sq": 0.01} for i in range(1, 9)]
+    rows = [
+        {**sure, "step": i, "samples": 8 * i, "trace": 1 + 0.01 * (i % 2), "gradient_sq": 0.01} for i in range(1, 9)
+    ]
     file = tmp_path / "noise.jsonl"
     file.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "noise"}\n')
     assert validity.noise_scale(file) == validity.noise_scale(tmp_path) == pytest.approx(100, rel=0.02)
@@ -115,8 +117,8 @@ def test_what_a_probe_wrote_is_read_by_plan_and_convert(tmp_path: Path, capsys: 
 
 
 def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """The last backward pass of a step is inside the optimizer's step there. Three seeds at batch 8 and at 32 by the rule
-    are imported from CSV logs, paired by seed and judged. Fails if the last micro-batch were missed."""
+    """The last backward pass of a step is inside the optimizer's step there. Three seeds at batch 8 and at 32 by the
+    rule are imported from CSV logs, paired by seed and judged. Fails if the last micro-batch were missed."""
     import lightning
     from lightning.pytorch.loggers import CSVLogger
 

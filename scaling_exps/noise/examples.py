@@ -1,15 +1,15 @@
 """Σ_e |h_e|²: squared norms of single examples' gradients, out of the backward pass that training makes anyway.
 
-A layer with input x and output gradient e gives example b the weight gradient Σ_t e_t x_tᵀ over its positions t (tokens,
-pixels, windows of a convolution). Its squared norm needs no gradient of its own (Goodfellow 2015, 1510.01799):
+A layer with input x and output gradient e gives example b the weight gradient Σ_t e_t x_tᵀ over its positions t
+(tokens, pixels, windows of a convolution). Its squared norm needs no gradient of its own (Goodfellow 2015, 1510.01799):
 
     |Σ_t e_t x_tᵀ|² = Σ_{t,t'} (e_t · e_t') (x_t · x_t')
 
 or the gradient itself where that is cheaper. Exact for nn.Linear, transformers' Conv1D, nn.Embedding, nn.Conv1d and
-Conv2d, LayerNorm, GroupNorm and RMSNorm of any make, with their biases; and for an Embedding and a Linear that share one
-weight. Everything else is not covered: parameters outside such layers, a layer that is called twice in a pass, whose
-input's first dimension is no example (position embeddings), a Linear whose output is changed in place, other shared or
-sparse weights.
+Conv2d, LayerNorm, GroupNorm and RMSNorm of any make, with their biases; and for an Embedding and a Linear that share
+one weight. Everything else is not covered: parameters outside such layers, a layer that is called twice in a pass,
+whose input's first dimension is no example (position embeddings), a Linear whose output is changed in place, other
+shared or sparse weights.
 """
 
 from __future__ import annotations

@@ -5,7 +5,7 @@ clipping; `estimators.two_batch` does the rest. What the parts are is the record
 
     free      micro-batches of the accumulation and of all ranks     n >= 2 of them; exact
     halves    the same, of a batch that `split` cut                  exact; not the bits of the uncut batch
-    examples  single examples, by `noise.examples`                   exact for the layers it covers; `covered` says how much
+    examples  single examples, by `noise.examples`                   exact for the layers that are `covered`
     moments   m of the optimizer instead of ĝ, q = (1 - β1)/(1 + β1): E g² - E m², in blocks of 2/(1 - β1) steps, which
               hardly overlap. Biased by what the mean gradient changes within 1/(1 - β1) steps: |m|² falls short of
               |∇f|², so that B_noise comes out too large where the gradient turns, never too small
@@ -168,7 +168,7 @@ class NoiseProbe:
             self._grads.append(grad if small else _square([grad]).sqrt())
 
     def _begin(self) -> None:
-        """In a backward pass: look at its end, behind what DDP and FSDP have queued till then to end their reduction."""
+        """In a backward pass: look at its end, behind what DDP and FSDP have queued to end their reduction."""
         if not self._begun:
             self._begun, queue = True, Variable._execution_engine.queue_callback
             queue(lambda: queue(self._pass))
@@ -263,7 +263,7 @@ class NoiseProbe:
     # ---- what it says ----
 
     def estimate(self) -> Estimate:
-        """Of the steps since the last record; every rank calls it. Without a measured step its intervals are infinite."""
+        """Of the steps since the last record; every rank calls it. With no measured step its intervals are infinite."""
         rows = self._rows.get(self.method, [])
         nothing = Value(math.nan, -math.inf, math.inf)
         if not rows:
@@ -302,7 +302,7 @@ class NoiseProbe:
         return validity.assess(self.records, batch, self.batch)
 
     def log(self, *batches: int) -> dict[str, float]:
-        """Numbers for a tracker: noise/b_noise and its interval, noise/kappa_r, noise/deviation_BATCH; those there are."""
+        """For a tracker: noise/b_noise and its interval, noise/kappa_r, noise/deviation_BATCH; those there are."""
         known = self.validity(self.batch)
         if known is None:
             return {}

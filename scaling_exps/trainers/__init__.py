@@ -1,5 +1,5 @@
-"""In other people's trainers: the rule applied at the start and checked (`ScaledBy`), callbacks of Hugging Face's Trainer
-(`hf`) and of Lightning (`lightning`), and their runs as folders that the report judges (`foreign`)."""
+"""In other people's trainers: the rule applied at the start and checked (`ScaledBy`), callbacks of Hugging Face's
+Trainer (`hf`) and of Lightning (`lightning`), and their runs as folders that the report judges (`foreign`)."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ class ScaledBy:
 
     Args:
         rule: a name of docs/rules.md.
-        base: what was tuned: batch, lr, betas (or momentum), eps, weight_decay; steps, where the trainer counts in them.
-        beta_map, noise_scale: as in `scale`.
+        base: what was tuned: batch, lr, betas (or momentum), eps, weight_decay; steps, where the trainer counts in
+        them. beta_map, noise_scale: as in `scale`.
 
     The trainer is given the base's numbers (and the larger batch); `apply` moves its live optimizer.
     """
@@ -62,7 +62,8 @@ class ScaledBy:
         if apart(live, plan["scaled"]):
             if wrong := apart(live, plan["base"]):
                 raise RuleError(
-                    f"the optimizer holds neither the base nor what rule {self.rule!r} makes of it: {'; '.join(wrong)}. "
+                    f"the optimizer holds neither the base nor what rule {self.rule!r} makes of it: "
+                    f"{'; '.join(wrong)}. "
                     "Give the trainer the base's numbers, or the base what the trainer has"
                 )
             how = {k: plan[k] for k in ("rule", "beta_map", "noise_scale")}

@@ -1,9 +1,9 @@
 """`scalerun import`: runs of other trainers -> run folders, which `report`, `show` and `diff` read like any other.
 
-What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log (metrics.csv
-and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses and accuracies
-at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or named in the
-run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was before.
+What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log
+(metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses and
+accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or named
+in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was before.
 """
 
 from __future__ import annotations
@@ -70,8 +70,8 @@ def read(path: Path) -> History:
                 history.noise = history.noise or read_noise(folder / "noise.jsonl")
             return history
     raise ImportRunError(
-        f"{path}: no run of another trainer; allowed: a folder or file of trainer_state.json (Hugging Face), metrics.csv "
-        "(Lightning), run-ID.wandb (wandb offline), or a CSV of a history with a column of steps"
+        f"{path}: no run of another trainer; allowed: a folder or file of trainer_state.json (Hugging Face), "
+        "metrics.csv (Lightning), run-ID.wandb (wandb offline), or a CSV of a history with a column of steps"
     )
 
 
@@ -125,7 +125,9 @@ def _log(raw: bytes) -> Iterator[bytes]:
         if (left := block - at % block) < 7:
             at += left
             continue
-        _, size, kind = struct.unpack_from("<IHB", raw, at)  # 1: a whole record, 2: its first part, 3: more, 4: its last
+        _, size, kind = struct.unpack_from(
+            "<IHB", raw, at
+        )  # 1: a whole record, 2: its first part, 3: more, 4: its last
         piece = raw[at + 7 : at + 7 + size]
         at += 7 + size
         parts = piece if kind in (1, 2) else parts + piece
@@ -239,7 +241,8 @@ def main(words: list[str]) -> int:
     """`scalerun import WORDS`: all of the runs, or none."""
     parser = Parser(
         prog="scalerun import",
-        description="Runs of other trainers as run folders that `scalerun report` judges: Hugging Face, Lightning, wandb.",
+        description="Runs of other trainers as run folders that `scalerun report` judges: Hugging Face, Lightning,
+        wandb.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="trainer_state.json, metrics.csv, *.wandb, "
                         "or the folder of one; of one sweep")  # fmt: skip
