@@ -3,8 +3,8 @@
     python scripts/noise_coverage.py [REPEATS]      (500)
 
 Gradients of known Σ and ∇f: one linear layer whose mean output is the loss, so that an example's gradient is the
-example, of 40 dimensions and tr Σ = 1. A repeat is 24 steps of 16 examples (moments: of β1 = 0.5, so 6 blocks of 4 steps).
-Then a GPT and a ResNet whose weights stand still: all methods on the same steps.
+example, of 40 dimensions and tr Σ = 1. A repeat is 24 steps of 16 examples (moments: of β1 = 0.5, so 6 blocks of 4
+steps). Then a GPT and a ResNet whose weights stand still: all methods on the same steps.
 """
 
 from __future__ import annotations

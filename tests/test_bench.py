@@ -44,6 +44,13 @@ def test_noise(tmp_path: Path) -> None:
     assert [row["probe"] for row in probed] == ["free", "examples"] and probed[1]["covered"] == 1
 
 
+@pytest.mark.slow
+def test_noise_coverage(tmp_path: Path) -> None:
+    """Each method at each B_noise and tail, and on both networks; with 10 repeats a share is no more than a number."""
+    printed = run("scripts/noise_coverage.py", "10", cwd=tmp_path)
+    assert printed.count("| moments |") == 5 and printed.count("| examples |") == 5
+
+
 def test_startup(tmp_path: Path) -> None:
     printed = {row["command"]: row for row in rows(run("bench/startup.py", "--runs", "1", cwd=tmp_path))}
     assert printed["bare Hydra start"]["over_hydra"] == 1

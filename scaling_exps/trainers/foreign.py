@@ -1,9 +1,10 @@
 """`scalerun import`: runs of other trainers -> run folders, which `report`, `show` and `diff` read like any other.
 
 What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log
-(metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses and
-accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or named
-in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was before.
+(metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses
+and accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or
+named in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was
+before.
 """
 
 from __future__ import annotations
@@ -241,8 +242,7 @@ def main(words: list[str]) -> int:
     """`scalerun import WORDS`: all of the runs, or none."""
     parser = Parser(
         prog="scalerun import",
-        description="Runs of other trainers as run folders that `scalerun report` judges: Hugging Face, Lightning,
-        wandb.",
+        description="Runs of other trainers as run folders that `scalerun report` judges.",
     )
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="trainer_state.json, metrics.csv, *.wandb, "
                         "or the folder of one; of one sweep")  # fmt: skip

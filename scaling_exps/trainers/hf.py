@@ -56,7 +56,9 @@ class NoiseCallback(transformers.TrainerCallback):
         if probe is None or not probe.records or probe.records[-1]["step"] != state.global_step:
             return
         if numbers := probe.log(*self.batches):
+            due = control.should_log  # which `log` takes for done: the loss of this step would not be logged
             self.trainer.log(numbers)
+            control.should_log = due
         for callback in self.trainer.callback_handler.callbacks:
             if isinstance(callback, ProgressCallback) and callback.training_bar is not None:
                 callback.training_bar.set_postfix_str(probe.sentence())
