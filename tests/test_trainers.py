@@ -65,7 +65,8 @@ def hugging_face(folder: Path, accumulation: int, steps: int, **how: Any) -> Any
 
 def test_hugging_face(tmp_path: Path) -> None:
     """Its loggers get the noise; the rule moves optimizer and scheduler; a run that goes on from a checkpoint keeps
-    records and scale; two runs are imported as base and arm. Fails if the noise were logged instead of a step's loss."""
+    records and scale. Two runs are imported as base and arm.
+    Fails if the noise were logged instead of a step's loss."""
     trainer, callback = hugging_face(tmp_path / "base", 2, 16)
     trainer.train()
     log = json.loads((tmp_path / "base/checkpoint-16/trainer_state.json").read_text())["log_history"]
