@@ -1,10 +1,12 @@
 """What measuring the gradient noise costs.
 
-    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 15] [--examples 256]
+    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 15] [--examples 256] [--probe]
 
 Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
+--probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches (at most 2%), and
+of single examples (at most 10%), where one step of `probe.EVERY` is measured.
 """
 
 from __future__ import annotations
@@ -19,6 +21,9 @@ import fixture
 import torch
 from fixture import step
 
+from scaling_exps import NoiseProbe
+from scaling_exps.noise.examples import ExampleNorms
+from scaling_exps.noise.probe import EVERY
 from scaling_exps.train.measure import noise_records
 from scaling_exps.train.trainer import Trainer
 
@@ -52,6 +57,7 @@ def main() -> None:
     parser.add_argument("--micro", type=int, default=32)
     parser.add_argument("--rounds", type=int, default=15)
     parser.add_argument("--examples", type=int, default=256)
+    parser.add_argument("--probe", action="store_true")
     options = parser.parse_args()
 
     def trainer(batch: int, *words: str) -> Trainer:
@@ -59,6 +65,26 @@ def main() -> None:
 
     row = {"model": options.model, "batch": options.batch, "micro_batch": options.micro, "rounds": options.rounds,
            "threads": torch.get_num_threads(), "torch": torch.__version__}  # fmt: skip
+
+    inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
+    if options.probe:
+        for owner, names in ((NoiseProbe, ("_hear", "_pass", "_after_step")), (ExampleNorms, ("_backward",))):
+            for name in names:
+                timed(owner, name, inside)
+        for method, micro, bound in (("free", options.micro, 0.02), ("examples", options.batch, 0.1)):
+            t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none")
+            ratios, shares = [], []
+            for _ in range(options.rounds + 1):  # the first warms up
+                inside[0] = 0.0
+                with NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) as probe:
+                    with_it = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
+                alone = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
+                ratios.append(with_it / alone - 1)
+                shares.append(inside[0] / alone)
+            cost = {"extra_share_of_step": quartiles(ratios[1:]), "own_calls_share": quartiles(shares[1:])}
+            row |= {"probe": method, "micro_batch": micro, "covered": probe.covered}
+            print(json.dumps({**row, **cost, "bound": bound}), flush=True)
+        return
 
     plain, free = (trainer(options.batch, f"measure.noise={kind}") for kind in ("none", "free"))
     assert free.free is not None and free.free.able
@@ -69,7 +95,6 @@ def main() -> None:
         first, second = (plain, free) if i % 2 else (free, plain)
         a, b = seconds(lambda t=first: step(t)), seconds(lambda t=second: step(t))
         ratios.append((b / a if i % 2 else a / b) - 1)
-    inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
     for name in ("_hear", "micro_batch", "step"):
         timed(free.free, name, inside)
     alone = min(seconds(lambda: step(plain)) for _ in range(options.rounds))

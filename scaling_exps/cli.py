@@ -213,6 +213,7 @@ COMMANDS: dict[str, Callable[[list[str]], int]] = {
     "theory": _of("theory"),
     "convert": _of("convert"),
     "fork": _of("train.fork"),
+    "import": _of("trainers.foreign"),
     "export": _of("train.export"),
     "data": _of("data.fetch"),
     "completion": _completion,

@@ -63,7 +63,7 @@ class _Eval(_Row, tag="eval"):
 
 
 class _Noise(_Row, tag="noise"):
-    method: Literal["free", "full"]
+    method: Literal["free", "full", "halves", "examples", "moments"]
     batch: Annotated[int, msgspec.Meta(ge=1)]
     enough: bool
     kappa_r: float | None = None
@@ -397,6 +397,11 @@ def append_look(root: Path, look: dict[str, Any]) -> None:
     line = json.dumps({**look, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
     with open(_open(root / "looks.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
         f.write(line.encode())
+
+
+def read_noise(path: Path) -> list[dict[str, Any]]:
+    """The noise records of a file of records: a run's, or the noise.jsonl of a NoiseProbe."""
+    return [r for r in map(_record, _read(path).splitlines()) if r is not None and r["kind"] == "noise"]
 
 
 def make_writable(folder: Path, mode: int = 0o777) -> None:

@@ -16,8 +16,10 @@ LAST = {  # the last line of each: κ = 4, or 2 for accelerate, from numbers tha
     "lightning_module": "steps 16 lr 0.002 betas (0.6, 0.96) decay 0.2",
     "accelerate_loop": "lr 0.00141421 betas (0.8, 0.98) eps 7.07107e-09",  # through AcceleratedOptimizer
     "torchtitan_form": "steps 16 warmup 2 accumulation 16 betas (0.6, 0.8)",
+    "hf_noise": "figure: ",  # of the report on the imported runs; in between it says the critical batch
     "nanogpt_form": "iters 16 warmup 2 min_lr 0.00012 beta1 0.6",
 }
+SMALL = {"hf_noise": ["512"]}
 
 
 @pytest.mark.slow
@@ -26,6 +28,9 @@ def test_example(name: str) -> None:
     """A change of `scale`, of `convert`, or of the library that breaks what a reader would copy fails here."""
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(EXAMPLES.parent), *filter(None, sys.path)])}
     env |= {"HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([sys.executable, str(EXAMPLES / f"{name}.py")], capture_output=True, text=True, env=env)
+    words = [sys.executable, str(EXAMPLES / f"{name}.py"), *SMALL.get(name, [])]
+    done = subprocess.run(words, capture_output=True, text=True, env=env)
     assert done.returncode == 0, done.stderr[-2000:]
     assert done.stdout.strip().splitlines()[-1].startswith(LAST[name])
+    if name == "hf_noise":  # two arms of three seeds, judged
+        assert "noise at batch 8: B_noise " in done.stdout and "adamw_sde is " in done.stdout

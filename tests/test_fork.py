@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+import random
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -248,3 +250,28 @@ def test_command_refuses_with_one_message(run_dir: RunDir, tmp_path: Path, capsy
         err = capsys.readouterr().err
         assert message in err
         assert err.count("\n") == 1
+
+
+def test_a_loop_of_ones_own_is_forked() -> None:
+    """SGD on a noisy quadratic at a tuned rate, scaled linearly: at 4 times the batch it is the same, at 64 times,
+    where the rate is beyond what is stable, the test says beyond. Fails if a branch trained on from another one's
+    state, or later losses were taken at equal samples."""
+
+    def make_state(batch: int, repeat: int) -> dict[str, Any]:
+        return {"x": 1.0, "batch": batch, "rng": random.Random(repeat), "steps": 0}
+
+    def step(state: dict[str, Any]) -> None:
+        noise = sum(state["rng"].gauss(0, 1) for _ in range(state["batch"])) / state["batch"]
+        state["x"] -= 0.05 * state["batch"] * (state["x"] + noise)
+        state["steps"] += 1
+
+    tested = module.fork_test(
+        make_state, step, lambda s: 1 + s["x"] ** 2 + 0 * s["steps"], base_batch=1, batches=[4, 64], samples=128,
+        repeats=6, tolerance=0.5,
+    )  # fmt: skip
+    assert [b.batch for b in tested.branches] == [1, 4, 64] and tested.branches[0].equal.mean == 0
+    assert [b.equal.verdict(0.5) for b in tested.branches] == ["within", "within", "beyond"]
+    assert tested.by_tolerance.batch is not None and 4 <= tested.by_tolerance.low <= tested.by_tolerance.batch < 64
+    assert all(x != y for b in tested.branches[:2] for x, y in zip(b.losses, b.later_losses, strict=True))
+    with pytest.raises(module.ForkError, match=r"samples=100 must be a multiple of every batch, and is none of \[64\]"):
+        module.fork_test(make_state, step, lambda s: 0.0, base_batch=1, batches=[4, 64], samples=100)

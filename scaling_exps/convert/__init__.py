@@ -172,7 +172,9 @@ def _parser() -> argparse.ArgumentParser:
     add("--devices", type=int, help=f"all devices of the base run, where the file does not say; {shared}")
     add("--new-devices", type=int, help="those of the new run (default: as many)")
     add("--duration", type=float, help="new budget / base budget in samples (default 1)")
-    add("--noise-scale", type=float, help="measured gradient-noise scale, in examples")
+    measured = parser.add_mutually_exclusive_group().add_argument
+    measured("--noise-scale", type=float, help="measured gradient-noise scale, in examples")
+    measured("--noise-from", metavar="FILE", help="the noise.jsonl of a NoiseProbe, or a run's folder, that tells it")
     linear = "linear: 1 - β goes as κ, so κ >= 1/(1 - β1), which is 10 for β1 = 0.9, is refused (default)"
     add("--beta-map", choices=["linear", "power"], help=f"{linear}; power: β -> β^κ, for every κ (beta_map=power)")
     share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
@@ -185,7 +187,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def main(argv: Sequence[str]) -> int:
-    """`scalerun convert`: 0; or 2, one message and nothing written, where the recipe or the request is at fault."""
+    """`scalerun convert`: 0; or 2, one message and nothing written, where the recipe or the request is at fault.
+
+    Raises:
+        PlanError: --noise-from tells no noise scale.
+    """
     try:
         options = vars(_parser().parse_args(argv))
     except SystemExit as e:  # --help
@@ -194,6 +200,10 @@ def main(argv: Sequence[str]) -> int:
         print(f"scalerun convert: {e}", file=sys.stderr)
         return 2
     output, beside, where = options.pop("output", None), options.pop("beside", []), options["where"]
+    if (told := options.pop("noise_from", None)) is not None:
+        from scaling_exps.noise import validity
+
+        options["noise_scale"] = validity.noise_scale(File(told))
     try:
         partners = options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
         if len({name for _, name in partners} | {where}) <= len(partners):

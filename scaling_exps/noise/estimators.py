@@ -86,7 +86,7 @@ class Estimate:
         return {k: v for k, v in out.items() if math.isfinite(v)}
 
 
-def _three(u: Tensor, t: Tensor, unit: int) -> Tensor:
+def _three(u: Tensor, t: Tensor, unit: float) -> Tensor:
     """(..., 3): tr Σ, |∇f|², |∇f|²/tr Σ."""
     return torch.stack([t * unit, u, u / (t * unit)], -1)
 
@@ -276,7 +276,7 @@ class Free:
         return two_batch(rows.cpu(), self.q, self.unit, self.chunks)
 
 
-def two_batch(rows: Tensor, q: float, unit: int, chunks: int) -> Estimate:
+def two_batch(rows: Tensor, q: float, unit: float, chunks: int) -> Estimate:
     """The free estimator from (steps, 2) pairs (mean |g_i|², |ĝ|²); see the module's head.
 
     Args:
@@ -291,7 +291,7 @@ def two_batch(rows: Tensor, q: float, unit: int, chunks: int) -> Estimate:
 
     total = rows.sum(0)
     left_out = statistics((total - rows) / (n - 1)) if n > 2 else torch.empty(0, 3)
-    return _jackknife(statistics(total / n), left_out, n, n * unit * chunks)
+    return _jackknife(statistics(total / n), left_out, n, round(n * unit * chunks))
 
 
 def _square(tensors: list[Tensor]) -> Tensor:

@@ -27,8 +27,9 @@ import msgspec
 
 from scaling_exps.plan import Arm, PlanError, RunSpec
 from scaling_exps.plan.margin import quantile
-from scaling_exps.records import RunDir
+from scaling_exps.records import RunDir, read_noise
 
+METHODS = ("full", "free", "halves", "examples", "moments")  # of a record, the best first
 DOMINATED = 0.1  # κ r below this is κ r ≪ 1
 STRETCH = 5  # records of a stretch, or more
 STRETCHES = 6  # of training, at most
@@ -96,10 +97,11 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
     """Validity of the rule from `base_batch` to `batch`, from noise records; None: they say nothing.
 
     Args:
-        rows: records of one base run, or of several seeds of it together; full measurements count where there are any.
+        rows: records of one base run, or of several seeds of it together; those of the best method count.
     """
     noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
-    noise = [r for r in noise if r["method"] == "full"] or noise
+    best = min((METHODS.index(r["method"]) for r in noise), default=0)
+    noise = [r for r in noise if r["method"] == METHODS[best]]
     whole = _ratio(noise, skewed=True)
     if whole is None or not math.isfinite(whole[2]):
         return None
@@ -244,11 +246,14 @@ def of_base(
     Args:
         siblings: the runs of the same plan: the base runs of other seeds count, too.
         runs_dir: where runs lie.
-        given: the run's directory, or a folder of runs; None: `runs_dir`.
+        given: the run's directory, a folder of runs, or a NoiseProbe's noise.jsonl or the folder that has one; None:
+            `runs_dir`.
 
     Raises:
         PlanError: `given` is no run, or one of another recipe, or has no noise record.
     """
+    if given is not None and (other := probed(Path(given))):
+        return other, f"{given}, of another trainer (whether it is this recipe is not checked)"
     recipe = _recipe(spec)
     if given is not None and RunDir(given).exists:
         candidates = [RunDir(given)]
@@ -278,9 +283,32 @@ def of_base(
     if given is not None:
         raise PlanError(
             f"noise_from={given}: no base run with enough noise records lies there; give the directory of one, "
-            "trained with measure.noise=full"
+            "trained with measure.noise=full, or the noise.jsonl of a NoiseProbe"
         )
     return [], "no noise record of the base run: train it, or give noise_from=DIR"
+
+
+def probed(path: Path) -> list[dict[str, Any]]:
+    """The records of a NoiseProbe's noise.jsonl, or of the one in a folder; none where they say nothing yet."""
+    rows = read_noise(path / "noise.jsonl" if path.is_dir() else path)
+    return rows if rows and assess(rows, rows[-1]["batch"], rows[-1]["batch"]) is not None else []
+
+
+def noise_scale(path: Path) -> float:
+    """B_noise in examples, from a noise.jsonl (or its folder) or from the folder of a run.
+
+    Raises:
+        PlanError: no records, or so few that they tell bounds only.
+    """
+    rows = probed(path) or [r for r in RunDir(path).records().rows if r["kind"] == "noise"]
+    known = assess(rows, rows[-1]["batch"], rows[-1]["batch"]) if rows else None
+    if known is None:
+        raise PlanError(
+            f"{path} has no noise records that say anything: give a NoiseProbe's noise.jsonl or a run's folder"
+        )
+    if known.b_noise_point is None:
+        raise PlanError(f"{path} tells no noise scale: {scale_text(known)}. Measure longer, or give --noise-scale")
+    return known.b_noise_point
 
 
 _SHARED = ("model", "dataset", "content", "optimizer", "precision", "freeze_last")

@@ -5,10 +5,21 @@
 
 from scaling_exps.plan.expand import UNNAMED_GPU, base_runs, content, device, lacking, plan
 from scaling_exps.plan.show import NONE, added, amount, describe, print_lines, print_plan, print_run, print_table
-from scaling_exps.plan.spec import Arm, Placement, PlanError, RunSpec, Schedule, Science
+from scaling_exps.plan.spec import (
+    Arm,
+    Foreign,
+    ForeignData,
+    Placement,
+    PlanError,
+    Role,
+    RunSpec,
+    Schedule,
+    Science,
+    run_id,
+)
 
 __all__ = [
-    "NONE", "UNNAMED_GPU", "Arm", "Placement", "PlanError", "RunSpec", "Schedule", "Science", "added", "amount",
-    "base_runs", "content", "describe", "device", "lacking", "plan", "print_lines", "print_plan", "print_run",
-    "print_table",
+    "NONE", "UNNAMED_GPU", "Arm", "Foreign", "ForeignData", "Placement", "PlanError", "Role", "RunSpec", "Schedule",
+    "Science", "added", "amount", "base_runs", "content", "describe", "device", "lacking", "plan", "print_lines",
+    "print_plan", "print_run", "print_table", "run_id",
 ]  # fmt: skip

@@ -7,7 +7,7 @@ where it runs, what is measured, and which recipe led to it.
 import hashlib
 import json
 from functools import cached_property
-from typing import Annotated, Any, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
 
@@ -28,6 +28,27 @@ class _Value(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=Tr
     pass
 
 
+class Foreign(_Value, frozen=True, tag_field="kind", tag="foreign"):
+    """The network of a run that another trainer made: a name, by which runs are compared."""
+
+    name: str
+    normalises_over_batch = False
+
+
+class ForeignData(_Value, frozen=True, tag_field="kind", tag="foreign"):
+    """The data of such a run."""
+
+    name: str
+    train_size = None
+
+
+if TYPE_CHECKING:  # what plans, trains and costs meets none of another trainer
+    AnyModel = Model
+    AnyDataset = Dataset
+else:
+    AnyModel, AnyDataset = Model | Foreign, Dataset | ForeignData
+
+
 class Schedule(_Value, frozen=True):
     """Multiplier of the learning rate, in samples of plain training (see `optim.multiplier`)."""
 
@@ -43,8 +64,8 @@ class Schedule(_Value, frozen=True):
 class Science(_Value, frozen=True, omit_defaults=True):
     """Everything that decides the numbers. Two runs with equal science are one run."""
 
-    model: Model
-    dataset: Dataset  # its path is None: where the data lies is not what it is
+    model: AnyModel
+    dataset: AnyDataset  # its path is None: where the data lies is not what it is
     content: str  # fingerprint of the data, where its name and revision do not fix it
     optimizer: str
     hyper: Hyper  # what is executed: after the rule and after SVAG

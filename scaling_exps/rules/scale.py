@@ -96,7 +96,7 @@ def scale(
 
 
 def _scaled(target: Any, recipe: dict[str, Any] | None, rule: str | Rule | None, move: Move, scheduler: Any) -> Any:
-    optimizer = None if recipe is not None else _unwrapped(target)
+    optimizer = None if recipe is not None else unwrapped(target)
     if hasattr(optimizer, "param_groups"):
         _live(optimizer, rule, move, scheduler)
         return target
@@ -211,11 +211,11 @@ def _carry(
                 state["momentum_buffer"].mul_((1 - base.betas[0]) / (1 - new.betas[0]))
 
 
-def _unwrapped(target: Any) -> Any:
+def unwrapped(target: Any) -> Any:
     """The optimizer inside a wrapper of one, else `target`."""
     for name in ("optimizer", "_optimizer"):
         if hasattr(inner := getattr(target, name, None), "param_groups"):
-            return _unwrapped(inner)
+            return unwrapped(inner)
     return target
 
 
@@ -230,7 +230,7 @@ def _schedulers(optimizer: Any, scheduler: Any) -> list[Any]:
         return []
     scheduler = getattr(scheduler, "scheduler", scheduler)  # accelerate's wrapper
     kind = type(scheduler).__name__
-    if _unwrapped(scheduler) is not optimizer:
+    if unwrapped(scheduler) is not optimizer:
         raise RuleError(f"scheduler={kind} is not the scheduler of this {type(optimizer).__name__}: give its own")
     parts = [part for inner in getattr(scheduler, "_schedulers", ()) for part in _schedulers(optimizer, inner)]
     rates = {name: getattr(scheduler, name, 0) for name in ("eta_min", "min_lrs", "max_lrs")}

@@ -74,7 +74,7 @@ class Branch:
 
     kappa: float
     batch: int
-    hyper: Hyper
+    hyper: Hyper | None  # None: of a loop that is not scalerun's
     losses: tuple[float, ...]
     later_losses: tuple[float, ...]
     equal: Difference
@@ -179,13 +179,7 @@ def fork(
         for r in range(repeats):
             losses.setdefault(k, []).append(branch.losses(noise.b_noise_point if noise else None, r))
             progress(cost[k])
-    reference = [now for now, _ in losses[1.0]]
-    table = []
-    for k, b in branches.items():
-        now, later = zip(*losses[k], strict=True)
-        s = b.spec.science
-        differences = (_difference(x, reference) for x in (now, later))
-        table.append(Branch(k, s.batch, s.hyper, now, later, *differences))
+    table = _table(losses, base_batch, {k: b.spec.science.hyper for k, b in branches.items()})
     return Fork(
         run_id=spec.run_id,
         rule=rule or "the optimizer's own",
@@ -200,6 +194,71 @@ def fork(
         by_steps=_limit(table, "later", 0.0),
         noise=noise,
     )
+
+
+def _table(losses: dict[float, list[tuple[float, float]]], base: int, hyper: dict[float, Hyper]) -> list[Branch]:
+    """By kappa, from the losses of its repeats at equal samples and after 20% more."""
+    reference, table = [now for now, _ in losses[1.0]], []
+    for k, found in losses.items():
+        now, later = zip(*found, strict=True)
+        differences = (_difference(x, reference) for x in (now, later))
+        table.append(Branch(k, round(k * base), hyper.get(k), now, later, *differences))
+    return table
+
+
+@dataclass(frozen=True)
+class Tested:
+    """What a fork of somebody's own loop says."""
+
+    branches: tuple[Branch, ...]
+    by_tolerance: Limit
+    by_steps: Limit
+
+
+def fork_test(
+    make_state: Callable[[int, int], Any],
+    step: Callable[[Any], object],
+    loss: Callable[[Any], float],
+    *,
+    base_batch: int,
+    batches: Sequence[int],
+    samples: int,
+    repeats: int = 4,
+    tolerance: float = 0.02,
+) -> Tested:
+    """The fork test of a loop of one's own, with the statistics of `scalerun fork`.
+
+    Args:
+        make_state: (batch, repeat) -> the training at the fork: weights as they were, the optimizer moved to this batch
+            (`scale`), on a data order of the repeat's own, the same for every batch.
+        step: takes one optimizer step of that batch.
+        loss: of the training distribution, on samples that no branch trains on.
+        base_batch: of the training that is forked.
+        batches: to be tried; the base's is added.
+        samples: of a branch when it is compared, a multiple of every batch; a fifth more is trained.
+        repeats: data orders, >= 2.
+        tolerance: of the loss, a share of the base's.
+
+    Raises:
+        ForkError: too few repeats, a length that is no multiple of every batch.
+    """
+    if repeats < 2:
+        raise ForkError(f"repeats={repeats} must be >= 2: an interval needs a spread")
+    chosen = sorted({*batches, base_batch})
+    if bad := [b for b in chosen if b < 1 or samples < 1 or samples % b]:
+        raise ForkError(f"samples={samples} must be a multiple of every batch, and is none of {bad}")
+    losses: dict[float, list[tuple[float, float]]] = {}
+    for batch in chosen:
+        for repeat in range(repeats):
+            state, done, found = make_state(batch, repeat), 0, []
+            for steps in (samples // batch, math.floor(MORE * samples / batch + 1e-9)):
+                for _ in range(steps - done):
+                    step(state)
+                done = steps
+                found.append(float(loss(state)))
+            losses.setdefault(batch / base_batch, []).append((found[0], found[1]))
+    table = _table(losses, base_batch, {})
+    return Tested(tuple(table), _limit(table, "equal", tolerance), _limit(table, "later", 0.0))
 
 
 def _difference(losses: Sequence[float], reference: Sequence[float]) -> Difference:

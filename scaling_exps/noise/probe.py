@@ -1,0 +1,397 @@
+"""NoiseProbe: the gradient noise of anybody's training, out of the gradients that it makes anyway.
+
+Every step has an unbiased pair: the mean squared norm of its n parts and the squared norm of their mean ĝ, both before
+clipping; `estimators.two_batch` does the rest. What the parts are is the record's `method`:
+
+    free      micro-batches of the accumulation and of all ranks     n >= 2 of them; exact
+    halves    the same, of a batch that `split` cut                  exact; not the bits of the uncut batch
+    examples  single examples, by `noise.examples`                   exact for the layers that are `covered`
+    moments   m of the optimizer instead of ĝ, q = (1 - β1)/(1 + β1): E g² - E m², in blocks of 2/(1 - β1) steps, which
+              hardly overlap. Biased by what the mean gradient changes within 1/(1 - β1) steps: |m|² falls short of
+              |∇f|², so that B_noise comes out too large where the gradient turns, never too small
+
+A loss that is divided by the number of micro-batches gives tr Σ and |∇f|² in the loss's unit; one that is not gives
+both n² too large, and B_noise is the same. Parts of unequal weight (masked tokens) count as they are added up.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.autograd import Variable
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+
+from scaling_exps.noise import validity
+from scaling_exps.noise.estimators import Estimate, NoiseError, Value, two_batch
+from scaling_exps.noise.examples import ExampleNorms
+from scaling_exps.records import read_noise, write_aside
+from scaling_exps.rules.move import RuleError
+from scaling_exps.rules.optimizers import Optimizer, of
+from scaling_exps.rules.scale import unwrapped
+
+METHODS = ("auto", "free", "examples", "moments")
+EVERY = 8  # steps from one that measures single examples to the next: they cost a share of a backward pass
+SMALL = 2**16  # numbers of a gradient that is kept until the end of its backward pass; else it would have to be copied
+COVERED = 0.5  # of the parameters: with fewer in layers that `examples` covers, `auto` takes the moments
+
+
+class NoiseProbe:
+    """Listens to a training loop from its construction to `detach`; the run keeps its bits.
+
+    Args:
+        model: the module that trains: plain, DistributedDataParallel, sharded by FSDP2's `fully_shard`, compiled.
+        optimizer: the torch optimizer that steps, or a wrapper of one; its `step` ends a step of the probe.
+        batch: examples of a step, over all devices and all accumulation.
+        method: "auto" takes `free` where a step has several parts, else `examples` where most parameters are in layers
+            it covers and nothing normalises over the batch, else `moments`.
+        window: steps a record.
+        file: a noise.jsonl that gets each record; `plan noise_from=` and `convert --noise-from` read it. Of one that is
+            there, the records up to `step` are kept.
+        step: optimizer steps done before, of a resumed training.
+        scaler: torch's GradScaler, where there is one: without it, tr Σ and |∇f|² of `free` and `examples` are in its
+            units; B_noise is right all the same.
+
+    Where torch.distributed is initialized, every rank has a probe and they record together. Activation checkpointing
+    must not be reentrant: a reentrant one looks like several backward passes. A backward pass that is no part of the
+    step is left out while `listening` is False.
+
+    Raises:
+        NoiseError: a method that cannot be had here, tensor-parallel weights, no trained parameter, a number out of its
+            range.
+    """
+
+    def __init__(
+        self, model: nn.Module, optimizer: Any, *, batch: int, method: str = "auto", window: int = 100,
+        file: Path | str | None = None, step: int = 0, scaler: Any = None,
+    ) -> None:  # fmt: skip
+        if method not in METHODS:
+            raise NoiseError(f"method={method!r} must be one of {', '.join(METHODS)}")
+        for name, value in (("batch", batch), ("window", window)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+                raise NoiseError(f"{name}={value!r} must be a whole number >= 1")
+        self.params = [p for p in model.parameters() if p.requires_grad]
+        if not self.params:
+            raise NoiseError("the model has no parameter that requires a gradient")
+        sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
+        self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
+        self._optimizer = unwrapped(optimizer)
+        self.why_not = {"examples": _no_examples(model), "moments": _no_moments(self._optimizer)}
+        if why := self.why_not.get(method):
+            raise NoiseError(f"method={method}: {why}")
+        self.method, self.batch, self.window, self.step, self.scaler = method, batch, window, step, scaler
+        self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.file, self.records = None if file is None else Path(file), list[dict[str, Any]]()
+        if self.file is not None and step and self.file.exists():
+            self.records = [r for r in read_noise(self.file) if r["step"] <= step]
+        self.listening, self._halves = True, False
+        self._begun, self._passes, self._usual = False, 0, 0  # passes of this step, and of the newest one that is done
+        self._grads: list[Tensor] = []  # of this backward pass: small gradients, and the norms of large ones
+        self._sums: dict[str, tuple[int, Tensor | float]] = {}  # by method: parts of this step, Σ |h|²
+        self._after: dict[str, Tensor] = {}  # by method: |ĝ|²
+        self._rows: dict[str, list[tuple[int, Tensor]]] = {m: [] for m in METHODS[1:]}  # a step: parts, (2,)
+        self._squares: list[Tensor] = []  # |g|² of the steps of a block of `moments`
+        self._steps = 0  # seen
+        self._examples: ExampleNorms | None = None
+        self._hooks: dict[str, list[Any]] = {m: [] for m in METHODS}
+        # behind the update, not before it: Lightning's last backward pass of a step is inside of `step`
+        self._hooks["auto"] = [self._optimizer.register_step_post_hook(self._after_step)]  # of every method
+        if method in ("auto", "free"):
+            self._hear_parameters(sharded)
+        if method in ("auto", "examples") and self.why_not["examples"] is None:
+            self._examples = ExampleNorms(model, self._begin)
+            self._hooks["examples"] = self._examples.handles
+
+    def __enter__(self) -> NoiseProbe:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.detach()
+
+    def __deepcopy__(self, memo: Any) -> NoiseProbe:
+        return self  # the hooks of a copied model stay this probe's, which knows the layers of its own only
+
+    def detach(self) -> None:
+        """Take every hook away. What was measured stays."""
+        for method in METHODS:
+            self._unhook(method)
+
+    def split(self, batch: Any, parts: int = 2) -> Iterator[Any]:
+        """Cut a batch (a tensor; a tuple, list or dict of them) along its first dimension, for a backward pass each.
+
+        Divide the loss of each by `parts`.
+
+        Raises:
+            NoiseError: the examples do not divide by `parts`.
+        """
+        self._halves = True
+        first = batch
+        while not isinstance(first, Tensor):
+            first = next(iter(first.values() if isinstance(first, dict) else first))
+        n = len(first)
+        if n < parts or n % parts:
+            raise NoiseError(f"{n} examples do not make {parts} equal parts")
+        for i in range(parts):
+            yield _cut(batch, slice(n // parts * i, n // parts * (i + 1)))
+
+    # ---- listening ----
+
+    def _unhook(self, method: str) -> None:
+        for handle in self._hooks[method]:
+            handle.remove()
+        self._hooks[method] = []
+
+    def _hear_parameters(self, sharded: list[Any]) -> None:
+        hooks, known = self._hooks["free"], set(self.params)
+        hooks += [p.register_hook(self._hear) for p in self.params if not isinstance(p, DTensor)]
+
+        def gathered(module: nn.Module, _: Any) -> None:  # its own parameters are whole now; FSDP keeps these tensors
+            for p in module.parameters():
+                if p.requires_grad and not isinstance(p, DTensor) and p not in known:
+                    known.add(p)
+                    hooks.append(p.register_hook(self._hear))
+
+        hooks += [m.register_forward_pre_hook(gathered) for m in sharded]  # behind FSDP's own, which gathers
+
+    def _hear(self, grad: Tensor) -> None:
+        if self.listening:
+            self._begin()
+            small = grad.numel() < SMALL and not grad.is_sparse
+            self._grads.append(grad if small else _square([grad]).sqrt())
+
+    def _begin(self) -> None:
+        """In a backward pass: look at its end, behind what DDP and FSDP have queued to end their reduction."""
+        if not self._begun:
+            self._begun, queue = True, Variable._execution_engine.queue_callback
+            queue(lambda: queue(self._pass))
+
+    @property
+    def _active(self) -> list[str]:
+        return ["free", "examples"] if self.method == "auto" else [self.method]
+
+    @torch.no_grad()
+    def _pass(self) -> None:
+        """After a backward pass: one part of the step, or as many as it had examples."""
+        self._begun = False
+        self._passes += 1
+        for method in self._active:
+            if method == "free":
+                parts, norm = 1, _square(self._grads) if self._grads else None
+                params = self.params
+                self._grads.clear()
+            else:
+                parts, norm = self._examples.take() if self._examples else (0, None)
+                params = self._examples.params if self._examples else []
+            n, total = self._sums.get(method, (0, 0.0))
+            self._sums[method] = n + parts, math.nan if norm is None else norm + total
+            grads = [p for p in params if p.grad is not None]
+            if self._passes >= self._usual and grads:  # maybe the last of the step
+                self._after[method] = self._total(grads, [p.grad for p in grads])
+
+    @torch.no_grad()
+    def _after_step(self, *_: object) -> None:
+        for method, after in self._after.items():
+            n, total = self._sums[method]
+            if n * self.world > 1:
+                scale = 1.0 if self.scaler is None else self.scaler.scale(torch.ones_like(after)) ** 2
+                row = torch.stack([torch.as_tensor(n * total, device=after.device), after]) / scale
+                self._rows[method].append((n, row))
+        if self.method == "moments":
+            grads = [p for p in self.params if p.grad is not None]
+            self._squares.append(self._total(grads, [p.grad for p in grads]))
+        elif self._passes:
+            self._usual = self._passes
+        self._sums, self._after, self._passes = {}, {}, 0
+        self.step += 1
+        self._steps += 1
+        if self.method == "auto":
+            self._choose()
+        if self.method == "moments":
+            self._moments()
+        elif self.method == "examples":
+            assert self._examples is not None
+            self._examples.listening = self._steps % EVERY == 0
+        if self._steps % self.window == 0:
+            self.record()
+
+    def _choose(self) -> None:
+        """After the first step: it has several parts, or the examples of its only one are told apart, or not."""
+        if self._usual * self.world > 1:
+            self.method = "free"
+        elif self.covered >= COVERED:
+            self.method = "examples"
+        elif self.why_not["moments"] is None:
+            self.method = "moments"
+        else:
+            return
+        for method in set(METHODS[1:]) - {self.method}:
+            self._unhook(method)
+
+    @property
+    def covered(self) -> float:
+        """Share of the trained parameters that the measurement is of."""
+        if self.method in ("free", "moments"):
+            return 1.0
+        own = self._examples.params if self._examples else []
+        return sum(p.numel() for p in own) / sum(p.numel() for p in self.params)
+
+    def _total(self, params: list[nn.Parameter], own: list[Any]) -> Tensor:
+        """|x|² over all parameters, of which each has its own x; sharded ones so that the mean over ranks is right."""
+        by_shards: dict[int, list[Tensor]] = {}
+        for p, x in zip(params, own, strict=True):
+            by_shards.setdefault(self._shards[p], []).append(x._local_tensor if isinstance(x, DTensor) else x)
+        return torch.stack([n * _square(tensors) for n, tensors in by_shards.items()]).sum()
+
+    def _moments(self) -> None:
+        length, _ = _block(self._optimizer)
+        if len(self._squares) < length:
+            return
+        mean, self._squares = torch.stack(self._squares).mean(), []
+        if self._steps > 2 * length:  # before, m remembers its start
+            known = {p: m for p, m in _first_moments(self._optimizer) if p in self._shards}
+            m = self._total(list(known), list(known.values()))
+            self._rows["moments"].append((1, torch.stack([mean, m])))
+
+    # ---- what it says ----
+
+    def estimate(self) -> Estimate:
+        """Of the steps since the last record; every rank calls it. With no measured step its intervals are infinite."""
+        rows = self._rows.get(self.method, [])
+        nothing = Value(math.nan, -math.inf, math.inf)
+        if not rows:
+            return Estimate(nothing, nothing, nothing, 0, 0)
+        parts = Counter(n for n, _ in rows).most_common(1)[0][0]  # a step of another number is cut short
+        pairs = torch.stack([row for n, row in rows if n == parts]).double()
+        if self.world > 1:
+            dist.all_reduce(pairs)
+        pairs = (pairs / self.world).cpu()
+        pairs = pairs[pairs.isfinite().all(1)]  # a scaler's overflow
+        if not len(pairs):
+            return Estimate(nothing, nothing, nothing, 0, 0)
+        if self.method == "moments":
+            length, q = _block(self._optimizer)
+            return two_batch(pairs, q, self.batch, length)
+        chunks = parts * self.world
+        return two_batch(pairs, 1 / chunks, self.batch / chunks, chunks)
+
+    def record(self) -> dict[str, Any]:
+        """The record of the steps since the last one, appended to `records` and the file; every rank calls it."""
+        row: dict[str, Any] = {
+            "kind": "noise",
+            "method": "halves" if self._halves and self.method == "free" else self.method,
+        }
+        row |= {"step": self.step, "samples": self.step * self.batch, "batch": self.batch, "covered": self.covered}
+        row |= self.estimate().record(self.batch)
+        for rows in self._rows.values():
+            rows.clear()
+        self.records.append(row)
+        if self.file is not None and (self.world == 1 or dist.get_rank() == 0):
+            write_aside(self.file, "".join(json.dumps(r) + "\n" for r in self.records))
+        return row
+
+    def validity(self, batch: int) -> validity.Validity | None:
+        """What all records say of a move from this batch to another; None: nothing yet."""
+        return validity.assess(self.records, batch, self.batch)
+
+    def log(self, *batches: int) -> dict[str, float]:
+        """For a tracker: noise/b_noise and its interval, noise/kappa_r, noise/deviation_BATCH; those there are."""
+        known = self.validity(self.batch)
+        if known is None:
+            return {}
+        (low, high), point = known.b_noise, known.b_noise_point
+        out = {"noise/b_noise": point, "noise/b_noise_low": low, "noise/b_noise_high": high}
+        out["noise/kappa_r"] = self.batch / point if point else None
+        for b in batches:
+            v = self.validity(b)
+            out |= {
+                f"noise/deviation_{b}{end}": getattr(v, f"{end[1:]}" or "deviation") for end in ("", "_low", "_high")
+            }
+        return {k: v for k, v in out.items() if v is not None and math.isfinite(v)}
+
+    def sentence(self, *batches: int) -> str:
+        """The same for people."""
+        known = self.validity(self.batch)
+        if known is None:
+            missing = [f"no {m}: {why}" for m, why in self.why_not.items() if why] if self.method == "auto" else []
+            return "; ".join(["noise: not enough data yet", *missing])
+        moves = [
+            f"at {b:,} the displacement changes by {validity.change_text(v.deviation, v.low, v.high)}"
+            for b in batches if (v := self.validity(b))
+        ]  # fmt: skip
+        return "; ".join([f"noise at batch {self.batch:,}: {validity.scale_text(known)}", *moves])
+
+
+def _cut(batch: Any, rows: slice) -> Any:
+    if isinstance(batch, dict):
+        return {k: _cut(v, rows) for k, v in batch.items()}
+    return type(batch)(_cut(v, rows) for v in batch) if isinstance(batch, tuple | list) else batch[rows]
+
+
+def _square(tensors: list[Tensor]) -> Tensor:
+    """|x|² of all together, in float32 or better."""
+    tensors = [x.coalesce().values() if x.is_sparse else x for x in tensors]
+    low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+    return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if low else None)).square().sum()
+
+
+def _shards(p: Tensor, fsdp: bool) -> int:
+    """Into how many parts FSDP cuts a parameter; NoiseError where something else cuts it."""
+    if not isinstance(p, DTensor):
+        return 1
+    cut = [n for n, placement in zip(p.device_mesh.shape, p.placements, strict=True) if placement.is_shard()]
+    if not fsdp or len(cut) != 1:
+        raise NoiseError("a parameter is sharded otherwise than by FSDP2 alone (tensor parallel): this is not covered")
+    return cut[0]
+
+
+def _no_examples(model: nn.Module) -> str | None:
+    modules = list(model.modules())
+    if any(hasattr(m, "_orig_mod") or m._compiled_call_impl is not None for m in modules):
+        return "the model is compiled, and hooks on its layers would break its graph"
+    if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
+        return "the model normalises over the batch: its examples have no gradients of their own"
+    return None
+
+
+def _no_moments(optimizer: torch.optim.Optimizer) -> str | None:
+    try:
+        rows = [(of(optimizer, g), g) for g in optimizer.param_groups]
+    except RuleError as e:
+        return str(e)
+    if len({_beta(row, g) for row, g in rows}) > 1 or not 0 < _beta(*rows[0]) < 1:
+        return f"{type(optimizer).__name__} keeps no average of the gradient, or several"
+    if any(g.get("weight_decay") and not row.decoupled for row, g in rows):
+        return "weight decay inside the gradient is in the optimizer's moment"
+    return None
+
+
+def _beta(row: Optimizer, group: dict[str, Any]) -> float:
+    """β1 of a group, 0 where its optimizer keeps no average of the gradient."""
+    if row.family == "sgd":
+        return 0.0 if group.get("dampening") else float(group["momentum"])
+    return float(group[row.field][0]) if set(row.moments) & {"exp_avg"} else 0.0
+
+
+def _block(optimizer: torch.optim.Optimizer) -> tuple[int, float]:
+    """Steps of a block of `moments`, and q, the sum of m's squared weights."""
+    group = optimizer.param_groups[0]
+    beta = _beta(of(optimizer, group), group)
+    return round(2 / (1 - beta)), (1 - beta) / (1 + beta)
+
+
+def _first_moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """(parameter, its m)."""
+    for group in optimizer.param_groups:
+        sgd = of(optimizer, group).family == "sgd"
+        for p in group["params"]:
+            m = optimizer.state.get(p, {}).get("momentum_buffer" if sgd else "exp_avg")
+            if m is not None:
+                yield p, m * (1 - group["momentum"]) if sgd else m

@@ -1,0 +1,283 @@
+"""`scalerun import`: runs of other trainers -> run folders, which `report`, `show` and `diff` read like any other.
+
+What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log
+(metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses
+and accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or
+named in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was
+before.
+"""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+import re
+import struct
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, cast
+
+from msgspec.structs import replace
+
+from scaling_exps import config, plan, rules
+from scaling_exps.plan import Arm, Foreign, ForeignData, Placement, RunSpec, Schedule, Science
+from scaling_exps.records import RUNS, RunDir, make_writable, read_noise
+from scaling_exps.rules import OPTIMIZERS, Hyper
+from scaling_exps.words import Parser
+
+NAMES = {  # of what a history calls its columns
+    "train": re.compile(r"(train(ing)?[/_.])?loss(_(step|epoch))?"),
+    "loss": re.compile(r"(eval|val|valid|validation|test)[/_.]loss(_epoch)?"),
+    "accuracy": re.compile(r"(eval|val|valid|validation|test)[/_.]acc(uracy)?(_epoch)?"),
+    "lr": re.compile(r"(train[/_.])?(learning_rate|lr)(-\w+)?"),
+}
+STEP = re.compile(r"_step|step|(trainer|train)[/_.]global_step|global_step")
+
+
+class ImportRunError(ValueError):
+    """A run of another trainer that cannot be read, or lacks what a comparison needs."""
+
+
+@dataclass
+class History:
+    """What a trainer left: its rows, each with its step, the plan of `ScaledBy` if any, noise records if any."""
+
+    rows: list[tuple[int, dict[str, float]]]
+    known: dict[str, Any] = field(default_factory=dict)
+    noise: list[dict[str, Any]] = field(default_factory=list)
+
+
+def read(path: Path) -> History:
+    """The history in a file or folder of one of the known forms.
+
+    Raises:
+        ImportRunError: it is none of them, or cannot be parsed.
+    """
+    readers = {"trainer_state.json": _hugging_face, "metrics.csv": _csv, "*.wandb": _wandb, "*.csv": _csv}
+    for pattern, reader in readers.items():
+        found = (
+            [path] if path.is_file() and path.match(pattern) else sorted(path.glob(pattern)) if path.is_dir() else []
+        )
+        if not found and pattern == "trainer_state.json":
+            found = sorted(path.glob("checkpoint-*/trainer_state.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+        if found:
+            try:
+                history = reader(found[-1])
+            except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
+                raise ImportRunError(f"{found[-1]} cannot be read: {type(e).__name__}: {e}") from e
+            for folder in (found[-1].parent, found[-1].parent.parent):
+                history.noise = history.noise or read_noise(folder / "noise.jsonl")
+            return history
+    raise ImportRunError(
+        f"{path}: no run of another trainer; allowed: a folder or file of trainer_state.json (Hugging Face), "
+        "metrics.csv (Lightning), run-ID.wandb (wandb offline), or a CSV of a history with a column of steps"
+    )
+
+
+def _hugging_face(path: Path) -> History:
+    log = json.loads(path.read_text())["log_history"]
+    known = [row["scalerun"] for row in log if "scalerun" in row]
+    return History([(int(r["step"]), _numbers(r)) for r in log], known[-1] if known else {})
+
+
+def _csv(path: Path) -> History:
+    with path.open(newline="") as f:
+        table = list(csv.DictReader(f))
+    names = [n for n in (table[0] if table else {}) if STEP.fullmatch(n)]
+    if not names:
+        raise ImportRunError(f"{path} has no column of steps (step, _step, trainer/global_step)")
+    history = History([(int(float(r[names[0]])), _numbers(r)) for r in table if r[names[0]]])
+    if (beside := path.with_name("hparams.yaml")).exists():
+        from omegaconf import OmegaConf
+
+        held = OmegaConf.to_container(OmegaConf.load(beside))
+        history.known = held.get("scalerun", {}) if isinstance(held, dict) else {}
+    if names[0] == "step":  # Lightning counts from 0
+        history.rows = [(step + 1, row) for step, row in history.rows]
+    return history
+
+
+def _wandb(path: Path) -> History:
+    from wandb.proto import wandb_internal_pb2
+
+    rows, config = list[tuple[int, dict[str, float]]](), dict[str, Any]()
+    for data in _log(path.read_bytes()):
+        record: Any = wandb_internal_pb2.Record()  # type: ignore[attr-defined]
+        record.ParseFromString(data)
+        for update in [*record.config.update, *record.run.config.update]:
+            *outer, last = update.nested_key or [update.key]
+            at = config
+            for key in outer:
+                at = at.setdefault(key, {})
+            at[last] = json.loads(update.value_json)
+        items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
+        own = [v for n, v in items.items() if STEP.fullmatch(n) and n != "_step"] + [items.get("_step")]
+        if own[0] is not None:
+            rows.append((int(own[0]), _numbers(items)))
+    return History(rows, config.get("scalerun", {}))
+
+
+def _log(raw: bytes) -> Iterator[bytes]:
+    """The records of wandb's file: LevelDB's log format behind a head of 7 bytes. A torn end is left out."""
+    block, at, parts = 32_768, 7, b""
+    while at + 7 <= len(raw):
+        if (left := block - at % block) < 7:
+            at += left
+            continue
+        _, size, kind = struct.unpack_from(
+            "<IHB", raw, at
+        )  # 1: a whole record, 2: its first part, 3: more, 4: its last
+        piece = raw[at + 7 : at + 7 + size]
+        at += 7 + size
+        parts = piece if kind in (1, 2) else parts + piece
+        if kind in (1, 4) and len(piece) == size:
+            yield parts
+
+
+def _numbers(row: dict[str, Any]) -> dict[str, float]:
+    """The numbers of a row; text of a CSV counts as one where it is."""
+    out = {}
+    for name, value in row.items():
+        try:
+            out[name] = float(value)
+        except (TypeError, ValueError):
+            continue
+    return {k: v for k, v in out.items() if math.isfinite(v)}
+
+
+def _columns(history: History, kind: str) -> list[tuple[int, float]]:
+    """(step, value) of what the history calls by a name of this kind."""
+    return [(s, v) for s, row in history.rows for name, v in row.items() if s > 0 and NAMES[kind].fullmatch(name)]
+
+
+def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> RunSpec:
+    """The RunSpec of kind foreign, without its base: an arm that says what the plan says.
+
+    Args:
+        given: batch, seed, base_batch, rule, where the command names them.
+
+    Raises:
+        ImportRunError: no batch is known, or no train loss was logged.
+    """
+    known = {**history.known, **{k: v for k, v in given.items() if v is not None}}
+    if not isinstance(known.get("batch"), int) or known["batch"] < 1:
+        raise ImportRunError(f"{path}: the global batch is not told: give --batch N (over devices and accumulation)")
+    train = _columns(history, "train")
+    if not train:
+        seen = ", ".join(sorted({n for _, row in history.rows for n in row})) or "nothing"
+        raise ImportRunError(f"{path}: no train loss among {seen}; it is to be called loss or train_loss")
+    batch, steps = known["batch"], max(s for s, _ in history.rows)
+    scaled = known.get("scaled", {})
+    rates = [v for _, v in _columns(history, "lr")]
+    field = next((o.field for o in OPTIMIZERS.values() if o.field in scaled), None)
+    told = scaled.get(field, ()) if field else ()
+    betas = tuple(told) if isinstance(told, list | tuple) else (told,)
+    hyper = Hyper(
+        float(scaled.get("lr", max(rates, default=0.0))), betas,
+        float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
+    )  # fmt: skip
+    unknown = [n for n, there in (("optimizer", False), ("lr", hyper.lr), ("betas", betas), ("eps", "eps" in scaled),
+                                  ("seed", known.get("seed") is not None)) if not there]  # fmt: skip
+    rule = known.get("rule") or "none"
+    (default,) = plan.plan(config.compose(["logger=none"]))
+    science = Science(
+        model=cast(Any, Foreign(name=name)), dataset=cast(Any, ForeignData(name="its own data")), content="",
+        optimizer="adamw", hyper=hyper, svag=1, batch=batch, micro_batch=batch, steps=steps, precision="unknown",
+        freeze_last=False, statistics_samples=0, seed=int(known.get("seed") or 0),
+        schedule=Schedule(total_samples=steps * batch, warmup_samples=0.0, warmup="unknown", warmup_from=0.0,
+                          decay="unknown", milestones=(), gamma=1.0),
+    )  # fmt: skip
+    notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
+    kappa = batch / (known.get("base_batch") or known.get("base", {}).get("batch") or batch)
+    goal = rules.find(rule, "adaptive").goals.get("adaptive", "control") if kappa != 1 else "match"
+    role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
+    arm = Arm(rule=rule, goal=goal, role=role, kappa=kappa, duration=1.0, base=science.numbers(),
+              base_run_id=plan.run_id(science))  # fmt: skip
+    return replace(default, science=science, arms=(arm,), notes=notes, margin={}, looks=(),
+                   placement=Placement(world_size=1, accumulation=1, compile=False))  # fmt: skip
+
+
+def paired(spec: RunSpec, bases: list[RunSpec]) -> RunSpec:
+    """`spec` as an arm of the base run of its name and seed, where there is one."""
+    arm, s = spec.arms[0], spec.science
+    batch = s.batch / arm.kappa
+    own = [b for b in bases if (b.science.model, b.science.seed, b.science.batch) == (s.model, s.seed, batch)]
+    if arm.role == "base" or not own:
+        return spec
+    base = own[0]
+    return replace(spec, arms=(replace(arm, base=base.arms[0].base, base_run_id=base.run_id),))
+
+
+def write(run_dir: RunDir, spec: RunSpec, history: History) -> None:
+    """run.json, records.jsonl and result.json of a finished run."""
+    s, rows = spec.science, list[tuple[int, dict[str, Any]]]()
+
+    def row(kind: str, step: int, **metrics: Any) -> None:
+        t = rules.continuous_time(s.hyper, step, s.family)
+        rows.append((step, {"kind": kind, "step": step, "samples": s.samples(step), "t": t, **metrics}))
+
+    before = 0
+    for step, loss in _columns(history, "train"):
+        if step > before:
+            row("train", step, loss=loss, window=s.samples(step) - s.samples(before))
+            before = step
+    accuracy = dict(_columns(history, "accuracy"))
+    for step, loss in dict(_columns(history, "loss")).items():
+        row("eval", step, loss=loss, **({"accuracy": accuracy[step]} if step in accuracy else {}))
+    rows += [(r["step"], r) for r in history.noise]
+    rows.sort(key=lambda x: x[0])
+    run_dir.prepare(spec)
+    with run_dir.writer(0) as writer:
+        for _, record in rows:
+            writer.write(record)
+    tests = [r for _, r in rows if r["kind"] == "eval"]
+    last = {f"test_{k}": tests[-1][k] for k in ("loss", "accuracy") if tests and k in tests[-1]}
+    trained = [r["loss"] for _, r in rows if r["kind"] == "train"]
+    run_dir.write_result({"status": "finished", "metrics": {"train_loss": trained[-1], **last}, "imported": True})
+
+
+def main(words: list[str]) -> int:
+    """`scalerun import WORDS`: all of the runs, or none."""
+    parser = Parser(
+        prog="scalerun import",
+        description="Runs of other trainers as run folders that `scalerun report` judges.",
+    )
+    parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="trainer_state.json, metrics.csv, *.wandb, "
+                        "or the folder of one; of one sweep")  # fmt: skip
+    parser.add_argument("--name", help="what the network is called in tables (default: its trainer); one a comparison")
+    parser.add_argument("--batch", type=int, help="global batch of these runs, where ScaledBy left none")
+    parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where ScaledBy left none")
+    parser.add_argument("--rule", help="by which rule, where ScaledBy left none")
+    parser.add_argument("--seed", type=int, help="of these runs, where nothing says it (default 0)")
+    parser.add_argument("--out", type=Path, default=RUNS, help="folder of runs (default: runs)")
+    options = parser.parse_args(words)
+    given = {k: getattr(options, k) for k in ("batch", "base_batch", "rule", "seed")}
+    found = []
+    for path in options.paths:
+        history = read(path)
+        name = options.name or str(history.known.get("trainer", "another trainer"))
+        found.append((path, history, spec_of(path, history, name, given)))
+    existing = [RunDir(options.out / p.name) for p in sorted(options.out.glob("*")) if (p / "run.json").is_file()]
+    bases = [s for _, _, s in found if s.arms[0].role == "base"]
+    for run_dir in existing:
+        try:
+            spec = run_dir.spec()
+        except plan.PlanError:
+            continue
+        bases += [spec] if spec.arms[0].role == "base" else []
+    specs = [paired(spec, bases) for _, _, spec in found]
+    twice = [s.run_id for s in specs if [t.run_id for t in specs].count(s.run_id) > 1]
+    if twice:
+        same = ", ".join(str(path) for (path, _, _), s in zip(found, specs, strict=True) if s.run_id == twice[0])
+        raise ImportRunError(
+            f"{same} would be one run: they differ in nothing that is known; import each with its --seed"
+        )
+    make_writable(options.out)
+    for (path, history, _), spec in zip(found, specs, strict=True):
+        run_dir = RunDir(options.out / spec.run_id)
+        write(run_dir, spec, history)
+        print(f"{path} -> {run_dir}: batch {spec.science.batch}, seed {spec.science.seed}, {spec.notes[1]}")
+    print(f"scalerun report {options.out}")
+    return 0

@@ -1,0 +1,79 @@
+"""Lightning: Trainer(callbacks=[NoiseCallback()])."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import lightning
+
+from scaling_exps.noise.estimators import NoiseError
+from scaling_exps.noise.probe import NoiseProbe
+from scaling_exps.trainers import ScaledBy, tell_wandb
+
+
+class NoiseCallback(lightning.Callback):
+    """Measures the gradient noise and, where asked, scales the recipe at the start.
+
+    Args:
+        batch: global batch; None: the loader's, times accumulation and devices.
+        batches: global batches of which one asks how far a run there will stray.
+        scaled: the rule to apply before the first step; the plan goes into the loggers' hyperparameters.
+        window: steps a record; None: a twentieth of the training, at least 10.
+        method: of NoiseProbe.
+
+    The trainer's loggers get noise/b_noise, its interval, noise/kappa_r and noise/deviation_BATCH. Records lie in
+    noise.jsonl beside the first logger's files, else in the trainer's default_root_dir.
+
+    Raises:
+        NoiseError, RuleError: as NoiseProbe and ScaledBy, when training begins; several optimizers; no batch size.
+    """
+
+    def __init__(
+        self, *, batch: int | None = None, batches: Sequence[int] = (), scaled: ScaledBy | None = None,
+        window: int | None = None, method: str = "auto",
+    ) -> None:  # fmt: skip
+        self.batch, self.batches, self.scaled, self.window, self.method = batch, batches, scaled, window, method
+        self.probe: NoiseProbe | None = None
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        if len(trainer.optimizers) != 1:
+            raise NoiseError(f"the module has {len(trainer.optimizers)} optimizers: the probe listens to one")
+        own: Any = getattr(trainer.train_dataloader, "batch_size", None)
+        if own is None and self.batch is None:
+            raise NoiseError("the loader has no batch_size: give NoiseCallback(batch=N), over devices and accumulation")
+        batch = self.batch or own * trainer.accumulate_grad_batches * trainer.world_size
+        optimizer, steps = trainer.optimizers[0], int(trainer.estimated_stepping_batches)
+        known: dict[str, Any] = {"trainer": "lightning", "batch": batch}
+        if self.scaled is not None:
+            schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
+            known |= self.scaled.apply(optimizer, batch, scheduler=next(iter(schedulers), None), steps=steps)
+        for logger in trainer.loggers:
+            logger.log_hyperparams({"scalerun": known})
+        tell_wandb(known)
+        folder = Path(trainer.log_dir or trainer.default_root_dir)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.probe = NoiseProbe(
+            pl_module, optimizer, batch=batch, method=self.method, step=trainer.global_step,
+            window=self.window or max(10, steps // 20), file=folder / "noise.jsonl",
+            scaler=getattr(trainer.precision_plugin, "scaler", None),
+        )  # fmt: skip
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule, *_: Any) -> None:
+        probe = self.probe
+        if probe is None or not probe.records or probe.records[-1]["step"] != trainer.global_step:
+            return
+        if (numbers := probe.log(*self.batches)) and len(probe.records) != self._told:
+            self._told = len(probe.records)
+            for logger in trainer.loggers:
+                logger.log_metrics(numbers, step=trainer.global_step)
+
+    _told = 0
+
+    def on_train_end(self, *_: Any) -> None:
+        if self.probe is not None:
+            self.probe.detach()
+
+    def on_exception(self, *_: Any) -> None:
+        self.on_train_end()

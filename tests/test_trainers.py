@@ -1,0 +1,222 @@
+"""Other people's trainers, the real ones: measured, scaled at the start, and their runs read back and judged."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from scaling_exps import cli
+from scaling_exps.noise import validity
+from scaling_exps.records import RunDir
+from scaling_exps.rules import RuleError
+from scaling_exps.trainers import ScaledBy, apart
+from scaling_exps.trainers.foreign import read
+
+BASE = {"batch": 8, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
+
+
+def adamw(**changes: Any) -> torch.optim.AdamW:
+    kept = {k: v for k, v in {**BASE, **changes}.items() if k != "batch"}
+    groups = [{"params": [torch.zeros(2, requires_grad=True)]}, {"params": [torch.zeros(2, requires_grad=True)]}]
+    return torch.optim.AdamW([groups[0], {**groups[1], "weight_decay": 0.0}], **kept)
+
+
+def test_the_rule_is_applied_once_and_checked() -> None:
+    """From the base, and again where it is already done (a resumed run); a group free of decay stays so. Fails if a
+    second call scaled twice, or an optimizer of other numbers passed for the base's."""
+    optimizer, by = adamw(), ScaledBy("adamw_sde", BASE)
+    for _ in range(2):
+        plan = by.apply(optimizer, 32)
+        assert plan["kappa"] == 4 and plan["scaled"]["lr"] == pytest.approx(2e-3)
+        assert not apart(optimizer, plan["scaled"])
+        assert [g["weight_decay"] for g in optimizer.param_groups] == [pytest.approx(0.2), 0.0]
+    with pytest.raises(RuleError, match=r"group 0 has lr 0.003, not 0.001; group 1 has lr 0.003"):
+        by.apply(adamw(lr=3e-3), 32)
+    with pytest.raises(RuleError, match="takes 80 steps, and the plan says 20"):
+        ScaledBy("adamw_sde", {**BASE, "steps": 80}).apply(adamw(), 32, steps=80)
+    with pytest.raises(RuleError, match=r"beta"):
+        by.apply(adamw(), 128)
+
+
+def hugging_face(folder: Path, accumulation: int, steps: int, **how: Any) -> Any:
+    from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
+
+    from scaling_exps.trainers.hf import NoiseCallback
+
+    set_seed(0)
+    small = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 32, "n_positions": 16, "loss_type": "ForCausalLM"}
+    model = GPT2LMHeadModel(GPT2Config(**small, bos_token_id=0, eos_token_id=0))
+    tokens = torch.randint(32, (256, 16), generator=torch.Generator().manual_seed(0))
+    args = TrainingArguments(
+        output_dir=str(folder), learning_rate=1e-3, adam_beta2=0.99, weight_decay=0.1, max_steps=steps, warmup_steps=2,
+        per_device_train_batch_size=4, gradient_accumulation_steps=accumulation, logging_steps=4, save_steps=8,
+        eval_strategy="steps", eval_steps=steps, report_to="none", use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    data = [{"input_ids": t, "labels": t} for t in tokens]
+    trainer = Trainer(model, args, train_dataset=data, eval_dataset=data[:16])
+    callback = NoiseCallback(trainer, batches=[64], window=4, **how)
+    trainer.add_callback(callback)
+    return trainer, callback
+
+
+def test_hugging_face(tmp_path: Path) -> None:
+    """Its loggers get the noise; the rule moves optimizer and scheduler; a run that goes on from a checkpoint keeps
+    records and scale. Two runs are imported as base and arm.
+    Fails if the noise were logged instead of a step's loss."""
+    trainer, callback = hugging_face(tmp_path / "base", 2, 16)
+    trainer.train()
+    log = json.loads((tmp_path / "base/checkpoint-16/trainer_state.json").read_text())["log_history"]
+    assert [r["step"] for r in log if "noise/b_noise_low" in r and "noise/deviation_64" in r] == [4, 8, 12, 16]
+    assert [r["method"] for r in callback.probe.records] == ["free"] * 4
+    assert all(r["kappa_r_low"] < r["kappa_r"] < r["kappa_r_high"] for r in callback.probe.records)
+    assert not any(p._backward_hooks for p in trainer.model.parameters())
+
+    scaled = ScaledBy("adamw_sde", {**BASE, "steps": 32})
+    trainer, callback = hugging_face(tmp_path / "scaled", 4, 16, scaled=scaled)
+    trainer.train()
+    group = trainer.optimizer.param_groups[0]
+    assert group["initial_lr"] == pytest.approx(1e-3 * 2**0.5) and group["betas"] == (pytest.approx(0.8), 0.98)
+    again, resumed = hugging_face(tmp_path / "scaled", 4, 16, scaled=scaled)
+    again.train(resume_from_checkpoint=str(tmp_path / "scaled/checkpoint-8"))
+    assert again.optimizer.param_groups[0]["betas"] == group["betas"]
+    assert [r["step"] for r in resumed.probe.records] == [4, 8, 12, 16]
+    assert resumed.probe.records[:2] == callback.probe.records[:2]
+
+    words = [str(tmp_path / "base"), str(tmp_path / "scaled"), "--name", "tiny", "--out", str(tmp_path / "runs")]
+    assert cli.main(["import", *words]) == 0
+    specs = {d.spec().science.batch: d.spec() for d in RunDir.under(tmp_path / "runs")}
+    assert specs[16].arms[0].base_run_id == specs[8].run_id and specs[16].arms[0].role == "rule"
+    found = read(tmp_path / "scaled")
+    assert found.known["batch"] == 16 and found.known["scaled"]["eps"] == pytest.approx(1e-8 / 2**0.5)
+    assert len(found.noise) == 4
+
+
+def test_what_a_probe_wrote_is_read_by_plan_and_convert(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """B_noise 100, by sure records. Fails if a file of another trainer were held against the recipe."""
+    sure = {"kind": "noise", "method": "free", "batch": 8, "enough": True, "kappa_r": 0.08, "b_noise": 100.0}
+    rows = [
+        {**sure, "step": i, "samples": 8 * i, "trace": 1 + 0.01 * (i % 2), "gradient_sq": 0.01} for i in range(1, 9)
+    ]
+    file = tmp_path / "noise.jsonl"
+    file.write_text("".join(json.dumps(r) + "\n" for r in rows) + '{"kind": "noise"}\n')
+    assert validity.noise_scale(file) == validity.noise_scale(tmp_path) == pytest.approx(100, rel=0.02)
+    assert cli.main(["plan", "batch=[4,64]", "recipe.batch=4", f"noise_from={tmp_path}", "--json"]) == 0
+    (told,) = [r["validity"] for r in json.loads(capsys.readouterr().out) if r["scaled"]["batch"] == 64]
+    assert told["deviation"] == pytest.approx(validity.deviation(0.04, 16), rel=0.02)
+    assert "of another trainer" in told["source"]
+    recipe = tmp_path / "recipe.yaml"
+    recipe.write_text("learning_rate: 1.0e-3\nper_device_train_batch_size: 8\nadam_beta1: 0.95\nmax_steps: 400\n")
+    words = ["convert", str(recipe), "--batch", "32", "--devices", "1", "--rule", "opt_sign", "--noise-from"]
+    assert cli.main([*words, str(file)]) == 0
+    assert "learning_rate: 0.00" in capsys.readouterr().out
+    assert cli.main([*words, str(recipe)]) == 2
+    assert "has no noise records that say anything" in capsys.readouterr().err
+
+
+def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """The last backward pass of a step is inside the optimizer's step there. Three seeds at batch 8 and at 32 by the
+    rule are imported from CSV logs, paired by seed and judged. Fails if the last micro-batch were missed."""
+    import lightning
+    from lightning.pytorch.loggers import CSVLogger
+
+    from scaling_exps.trainers.lightning import NoiseCallback
+
+    class Regression(lightning.LightningModule):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = torch.nn.Sequential(torch.nn.Linear(6, 8), torch.nn.Tanh(), torch.nn.Linear(8, 1))
+
+        def training_step(self, batch: Any, _: int) -> Any:
+            loss = (self.net(batch[0]) - batch[1]).square().mean()
+            self.log("train_loss", loss)
+            return loss
+
+        def validation_step(self, batch: Any, _: int) -> None:
+            self.log("val_loss", (self.net(batch[0]) - batch[1]).square().mean())
+
+        def configure_optimizers(self) -> Any:
+            return torch.optim.AdamW(self.parameters(), lr=1e-3, betas=(0.9, 0.99), eps=1e-8, weight_decay=0.1)
+
+    folders = []
+    for seed in (0, 1, 2):
+        for parts in (2, 8):
+            lightning.seed_everything(seed, verbose=False)
+            x = torch.randn(512, 6)
+            data = torch.utils.data.TensorDataset(x, x.sum(1, keepdim=True) + torch.randn(512, 1))
+            loader = torch.utils.data.DataLoader(data, batch_size=4)
+            logger = CSVLogger(tmp_path / f"{seed}-{parts}")
+            callback = NoiseCallback(batches=[32], scaled=ScaledBy("adamw_sde", BASE), window=4)
+            trainer = lightning.Trainer(
+                max_epochs=1, accumulate_grad_batches=parts, accelerator="cpu", devices=1, logger=logger,
+                callbacks=[callback], enable_progress_bar=False, enable_model_summary=False, log_every_n_steps=2,
+                enable_checkpointing=False, gradient_clip_val=0.5,
+            )  # fmt: skip
+            trainer.fit(Regression(), loader, loader)
+            folders.append(Path(logger.log_dir))
+            assert callback.probe is not None and callback.probe.batch == 4 * parts
+            assert {(r["method"], r["units"]) for r in callback.probe.records} == {("free", 4)}
+            assert len(callback.probe.records) == 512 // (4 * parts) // 4
+    out = tmp_path / "runs"
+    for seed, pair in enumerate(zip(folders[::2], folders[1::2], strict=True)):
+        words = [str(f) for f in pair]
+        assert cli.main(["import", *words, "--seed", str(seed), "--name", "regression", "--out", str(out)]) == 0
+    assert "unknown: optimizer, data, schedule, precision" in capsys.readouterr().out
+    specs = [d.spec() for d in RunDir.under(out)]
+    assert sorted((s.science.batch, s.science.seed, s.arms[0].role) for s in specs) == [
+        *((8, i, "base") for i in range(3)), *((32, i, "rule") for i in range(3))
+    ]  # fmt: skip
+    assert cli.main(["report", str(out), "--json", "--margin", "test_loss=5"]) == 0
+    rows = {r["batch"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
+    assert rows[32]["verdict"] == "equivalent" and len(rows[32]["seeds"]) == 3
+    for words in (["show", str(next(iter(out.iterdir())))], ["status", str(out)]):
+        assert cli.main(words) == 0
+
+
+def test_wandb_s_offline_folder(tmp_path: Path) -> None:
+    """A run as `wandb` itself writes it. Fails if the plan in its config, or its history, were lost."""
+    import wandb
+
+    from scaling_exps.trainers import tell_wandb
+
+    run = wandb.init(project="x", mode="offline", dir=tmp_path, reinit=True)
+    tell_wandb({"batch": 8, "seed": 3, "trainer": "mine"})
+    for step in range(1, 5):
+        run.log({"train/loss": 1 / step, "train/global_step": 10 * step, "train/learning_rate": 1e-3})
+    run.log({"eval/loss": 0.5, "eval/accuracy": 0.25, "train/global_step": 40})
+    run.finish()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    found = read(folder)
+    assert found.known == {"batch": 8, "seed": 3, "trainer": "mine"}
+    assert [s for s, _ in found.rows] == [10, 20, 30, 40, 40]
+    assert cli.main(["import", str(folder), "--out", str(tmp_path / "runs")]) == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    result = run_dir.result()
+    assert result is not None and result["metrics"] == {"train_loss": 0.25, "test_loss": 0.5, "test_accuracy": 0.25}
+    assert run_dir.spec().notes[1].startswith("unknown: optimizer, betas, eps, data")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "told"),
+    [
+        ("none", None, "no run of another trainer; allowed: a folder or file of trainer_state.json"),
+        ("trainer_state.json", "{", "cannot be read: JSONDecodeError"),
+        ("trainer_state.json", '{"log_history": []}', "the global batch is not told: give --batch N"),
+        ("metrics.csv", "epoch,loss\n0,1\n", "has no column of steps"),
+        ("x.csv", "_step,learning_rate\n1,1e-3\n", "no train loss among"),
+    ],
+)
+def test_what_is_no_run_is_refused(
+    name: str, content: str | None, told: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With exit code 2, one message, and nothing written."""
+    file = tmp_path / name
+    if content is not None:
+        file.write_text(content)
+    batch = ["--batch", "8"] if "train loss" in told else []
+    assert cli.main(["import", str(file), *batch, "--out", str(tmp_path / "runs")]) == 2
+    assert told in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
