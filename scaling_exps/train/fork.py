@@ -219,7 +219,7 @@ class _Branching:
     ) -> None:
         s = spec.science
         self.base_batch, self.state, self.rule, self.beta_map = s.batch, state, rule, beta_map
-        share = optim.multiplier(s.schedule, s.clock(state["step"]))
+        share = s.schedule.multiplier(s.clock(state["step"]))
         if share == 0:
             raise ForkError("the schedule has brought the learning rate to 0 here; fork an earlier checkpoint")
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
@@ -408,7 +408,7 @@ def kept_at(run_dir: RunDir, shares: Sequence[float]) -> list[Path]:
                 f"--at {share:g}: no checkpoint was kept there; kept in {run_dir}: {names} (shares of the run). Choose "
                 "of them, or train with checkpoint.keep"
             )
-        if optim.multiplier(science.schedule, science.clock(round(nearest * science.steps))) == 0:
+        if science.schedule.multiplier(science.clock(round(nearest * science.steps))) == 0:
             raise ForkError(f"--at {share:g}: the schedule has brought the learning rate to 0 there; leave it out")
         chosen.append(there[nearest])
         if abs(nearest - share) * science.steps > 1:
