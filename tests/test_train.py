@@ -34,7 +34,7 @@ from support import (
     worker,
 )
 
-from scaling_exps import config, data, models, optim, rules, train
+from scaling_exps import config, data, models, rules, train
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import checkpoint, measure
 
@@ -131,8 +131,9 @@ def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> 
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
     undisturbed run. Fails if any state were missing from the checkpoint, the average of the weights too, or records
     were written twice. The batch grows twice, so that kills fall on both sides of a switch."""
-    often = ["ramp=[[0,64],[0.3,128],[0.5,256]]", "measure.train_records=37", "measure.noise_records=5", "measure.evaluations=4"]
-    (spec,) = specs(*BN, *BOTH, "recipe.samples=9600", "checkpoint.minutes=0.0005", *often)
+    often = ["measure.train_records=37", "measure.noise_records=5", "measure.evaluations=4"]
+    words = ["recipe.samples=19200", "ramp=[[0,64],[0.3,128],[0.5,256]]", "checkpoint.minutes=0.0005", *often]
+    spec = specs(*BN, *BOTH, *words)[-1]
     spec = placed(spec, processes)
     whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path / "broken", spec)
     work(whole, processes)

@@ -392,9 +392,10 @@ class Ramp(Group, frozen=True, kw_only=True):
         | Literal["auto", "seesaw"]
         | None,
         _is(
-            "stages [[start, batch], ...], starts as shares of the schedule, or as {samples: stages}, {tokens: stages}; a "
-            "third number is the B_noise there, which moves v; [1/4, 1/2, 1]: shares of the largest batch, equally long; "
-            "auto: from the base run's noise; seesaw: the batch times a where the schedule divides the rate by a"
+            "stages [[start, batch], ...] with starts as shares of the schedule, or {samples: stages}, "
+            "{tokens: stages}; a third number is the B_noise there, which moves v; [1/4, 1/2, 1]: shares of the "
+            "largest batch, equally long; auto: from the base run's noise; seesaw: twice the batch where the schedule "
+            "has halved the rate"
         ),
     ]
     tolerance: Annotated[float, _is("of auto: largest predicted change of the displacement", gt=0, lt=1)]

@@ -157,15 +157,13 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
     """
     recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
     base = base_hyper(config)
-    l2 = not optimizer.decoupled and base.weight_decay > 0
-    rule = rules.find(rule_name or optimizer.default(config.goal), optimizer.family, l2=l2)
+    rule = _rule(config, rule_name)
     total = checks.samples(config, config.duration)
     stages: ramp.Stages
     if isinstance(given, int):
         stages = [(0, given, None)]
     else:
-        largest = min(largest_batch(config, base, rule), config.ramp.largest or math.inf)
-        stages = ramp.stages(config, given.largest, _schedule(config, total), largest)
+        stages = ramp.stages(config, given.largest, _schedule(config, total), batch_limit(config))
     wrong = checks.svag(config, stages[0][1], svag)
     if svag > 1 and len(stages) > 1:
         wrong.append(f"svag={svag} with ramp={config.ramp.at}: SVAG is defined for one batch; use svag=1, or no ramp")
@@ -188,26 +186,18 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
             if taken < 1:
                 wrong.append(f"{where}the stage before it has no whole step of {built[-1].batch}: let it start later")
             step, seen = step + taken, seen + taken * built[-1].batch
-        kappa = move.kappa
-        built.append(
-            Stage(
-                step=step, batch=batch, micro_batch=micro, hyper=hyper,
-                clip=recipe.clip if recipe.clip is None or config.clip == "keep" else rule.clip(recipe.clip, kappa),
-                ema=None if recipe.ema is None else rule.ema(recipe.ema, kappa),
-                noise_scale=(noise_scale or config.noise_scale) if i and rule.carries else None,
-                carries=not i or rule.carries,
-            )  # fmt: skip
-        )
+        clip = recipe.clip if recipe.clip is None or config.clip == "keep" else rule.clip(recipe.clip, move.kappa)
+        ema = None if recipe.ema is None else rule.ema(recipe.ema, move.kappa)
+        scale = (noise_scale or config.noise_scale) if i and rule.carries else None
+        carries = not i or rule.carries
+        built.append(Stage(step, batch, micro, hyper, clip, ema, scale, carries))
     end = recipe.stop_after or total
     if stages[-1][0] >= end:
         wrong.append(f"ramp: its last stage starts at {stages[-1][0]:,} samples, and the run ends at {end:,}")
     if wrong:
         raise PlanError("\n".join(wrong))
     science = _science(config, held, built, step + max(1, round((end - seen) / batch)), svag, config.duration, seed)
-    own = Stage(
-        step=0, batch=recipe.batch, micro_batch=_micro_batch(config, recipe.batch), hyper=base, clip=recipe.clip,
-        ema=recipe.ema,
-    )  # fmt: skip
+    own = Stage(0, recipe.batch, _micro_batch(config, recipe.batch), base, recipe.clip, recipe.ema)
     base_steps = max(1, round((recipe.stop_after or checks.samples(config, 1.0)) / recipe.batch))
     base_science = _science(config, held, [own], base_steps, 1, 1.0, seed)
     if science.steps > MOST_STEPS:
@@ -247,16 +237,29 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
     return spec
 
 
-def largest_batch(config: Config, base: Hyper, rule: Rule) -> float:
-    """The largest batch, in doublings of the recipe's, to which the rule can move its numbers."""
-    batch = config.recipe.batch
-    while batch < MOST_BATCH:
-        try:
-            rule.scale(base, Move(config.recipe.batch, 2 * batch, config.duration, config.noise_scale, config.beta_map))
-        except rules.RuleError:
-            return batch
-        batch *= 2
-    return math.inf
+def batch_limit(config: Config) -> float:
+    """The largest batch, in doublings of the recipe's, that each of the command's rules and `ramp.largest` allow.
+
+    Raises:
+        PlanError, rules.RuleError: no numbers for the optimizer, an unknown rule.
+    """
+    base, limit = base_hyper(config), config.ramp.largest or MOST_BATCH
+    for rule in (_rule(config, name) for name in (config.rule if isinstance(config.rule, list) else [config.rule])):
+        batch = config.recipe.batch
+        while 2 * batch <= limit:
+            move = Move(config.recipe.batch, 2 * batch, config.duration, config.noise_scale, config.beta_map)
+            try:
+                rule.scale(base, move)
+            except rules.RuleError:
+                limit = batch
+            batch *= 2
+    return limit
+
+
+def _rule(config: Config, name: str | None) -> Rule:
+    optimizer = OPTIMIZERS[config.optimizer]
+    l2 = not optimizer.decoupled and base_hyper(config).weight_decay > 0
+    return rules.find(name or optimizer.default(config.goal), optimizer.family, l2=l2)
 
 
 def base_hyper(config: Config) -> Hyper:
@@ -399,9 +402,7 @@ def device() -> str:
     return models[0] if models else UNNAMED_GPU
 
 
-def _notes(
-    config: Config, rule: Rule, move: Move, base: Hyper, science: Science, scaled: Hyper
-) -> list[str]:
+def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science, scaled: Hyper) -> list[str]:
     recipe, optimizer, kappa = config.recipe, OPTIMIZERS[config.optimizer], move.kappa
     batch_norm, notes = config.model.normalises_over_batch, []
     if kappa != 1:

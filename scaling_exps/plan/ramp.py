@@ -56,7 +56,7 @@ def seesaw(schedule: Schedule, base: int, limit: float) -> list[list[float]]:
     """[samples, batch]: the batch doubles where the schedule, after its warm-up, has halved the rate.
 
     With noise all of a gradient, a run at (η/a, B) is by the square-root rule one at (√a·η/a = η/√a, a·B). (Seesaw,
-    Meterez et al. 2025, 2510.14717, comes to the same for SGD and for sign-like Adam; the betas, ε and v move here, too.)
+    Meterez et al. 2025, 2510.14717, has the same rates and batches; betas, ε and v move here, too.)
     """
     out: list[list[float]] = []
     a = 2

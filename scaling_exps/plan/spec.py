@@ -64,7 +64,7 @@ class Schedule(_Value, frozen=True):
         return 1.0
 
 
-class Stage(_Value, frozen=True, omit_defaults=True):
+class Stage(_Value, frozen=True, omit_defaults=True, kw_only=False):
     """What holds from a step of the run on, until the next stage."""
 
     step: int

@@ -191,7 +191,9 @@ def carry(optimizer: Any, plans: Sequence[tuple[Hyper, Hyper]], move: Move, carr
         carries: as the rule says; else v stays as it is.
     """
     ratio = 0.0 if move.noise_scale is None else 1 / move.noise_scale
-    v_factor = (1 / move.batch + ratio) / (1 / move.base_batch + ratio) if carries else 1.0  # (1 + B_n/B) / (1 + B_n/B0)
+    v_factor = (
+        (1 / move.batch + ratio) / (1 / move.base_batch + ratio) if carries else 1.0
+    )  # (1 + B_n/B) / (1 + B_n/B0)
     for group, (base, new) in zip(optimizer.param_groups, plans, strict=True):
         row = of(optimizer, group)
         for name, value in _fields(new, group, row.field).items():

@@ -33,7 +33,6 @@ from rich.console import Console
 from scipy import stats
 from torch import Tensor
 
-from scaling_exps import optim
 from scaling_exps.noise import estimators, validity
 from scaling_exps.plan import Placement, RunSpec
 from scaling_exps.records import RunDir

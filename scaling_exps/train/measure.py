@@ -145,4 +145,6 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
         preconditioned = estimates[1].record(t.stage.batch)
         fields |= {f"preconditioned_{k}": v for k, v in preconditioned.items() if k not in ("units", "examples")}
     train_loss, weight_norm = float(ranks.total(own)) * unit / n, float(template.norm())
-    return t.record("noise", method="full", batch=t.stage.batch, **fields, train_loss=train_loss, weight_norm=weight_norm)
+    return t.record(
+        "noise", method="full", batch=t.stage.batch, **fields, train_loss=train_loss, weight_norm=weight_norm
+    )
