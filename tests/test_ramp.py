@@ -7,9 +7,12 @@ from typing import Any
 
 import pytest
 import torch
+from bench.fabricate import fabricate
 from support import prepare, rows, specs, take_steps, weights
 
-from scaling_exps import plan, rules, scale
+from scaling_exps import config, plan, report, rules, scale
+from scaling_exps.noise import ramp as noise_ramp
+from scaling_exps.noise import validity
 from scaling_exps.plan import PlanError
 from scaling_exps.train import checkpoint, loop
 from scaling_exps.train.trainer import Trainer, mean_loss
@@ -166,3 +169,57 @@ def test_exact_resume_at_every_step(tmp_path: Path) -> None:
     loop.fit(spec, broken, lambda: False)
     first, second = weights(whole), weights(broken)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+THREE = "ramp=[[0,4],[0.25,16],[0.5,64]]"
+DEMO = ["model.width=4", "recipe.epochs=null", "recipe.samples=16384", "margin.test_accuracy=0.02"]
+
+
+def test_the_report_knows_a_ramp_and_its_controls(tmp_path: Path) -> None:
+    """A ramp is an arm of its own, judged beside the base, with the controls of the same stages and no others."""
+    fabricate(tmp_path, [*DEMO, THREE], batches=(4, 64))
+    rows_ = report.compare(report.collect([tmp_path]))
+    name = "ramp 4 → 16 → 64 in 1,408 steps"
+    by_rule = {(r.rule, r.batch): r for r in rows_}
+    assert {(r.rule, r.batch) for r in rows_} == {
+        ("base", 4), ("sqrt", 64), ("none", 64), (f"sqrt, {name}", 64), (f"none, {name}", 64)
+    }  # fmt: skip
+    ramped, moved_nothing = by_rule[f"sqrt, {name}", 64], by_rule[f"none, {name}", 64]
+    assert (ramped.role, ramped.verdict) == ("rule", "equivalent")
+    assert (moved_nothing.role, moved_nothing.verdict) == ("control", "different")
+    assert ramped.power == f"told apart: {f'none, {name}'!r}" and by_rule["sqrt", 64].power == "told apart: 'none'"
+    said = report.answer(rows_)
+    assert said[1] == f"Safe: sqrt, {name}, at ±2% accuracy, 3 seeds; 66% fewer than the base's 4,096."
+    assert "Safe up to batch 64 (κ = 16) under sqrt" in said[0]
+
+
+def test_what_the_noise_predicts_of_a_ramp(tmp_path: Path) -> None:
+    """At B_noise = 400 everywhere it is the mean over the samples of √((1+r)/(1+κr)), r = 0.01, of each stage alone."""
+    (spec,) = specs(THREE, "recipe.samples=16384")
+    noise = [
+        {"kind": "noise", "method": "full", "samples": 1638.4 * (i + 1), "gradient_sq": 1.0, "trace": 400.0}
+        for i in range(10)
+    ]
+    each = [validity.deviation(0.01, k) for k in (1, 4, 16)]
+    told = validity.along(spec, noise)
+    assert told is not None and told.deviation == pytest.approx(each[0] / 4 + each[1] / 4 + each[2] / 2)
+    assert validity.each_stage(spec, noise) == pytest.approx(each)
+    assert told.dominated == pytest.approx(0.5)  # κ r = 0.16 in the last half
+
+
+def test_auto_takes_the_stages_from_the_base_runs_noise(tmp_path: Path) -> None:
+    """√((1+r)/(1+κr)) >= 0.9 with r at its upper end: above 16 and below the κ = 24 of B_noise = 400 itself."""
+    words = [*DEMO, f"runs_dir={tmp_path}", "ramp=auto", "ramp.tolerance=0.1", "recipe.micro_batch=4"]
+    (refused,) = config.compose(words)
+    with pytest.raises(noise_ramp.RampError, match="no noise record of the base run"):
+        noise_ramp.resolve([refused])
+    fabricate(tmp_path, DEMO, batches=(4,), rules=("sqrt",), b_noise=400)
+    configs, said = noise_ramp.resolve(config.compose([*words, "seed=[0,1,2]"]))
+    ramped = plan.plan(configs)[0].science
+    assert len(ramped.stages) <= 4 and 64 <= ramped.stages[-1].batch < 96 and ramped.stages[-1].batch % 4 == 0
+    assert all(a.batch < b.batch and b.noise_scale for a, b in zip(ramped.stages, ramped.stages[1:], strict=False))
+    typed = said[0].partition(": ")[2]
+    same = plan.plan(config.compose([*DEMO, typed, "recipe.micro_batch=4"]))
+    assert same[0].run_id == plan.plan(configs)[0].run_id
+    small = noise_ramp.resolve(config.compose([*words, "ramp.largest=8"]))[0]
+    assert plan.plan(small)[0].science.stages[-1].batch == 8

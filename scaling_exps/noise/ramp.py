@@ -91,5 +91,5 @@ def stages(known: list[Stretch], base: int, unit: int, limit: float, tolerance: 
     out: list[list[float]] = []
     for i in starts:
         inverse = known[i].ratio[0]
-        out.append([known[i].begin, rising[i], *([1 / inverse] if out and inverse > 0 else [])])
+        out.append([known[i].begin, rising[i], *([float(f"{1 / inverse:.4g}")] if out and inverse > 0 else [])])
     return out
