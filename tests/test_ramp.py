@@ -7,9 +7,9 @@ from typing import Any
 
 import pytest
 import torch
-from bench.fabricate import fabricate
 from support import prepare, rows, specs, take_steps, weights
 
+from bench.fabricate import fabricate
 from scaling_exps import config, plan, report, rules, scale
 from scaling_exps.noise import ramp as noise_ramp
 from scaling_exps.noise import validity
@@ -221,5 +221,5 @@ def test_auto_takes_the_stages_from_the_base_runs_noise(tmp_path: Path) -> None:
     typed = said[0].partition(": ")[2]
     same = plan.plan(config.compose([*DEMO, typed, "recipe.micro_batch=4"]))
     assert same[0].run_id == plan.plan(configs)[0].run_id
-    small = noise_ramp.resolve(config.compose([*words, "ramp.largest=8"]))[0]
+    small = noise_ramp.resolve(config.compose([*words, "seed=[0,1,2]", "ramp.largest=8"]))[0]
     assert plan.plan(small)[0].science.stages[-1].batch == 8
