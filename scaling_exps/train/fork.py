@@ -149,6 +149,8 @@ def fork(
     base_batch = spec.science.batch
     if spec.science.svag != 1:
         raise ForkError(f"{run_dir} is a SVAG run (svag={spec.science.svag}); fork a plain one")
+    if spec.science.ramp:
+        raise ForkError(f"{run_dir} has a ramp ({spec.science.batches}); fork a run of one batch")
     if repeats < 2:
         raise ForkError(f"repeats={repeats} must be >= 2: an interval needs a spread")
     if not 0 < tolerance < math.inf:
