@@ -189,6 +189,13 @@ def carry(optimizer: Any, plans: Sequence[tuple[Hyper, Hyper]], move: Move, carr
         plans: of each group what it has, and what it gets.
         move: its batches, and the noise scale by which v is moved.
         carries: as the rule says; else v stays as it is.
+
+    >>> group = {"params": ["p"], "lr": 0.001, "betas": (0.9, 0.99), "eps": 1e-8}
+    >>> adam = type("Adam", (), {"param_groups": [group], "state": {}})()
+    >>> base = Hyper(0.001, (0.9, 0.99), 1e-8, 0.0)
+    >>> carry(adam, [(base, Hyper(0.002, (0.6, 0.96), 5e-9, 0.0))], Move(256, 1024))
+    >>> group["lr"], group["betas"]
+    (0.002, (0.6, 0.96))
     """
     ratio = 0.0 if move.noise_scale is None else 1 / move.noise_scale
     v_factor = (
