@@ -39,7 +39,7 @@ def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
     faults = [fault for word in argv if (fault := _illegal(word))]
     if not faults and (unknown := _unknown_flag(argv, flags)):
         raise ConfigError(unknown)
-    theirs = re.compile(r"(model\.options|launch\.sbatch|ramp\.at)[.=]")  # these keys alone may hold new ones
+    theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]|ramp\.at=\{")  # these keys alone may hold new ones
     short = {"margin=auto": "margin.auto=true"}
     argv = [short.get(word, re.sub(r"^ramp=", "ramp.at=", word)) for word in argv]
     words = [f"++{word}" if theirs.match(word) else word for word in argv if not _illegal(word)]

@@ -126,7 +126,8 @@ def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path, specs: Seque
         TradeoffError: matplotlib is missing, or the file cannot be written.
     """
     told = [(t, t.b_noise) for t in tradeoffs if t.b_noise is not None]
-    if not told:
+    ramps = {(t.source, s.science.batches): (t, s) for t in tradeoffs for s in specs if s.science.ramp and _same(t, s)}
+    if not told and not ramps:
         raise NothingToDrawError(
             "no figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
             "give noise_from=DIR"
@@ -135,7 +136,6 @@ def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path, specs: Seque
         from matplotlib.figure import Figure
     except ModuleNotFoundError as e:
         raise TradeoffError("--figure needs matplotlib: pip install 'scalerun[figures]'") from e
-    ramps = {(t.source, s.science.batches): (t, s) for t, _ in told for s in specs if s.science.ramp and _same(t, s)}
     figure = Figure(figsize=(9.0, 3.8 * (len(told) + len(ramps))), layout="constrained")
     rows = list(figure.subplots(len(told) + len(ramps), 2, squeeze=False))
     for axes, (t, b_noise) in zip(rows, told, strict=False):
