@@ -50,7 +50,7 @@ def _auto(config: Config) -> tuple[list[list[float]], str]:
     recipe, devices = config.recipe, config.launch.devices
     limit, unit = plan.batch_limit(config), recipe.micro_batch * (1 if devices == "auto" else devices)
     found = stages(known[1], recipe.batch, unit, limit, config.ramp.tolerance, config.ramp.stages)
-    if len(found) == 1:
+    if found[-1][1] == recipe.batch:
         raise RampError(
             f"ramp=auto: at no point of training is a batch above {recipe.batch} predicted to stay within "
             f"ramp.tolerance={config.ramp.tolerance:g} (from {source}); raise it, measure more "
