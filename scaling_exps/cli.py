@@ -54,6 +54,10 @@ def _train(words: list[str]) -> int:
     configs = config.compose(words)
     if not configs:  # --help, --cfg, --info: Hydra has answered
         return 0
+    from scaling_exps.noise import ramp
+
+    configs, said = ramp.resolve(configs)
+    plan.print_lines(said)
     specs = plan.plan(configs)
     added = plan.lacking(configs, specs)
     plan.print_lines(plan.added(added))
@@ -81,8 +85,9 @@ def _plan(words: list[str]) -> int:
     if not configs:
         return 0
     from scaling_exps import cost, launch
-    from scaling_exps.noise import tradeoff, validity
+    from scaling_exps.noise import ramp, tradeoff, validity
 
+    configs, said = ramp.resolve(configs)
     asked = plan.plan(configs)
     added = plan.lacking(configs, asked)
     specs, where = added + asked, (Path(configs[0].runs_dir), configs[0].noise_from)
@@ -100,11 +105,11 @@ def _plan(words: list[str]) -> int:
     else:
         plan.print_plan(specs, costs, predicted, full=options.full)
         missing = [row["text"] for row in predicted.values() if row["source"] is None]
-        said = [*cost.lines(costs, configs[0]), *missing, *remarks, *margins]
+        said += [*cost.lines(costs, configs[0]), *missing, *remarks, *margins]
         plan.print_lines(dict.fromkeys([*plan.added(added), *said, *(tradeoff.paragraph(t, batches) for t in trades)]))
     if options.figure is not None:
         try:
-            tradeoff.draw(trades, batches, options.figure)
+            tradeoff.draw(trades, batches, options.figure, asked)
         except tradeoff.NothingToDrawError as e:
             print(f"scalerun: {e}", file=sys.stderr)
     return 0

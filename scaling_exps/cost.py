@@ -118,7 +118,7 @@ def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Conf
         other = "" if run.spec.science.micro_batch == s.micro_batch else OTHER
         time_from, memory, memory_from = run.text() + scaled + other, run.memory, run.text() + other
     elif probe is not None and (cost.device is None or _is_card(cost.device, here)):
-        seconds = s.steps * (probe["update_seconds"] + spec.placement.accumulation * probe["micro_seconds"])
+        seconds = s.steps * probe["update_seconds"] + samples / s.micro_batch / world * probe["micro_seconds"]
         time_from = memory_from = f"a probe on this machine ({probe['device']}, {probe['threads']} thread(s))"
         memory = probe["memory_bytes"]
         if world > 1:

@@ -331,6 +331,7 @@ def _init(spec: RunSpec, folder: str, finish_timeout: float) -> Any:
 
     science, arm, described = spec.science, spec.arms[0], spec.to_json()
     rule, job = ("base", "base") if arm.role == "base" else (arm.rule, f"{arm.rule} x{arm.kappa:g}")
+    job += " ramp" if science.ramp else ""
     job += f" svag {science.svag}" if science.svag > 1 else ""
     named = {"model": science.model.name, "dataset": science.dataset.name, "optimizer": science.optimizer, "rule": rule}
     numbers = {"batch": science.batch, "kappa": arm.kappa, "svag": science.svag, "seed": science.seed}

@@ -1,4 +1,4 @@
-"""Optimizers, and schedules as multipliers of sample time.
+"""Optimizers.
 
 Dialects, said once:
 
@@ -18,14 +18,12 @@ invariant_adam.
 from __future__ import annotations
 
 import functools
-import math
 from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from scaling_exps.plan import Schedule
 from scaling_exps.rules import Hyper
 
 
@@ -194,27 +192,3 @@ def preconditioner(optimizer: torch.optim.Optimizer) -> Tensor | None:
                 return None
             parts.append((v.sqrt() + group["eps"]).reciprocal().flatten())
     return torch.cat(parts)
-
-
-def multiplier(schedule: Schedule, samples: float) -> float:
-    """The learning rate at `samples` >= 0 seen, as a share of its peak; a function of nothing else.
-
-    A step asks at the middle of the samples it covers, so that the integral of the rate over the same samples agrees
-    between batch sizes to second order.
-    """
-    if samples < schedule.warmup_samples:
-        share = samples / schedule.warmup_samples
-        if schedule.warmup == "geometric":
-            return schedule.warmup_from ** (1 - share)
-        return schedule.warmup_from + (1 - schedule.warmup_from) * share
-    share = (samples - schedule.warmup_samples) / max(1.0, schedule.total_samples - schedule.warmup_samples)
-    match schedule.decay:
-        case "milestones":
-            return float(schedule.gamma ** sum(samples >= m for m in schedule.milestones))
-        case "cosine":
-            return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
-        case "linear":
-            return 1 - min(1.0, share)
-        case "inverse_sqrt":
-            return math.sqrt(schedule.warmup_samples / samples)
-    return 1.0

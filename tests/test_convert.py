@@ -1072,3 +1072,22 @@ def test_the_rule_is_the_rules_own() -> None:
     assert convert(l2, batch=512).rule.name == "sqrt"
     with pytest.raises(RuleError, match="inside the gradient"):
         convert(PLAIN.replace("adamw", "adam"), batch=512, rule="adamw_sde")
+
+
+def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its own words, and the numbers of each stage by the rule: √κ at κ = 4 doubles the rate, halves eps."""
+    script = "torchrun pretrain_gpt.py --micro-batch-size 4 --global-batch-size 256 --lr 3e-4 --adam-beta1 0.95 "
+    script += "--adam-beta2 0.99 --adam-eps 1e-8 --weight-decay 0.1 --train-samples 1000 --optimizer adam\n"
+    (file := tmp_path / "run.sh").write_text(script)
+    command = [str(file), "--batch", "256", "--devices", "8", "--ramp"]
+    assert main([*command, "0:256 1.5B:1024"]) == 0
+    out, err = capsys.readouterr()
+    assert out == script and '--step-batch-size-schedule "0:256 1.5B:1024"' in err
+    assert "from 1.5B tokens: batch 1024, lr 0.0006, betas 0.8, 0.96, eps 5e-09, weight decay 0.2" in err
+    for bad, said in (
+        ("", "rise from 0"), ("0:256 2B", "rise from 0"), ("1M:256", "rise from 0"), ("0:256 1B:512 1M:1024", "rise"),
+        ("0:512", "begins at batch 512"), ("0:256 1B:8192", "largest legal batch"),
+    ):  # fmt: skip
+        assert main([*command, bad]) == 2
+        out, err = capsys.readouterr()
+        assert said in err and not out, bad

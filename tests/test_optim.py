@@ -85,25 +85,25 @@ def schedule(**changes: object) -> Schedule:
 
 def test_schedules() -> None:
     linear, geometric = schedule(), schedule(warmup="geometric", warmup_from=1e-3)
-    assert [optim.multiplier(linear, s) for s in (0, 50, 100, 999)] == [0, 0.5, 1, 1]
-    assert [optim.multiplier(geometric, s) for s in (0, 50, 100)] == pytest.approx([1e-3, 1e-3**0.5, 1])
+    assert [linear.multiplier(s) for s in (0, 50, 100, 999)] == [0, 0.5, 1, 1]
+    assert [geometric.multiplier(s) for s in (0, 50, 100)] == pytest.approx([1e-3, 1e-3**0.5, 1])
     steps = schedule(decay="milestones", milestones=(600.0, 800.0))
-    assert [optim.multiplier(steps, s) for s in (599, 600, 799, 800)] == pytest.approx([1, 0.1, 0.1, 0.01])
+    assert [steps.multiplier(s) for s in (599, 600, 799, 800)] == pytest.approx([1, 0.1, 0.1, 0.01])
     cosine = schedule(decay="cosine")
-    assert [optim.multiplier(cosine, s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
+    assert [cosine.multiplier(s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
     line = schedule(decay="linear")
-    assert [optim.multiplier(line, s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
+    assert [line.multiplier(s) for s in (100, 550, 1000, 1010)] == pytest.approx([1, 0.5, 0, 0])
     root = schedule(decay="inverse_sqrt")
-    assert [optim.multiplier(root, s) for s in (100, 400)] == pytest.approx([1, 0.5])
+    assert [root.multiplier(s) for s in (100, 400)] == pytest.approx([1, 0.5])
     root = schedule(decay="inverse_sqrt", warmup_samples=0.25)  # below a sample: still never above the peak
-    assert [optim.multiplier(root, s) for s in (0.25, 1)] == pytest.approx([1, 0.5])
+    assert [root.multiplier(s) for s in (0.25, 1)] == pytest.approx([1, 0.5])
 
 
 def test_a_schedule_in_samples_integrates_alike_at_every_batch_size() -> None:
     """The middle of a step: the learning rate spent on the same samples agrees to second order in the batch."""
 
     def spent(batch: int) -> float:
-        return sum(batch * optim.multiplier(schedule(decay="cosine"), (k + 0.5) * batch) for k in range(1000 // batch))
+        return sum(batch * schedule(decay="cosine").multiplier((k + 0.5) * batch) for k in range(1000 // batch))
 
     assert math.isclose(spent(5), spent(50), rel_tol=1e-3)
 

@@ -45,7 +45,7 @@ def test_clipping_and_averaging_are_torchs_to_the_bit() -> None:
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), y).backward()
         norms.append(float(torch.nn.utils.clip_grad_norm_(net.parameters(), s.clip)))
-        optimizer.param_groups[0]["lr"] = s.hyper.lr * optim.multiplier(s.schedule, 16 * (k + 0.5))
+        optimizer.param_groups[0]["lr"] = s.hyper.lr * s.schedule.multiplier(16 * (k + 0.5))
         optimizer.step()
         average.update_parameters(net)
         ours.train_step()

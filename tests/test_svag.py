@@ -41,7 +41,7 @@ def by_hand(
             loss = F.cross_entropy(net(x), y)
             (loss if len(draws) == 1 else loss * weight).backward()
             at += s.batch
-        share = optim.multiplier(s.schedule, (k + 0.5) * s.batch / stretch)
+        share = s.schedule.multiplier((k + 0.5) * s.batch / stretch)
         optimizer.param_groups[0]["lr"] = hyper.lr * share
         optimizer.step()
     return net
@@ -109,7 +109,7 @@ def test_one_clock_for_every_l() -> None:
         s = spec.science
         marks = [k for k in range(1, s.steps + 1) if measure.crosses(spec, k, 10)]
         times.append([rules.continuous_time(s.hyper, k, "adaptive") for k in marks])
-        shares.append([optim.multiplier(s.schedule, s.clock(k)) for k in marks])
+        shares.append([s.schedule.multiplier(s.clock(k)) for k in marks])
         assert s.clock(s.steps) == 296
     assert len(times[0]) == 10
     for t, share in zip(times[1:], shares[1:], strict=True):

@@ -160,3 +160,16 @@ def test_beyond_the_end_of_the_linear_map():
     """Fails if a beta were moved by another map than said, or if lr were not."""
     r = checks.beta1(seed=1, paths=1 << 9)
     assert len(r.fits) == 8 and all(f.passed for f in r.fits), [f for f in r.fits if not f.passed]
+
+
+@pytest.mark.slow
+def test_a_switch_keeps_the_law_where_the_state_moves():
+    """Fails if v, the step count or m were not moved, or if seesaw's rate were divided by another power of kappa."""
+    r = checks.ramp(seed=1, paths=1 << 9)
+    rows = {(x.noise, x.optimizer, x.arm, x.kappa, x.function): x.error for x in r.rows}
+    for (problem, name, arm, kappa, function), error in rows.items():
+        if arm == "v left alone" and function == "variance":
+            assert error > 0.15, (problem, name, kappa)
+        elif arm != "v left alone":
+            assert error < 0.015 * kappa**0.5, (problem, name, arm, kappa, function, error)
+    assert {name for _, name, *_ in rows} == set(checks.SWITCHED)

@@ -34,7 +34,7 @@ from support import (
     worker,
 )
 
-from scaling_exps import config, data, models, optim, rules, train
+from scaling_exps import config, data, models, rules, train
 from scaling_exps.records import BusyError, RunDir
 from scaling_exps.train import checkpoint, measure
 
@@ -94,7 +94,7 @@ def test_the_loop_is_the_textbook_loop(tmp_path: Path) -> None:
         x, y = stream.batch(32 * k, 32 * (k + 1))
         optimizer.zero_grad()
         torch.nn.functional.cross_entropy(net(x), y).backward()
-        optimizer.param_groups[0]["lr"] = s.hyper.lr * optim.multiplier(s.schedule, 32 * (k + 0.5))
+        optimizer.param_groups[0]["lr"] = s.hyper.lr * s.schedule.multiplier(32 * (k + 0.5))
         optimizer.step()
     for name, tensor in net.state_dict().items():
         torch.testing.assert_close(weights(run_dir)[name], tensor, rtol=0, atol=2e-5)
@@ -130,9 +130,10 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
     undisturbed run. Fails if any state were missing from the checkpoint, the average of the weights too, or records
-    were written twice."""
+    were written twice. The batch grows twice, so that kills fall on both sides of a switch."""
     often = ["measure.train_records=37", "measure.noise_records=5", "measure.evaluations=4"]
-    (spec,) = specs(*BN, *BOTH, "recipe.samples=9600", "checkpoint.minutes=0.0005", *often)
+    words = ["recipe.samples=19200", "ramp=[[0,64],[0.3,128],[0.5,256]]", "checkpoint.minutes=0.0005", *often]
+    spec = specs(*BN, *BOTH, *words)[-1]
     spec = placed(spec, processes)
     whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path / "broken", spec)
     work(whole, processes)

@@ -39,8 +39,9 @@ def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
     faults = [fault for word in argv if (fault := _illegal(word))]
     if not faults and (unknown := _unknown_flag(argv, flags)):
         raise ConfigError(unknown)
-    theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]")  # timm, a factory, sbatch: these keys alone may be new
-    argv = ["margin.auto=true" if word == "margin=auto" else word for word in argv]
+    theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]|ramp\.at=\{")  # these keys alone may hold new ones
+    short = {"margin=auto": "margin.auto=true"}
+    argv = [short.get(word, re.sub(r"^ramp=", "ramp.at=", word)) for word in argv]
     words = [f"++{word}" if theirs.match(word) else word for word in argv if not _illegal(word)]
     configs = []
     for raw in _hydra(words, faults):

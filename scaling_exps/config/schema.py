@@ -383,6 +383,26 @@ class Margin(Group, frozen=True, kw_only=True):
         return []
 
 
+class Ramp(Group, frozen=True, kw_only=True):
+    """A batch that changes within the run; `ramp=X` is `ramp.at=X`. See docs/ramps.md."""
+
+    at: Annotated[
+        list[list[float] | float | str]
+        | dict[Literal["samples", "tokens"], list[list[float]]]
+        | Literal["auto", "seesaw"]
+        | None,
+        _is(
+            "stages [[start, batch], ...] with starts as shares of the schedule, or {samples: stages}, "
+            "{tokens: stages}; a third number is the B_noise there, which moves v; [1/4, 1/2, 1]: shares of the "
+            "largest batch, equally long; auto: from the base run's noise; seesaw: twice the batch where the schedule "
+            "has halved the rate"
+        ),
+    ]
+    tolerance: Annotated[float, _is("of auto: largest predicted change of the displacement", gt=0, lt=1)]
+    stages: Annotated[int, _is("of auto and seesaw: the most stages", ge=1, le=100)]
+    largest: Annotated[Batch | None, _is("of auto and seesaw: no larger batch; null: the rule's limit", "examples")]
+
+
 class Checkpoint(Group, frozen=True, kw_only=True):
     """What a kill can cost, and what stays for `fork` and later measurements."""
 
@@ -427,6 +447,7 @@ class Config(Group, frozen=True, kw_only=True):
         Batch | list[Batch] | None,
         _is("examples of a step, on all devices and accumulation; null: the recipe's; a list is a sweep", "examples"),
     ]
+    ramp: Ramp
     base: Annotated[
         Literal["auto", "none"], _is("auto: a sweep gets the base runs of its recipe, which its report compares with")
     ]

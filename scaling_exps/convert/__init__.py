@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +25,7 @@ from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
-from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip, Move, Rule, RuleError, find, spelled
+from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip, Hyper, Move, Rule, RuleError, find, spelled
 from scaling_exps.words import Parser, UsageError
 
 
@@ -179,6 +180,8 @@ def _parser() -> argparse.ArgumentParser:
     add("--beta-map", choices=["linear", "power"], help=f"{linear}; power: β -> β^κ, for every κ (beta_map=power)")
     share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
     add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
+    stages = 'its numbers too, for later stages of a run that begins at --batch, as "0:256 1B:1024" (tokens:batch)'
+    add("--ramp", metavar="STAGES", help=f"{stages}: Megatron's --step-batch-size-schedule")
     add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--out", "--output", dest="output", help="file to write (default: standard output)")
     pair = "file to write for each --with, in their order; both files are written, or none"
@@ -205,17 +208,55 @@ def main(argv: Sequence[str]) -> int:
 
         options["noise_scale"] = validity.noise_scale(File(told))
     try:
+        stages = _stages(options.pop("ramp", None), options["batch"])
         partners = options["partners"] = [(read_file(name), name) for name in options.get("partners", ())]
         if len({name for _, name in partners} | {where}) <= len(partners):
             raise RuleError("one file is given twice: the recipe and each --with are files of their own")
         with spelled("--beta-map power"):
             done = convert(read_file(where), **options)
+            moves = [Move(done.base.batch, b, beta_map=options.get("beta_map", "linear")) for _, b in stages]
+            hypers = [done.rule.scale(done.base.hyper, move) for move in moves]
         _write(done, where, partners, output, beside)
     except (RuleError, OSError) as e:
         print(f"scalerun convert: {e}", file=sys.stderr)
         return 2
-    print(*report(done, where), sep="\n", file=sys.stderr)
+    print(*report(done, where), *ramp_report(stages, hypers), sep="\n", file=sys.stderr)
     return 0
+
+
+def _stages(text: str | None, batch: int) -> list[tuple[str, int]]:
+    """(start as it is written, batch) of each stage of "0:256 1B:1024"; none for None."""
+    found = [re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?):([1-9]\d*)", word) for word in (text or "").split()]
+    stages = [(m[1] + m[2], int(m[3])) for m in found if m]
+    starts = [float(m[1]) * 1000.0 ** " KMBT".index(m[2] or " ") for m in found if m]
+    if text is None:
+        return []
+    if None in found or not stages or starts[0] != 0 or starts != sorted(set(starts)):
+        raise RuleError(
+            f"--ramp {text!r}: stages are START:BATCH, starts in tokens that rise from 0, with K, M, B or T for "
+            '10^3 to 10^12: --ramp "0:256 250M:1024"'
+        )
+    if stages[0][1] != batch:
+        raise RuleError(f"--ramp begins at batch {stages[0][1]}, and --batch is {batch}: the file is that of its start")
+    return stages
+
+
+def ramp_report(stages: Sequence[tuple[str, int]], hypers: Sequence[Hyper]) -> list[str]:
+    """The words for Megatron, and what its stages need and it does not do itself."""
+    if not stages:
+        return []
+    words = " ".join(f"{start}:{batch}" for start, batch in stages)
+    rows = [
+        f"  from {start} tokens: batch {batch}, lr {h.lr:.6g}, betas {', '.join(f'{b:.6g}' for b in h.betas)}, "
+        f"eps {h.eps:.3g}, weight decay {h.weight_decay:.6g}"
+        for (start, batch), h in zip(stages, hypers, strict=True)
+    ]
+    return [
+        f'--step-batch-size-schedule "{words}"',
+        *rows,
+        "Megatron keeps rate, betas, eps and the second moment at a switch: set them at a restart there, and divide "
+        "the second moment by the ratio of the batches (scaling_exps.scale does it to a live optimizer)",
+    ]
 
 
 def _write(

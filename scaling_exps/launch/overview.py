@@ -143,7 +143,7 @@ def title(spec: RunSpec) -> str:
     """A run in a line."""
     s, arm = spec.science, spec.arms[0]
     led = "base" if arm.role == "base" else f"rule {arm.rule}, κ = {arm.kappa:g}"
-    return f"{s.model.name} on {s.dataset.name}, {s.optimizer}, batch {s.batch:,}, {led}, seed {s.seed}"
+    return f"{s.model.name} on {s.dataset.name}, {s.optimizer}, batch {s.batches}, {led}, seed {s.seed}"
 
 
 def count(rows: list[dict[str, Any]]) -> str:

@@ -8,6 +8,7 @@ B = B_noise/2 on, where both are a third, it adds the larger share.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,11 +53,19 @@ def of(specs: list[RunSpec], runs_dir: Path, given: str | None) -> list[Tradeoff
     """One for each recipe whose base run has noise records that say something."""
     out: dict[str, Tradeoff | None] = {}
     for spec in specs:
-        recipe = repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
+        recipe = _recipe(spec)
         if recipe in out:
             continue
         out[recipe] = told(spec, *validity.of_base(spec, specs, runs_dir, given))
     return [t for t in out.values() if t is not None]
+
+
+def _recipe(spec: RunSpec) -> str:
+    return repr((spec.science.model, spec.science.dataset, spec.science.optimizer, spec.arms[0].base))
+
+
+def _same(t: Tradeoff, spec: RunSpec) -> bool:
+    return _recipe(t.spec) == _recipe(spec)
 
 
 def told(spec: RunSpec, rows: list[dict[str, Any]], source: str) -> Tradeoff | None:
@@ -109,15 +118,16 @@ def paragraph(t: Tradeoff, batches: list[int]) -> str:
     return " ".join(said)
 
 
-def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path) -> None:
-    """Steps and samples to the same loss, and the predicted deviation, against batch: a row a recipe.
+def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path, specs: Sequence[RunSpec] = ()) -> None:
+    """Steps and samples to the same loss, and the predicted deviation, against batch: a row a recipe, then one a ramp.
 
     Raises:
         NothingToDrawError: no recipe has noise records.
         TradeoffError: matplotlib is missing, or the file cannot be written.
     """
     told = [(t, t.b_noise) for t in tradeoffs if t.b_noise is not None]
-    if not told:
+    ramps = {(t.source, s.science.batches): (t, s) for t in tradeoffs for s in specs if s.science.ramp and _same(t, s)}
+    if not told and not ramps:
         raise NothingToDrawError(
             "no figure: no base run of this plan has noise records that tell its critical batch; train it first, or "
             "give noise_from=DIR"
@@ -126,9 +136,12 @@ def draw(tradeoffs: list[Tradeoff], batches: list[int], file: Path) -> None:
         from matplotlib.figure import Figure
     except ModuleNotFoundError as e:
         raise TradeoffError("--figure needs matplotlib: pip install 'scalerun[figures]'") from e
-    figure = Figure(figsize=(9.0, 3.8 * len(told)), layout="constrained")
-    for axes, (t, b_noise) in zip(figure.subplots(len(told), 2, squeeze=False), told, strict=True):
+    figure = Figure(figsize=(9.0, 3.8 * (len(told) + len(ramps))), layout="constrained")
+    rows = list(figure.subplots(len(told) + len(ramps), 2, squeeze=False))
+    for axes, (t, b_noise) in zip(rows, told, strict=False):
         _row(axes[0], axes[1], t, b_noise, batches)
+    for axes, (t, spec) in zip(rows[len(told) :], ramps.values(), strict=True):
+        _ramp(axes[0], axes[1], t, spec)
     try:
         figure.savefig(file, dpi=110)
     except (OSError, ValueError) as e:  # ValueError: a format that matplotlib does not write
@@ -170,3 +183,24 @@ def _row(left: Any, right: Any, t: Tradeoff, b_noise: float, batches: list[int])
     left.set_title(
         f"{s.model.name} on {s.dataset.name}, {s.optimizer}; ticks: the plan's batches", fontsize=9, loc="left"
     )
+
+
+def _ramp(left: Any, right: Any, t: Tradeoff, spec: RunSpec) -> None:
+    """B_noise and the stages against samples; what each stage is predicted to change."""
+    known, s = validity.signal(t.rows), spec.science
+    assert known is not None
+    for i, x in enumerate(known[1]):
+        low, high = (1 / end if end > 0 else math.nan for end in (x.ratio[2], x.ratio[1]))
+        middle, label = [1 / x.ratio[0] if x.ratio[0] > 0 else math.nan] * 2, "B_noise of the base, 95%"
+        left.plot([x.begin, x.end], middle, color="black", label="" if i else label)
+        left.fill_between([x.begin, x.end], [low] * 2, [high] * 2, color="black", alpha=0.15, linewidth=0)
+    starts = [s.clock(stage.step) for stage in s.stages]
+    ends = [*starts[1:], s.clock(s.steps)]
+    for start, end, stage, change in zip(starts, ends, s.stages, validity.each_stage(spec, t.rows), strict=True):
+        left.plot([start, end], [stage.batch] * 2, color="tab:blue", lw=2, label="" if start else "batch")
+        right.plot([start, end], [math.nan if change is None else 100 * (change - 1)] * 2, color="tab:red", lw=2)
+    left.set(yscale="log", ylabel="examples", xlabel="samples")
+    left.legend(fontsize=8, frameon=False)
+    right.axhline(0, color="grey", lw=0.8, ls=":")
+    right.set(xlabel="samples", ylabel="predicted change of the displacement, %")
+    left.set_title(f"ramp {s.batches}: {s.steps:,} steps", fontsize=9, loc="left")

@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -93,36 +94,38 @@ def steps_and_samples(batch: float, b_noise: float) -> tuple[float, float]:
     return 1 + b_noise / batch, 1 + batch / b_noise
 
 
-def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity | None:
+def assess(
+    rows: list[dict[str, Any]], batch: int, base_batch: int, ramp: Sequence[tuple[float, int]] = ()
+) -> Validity | None:
     """Validity of the rule from `base_batch` to `batch`, from noise records; None: they say nothing.
 
     Args:
         rows: records of one base run, or of several seeds of it together; those of the best method count.
+        ramp: (samples, batch) of its stages, where the batch changes within the run.
     """
-    noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
-    best = min((METHODS.index(r["method"]) for r in noise), default=0)
-    noise = [r for r in noise if r["method"] == METHODS[best]]
-    whole = _ratio(noise, skewed=True)
-    if whole is None or not math.isfinite(whole[2]):
+    known = signal(rows)
+    if known is None:
         return None
-    kappa = batch / base_batch
-    before, shares, spans = 0.0, [], []
-    for members in _stretches(noise):
-        end = members[-1]["samples"]
-        shares.append((end - before) / _end(noise))
-        spans.append(_ratio(members) or whole)
-        before = end
-    at = [[_extended(x * base_batch, kappa) for x in span] for span in spans]  # of each stretch: middle and two ends
-    least, most = sorted((1.0, kappa**-0.5))  # that any r >= 0 gives
+    whole, stretches = known
+    total = stretches[-1].end
+    # of each stretch the batches in it, and their shares of it
+    inside = [_batches(x, ramp or [(0.0, batch)]) for x in stretches]
+    shares, spans = [(x.end - x.begin) / total for x in stretches], [x.ratio for x in stretches]
+    at = [  # of each stretch: middle and two ends
+        [math.fsum(w * _extended(x * base_batch, b / base_batch) for w, b in pieces) for x in span]
+        for span, pieces in zip(spans, inside, strict=True)
+    ]
+    kappas = [b / base_batch for pieces in inside for _, b in pieces]
+    least, *_, most = sorted((1.0, *(kappa**-0.5 for kappa in kappas), 1.0))  # that any r >= 0 gives
     middle = math.fsum(w * d[0] for w, d in zip(shares, at, strict=True))
     reach = [
         math.sqrt(math.fsum((w * (end(d) - d[0])) ** 2 for w, d in zip(shares, at, strict=True))) for end in (min, max)
     ]
-    limit = DOMINATED / batch
     inverse, low, high = whole
+    each = [(w * v, DOMINATED / b, x) for w, x, p in zip(shares, spans, inside, strict=True) for v, b in p]
     return Validity(
-        dominated=math.fsum(w for w, (x, _, _) in zip(shares, spans, strict=True) if x < limit),
-        measured=math.fsum(w for w, (_, a, b) in zip(shares, spans, strict=True) if b < limit or a > limit),
+        dominated=math.fsum(w for w, limit, (x, _, _) in each if x < limit),
+        measured=math.fsum(w for w, limit, (_, a, b) in each if b < limit or a > limit),
         deviation=min(max(middle, least), most),
         low=min(max(middle - reach[0], least), most),
         high=min(max(middle + reach[1], least), most),
@@ -132,14 +135,63 @@ def assess(rows: list[dict[str, Any]], batch: int, base_batch: int) -> Validity 
     )
 
 
+def along(spec: RunSpec, rows: list[dict[str, Any]]) -> Validity | None:
+    """`assess` at the batch of a run, or at each of its stages, from the records of its base runs."""
+    return assess(rows, spec.arms[0].batch, spec.arms[0].base.batch, _stages(spec))
+
+
+def each_stage(spec: RunSpec, rows: list[dict[str, Any]]) -> list[float | None]:
+    """The predicted change of the displacement within each stage of a run; None where no records lie."""
+    known, stages, base = signal(rows), _stages(spec), spec.arms[0].base.batch
+    assert known is not None
+    out = []
+    for i, (start, batch) in enumerate(stages):
+        end = stages[i + 1][0] if i + 1 < len(stages) else math.inf
+        spans = [(min(end, x.end) - max(start, x.begin), x.ratio[0]) for x in known[1]]
+        total = math.fsum(w for w, _ in spans if w > 0)
+        parts = (w * _extended(x * base, batch / base) for w, x in spans if w > 0)
+        out.append(math.fsum(parts) / total if total else None)
+    return out
+
+
+def _stages(spec: RunSpec) -> list[tuple[float, int]]:
+    return [(spec.science.clock(stage.step), stage.batch) for stage in spec.science.stages]
+
+
+@dataclass(frozen=True)
+class Stretch:
+    """A stretch of training: from and to which sample, and |∇f|²/tr Σ there, 1/examples, with its 95% interval."""
+
+    begin: float
+    end: float
+    ratio: tuple[float, float, float]
+
+
+def signal(rows: list[dict[str, Any]]) -> tuple[tuple[float, float, float], list[Stretch]] | None:
+    """|∇f|²/tr Σ over all noise records and in each stretch of training; None: they say nothing."""
+    noise = [r for r in rows if r.get("kind") == "noise" and _finite(r, "gradient_sq") and _finite(r, "trace")]
+    best = min((METHODS.index(r["method"]) for r in noise), default=0)
+    noise = [r for r in noise if r["method"] == METHODS[best]]
+    whole = _ratio(noise, skewed=True)
+    if whole is None or not math.isfinite(whole[2]):
+        return None
+    before, out = 0.0, []
+    for members in _stretches(noise):
+        out.append(Stretch(before, float(members[-1]["samples"]), _ratio(members) or whole))
+        before = out[-1].end
+    return whole, out
+
+
+def _batches(x: Stretch, ramp: Sequence[tuple[float, int]]) -> list[tuple[float, int]]:
+    """(share of the stretch, batch) of the stages that lie in it."""
+    ends = [start for start, _ in ramp[1:]] + [math.inf]
+    spans = [(min(end, x.end) - max(start, x.begin), b) for (start, b), end in zip(ramp, ends, strict=True)]
+    return [(span / (x.end - x.begin), b) for span, b in spans if span > 0]
+
+
 def _extended(r: float, kappa: float) -> float:
     """`deviation`, and its tangent at 0 below: an r that came out negative then does not bend the mean of several."""
     return deviation(r, kappa) if r >= 0 else 1 + (1 - kappa) / 2 * r
-
-
-def _end(noise: list[dict[str, Any]]) -> float:
-    """Samples up to which the records go."""
-    return float(max(r["samples"] for r in noise))
 
 
 def _finite(row: dict[str, Any], key: str) -> bool:
@@ -335,14 +387,15 @@ def describe(specs: list[RunSpec], runs_dir: Path, given: str | None) -> dict[st
         if recipe not in of_recipe:
             of_recipe[recipe] = of_base(spec, specs, runs_dir, given)
         rows, source = of_recipe[recipe]
-        batch, base = spec.science.batch, spec.arms[0].base.batch
-        validity = assess(rows, batch, base)
-        label = f"validity, {spec.science.model.name} {spec.science.optimizer} batch {base} -> {batch}"
+        s, base, batch = spec.science, spec.arms[0].base.batch, spec.arms[0].batch
+        validity = along(spec, rows)
+        label = f"validity, {s.model.name} {s.optimizer} batch {base} -> {s.batches}"
         if rows and batch != base and not any(predicts(spec, arm) for arm in spec.arms):
             text = f"{label}: no prediction; the formula is that of the square-root rule for adaptive optimizers"
             row = {"source": source, "applies": False, "text": text}
         elif validity is not None:
             row = {**validity.to_json(), "source": source, "text": f"{label}: {sentence(validity, batch, base)}"}
+            row |= {"stages": each_stage(spec, rows)} if s.ramp else {}
         elif rows:
             row = {
                 "source": source,

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import glob
 import itertools
+import math
 import os
 import platform
 import re
+from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
@@ -16,13 +18,21 @@ import msgspec
 from scaling_exps import config as schema
 from scaling_exps import rules, sources
 from scaling_exps.config import Config, Dataset, FileDataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
-from scaling_exps.plan import checks
-from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, run_id
+from scaling_exps.plan import checks, ramp
+from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, Stage, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
+MOST_BATCH = 2**24  # of the schema
 MOST_STEPS = 10**9  # of a run; more is a slip of the finger
 UNNAMED_GPU = "GPU"  # one whose driver does not say here what it is
 ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
+
+
+@dataclass(frozen=True)
+class Ramped:
+    """In the place of a constant batch: the config's ramp, whose shares of a batch are of this one."""
+
+    largest: int
 
 
 def plan(configs: list[Config]) -> list[RunSpec]:
@@ -52,13 +62,17 @@ def plan(configs: list[Config]) -> list[RunSpec]:
         except (PlanError, sources.DataError) as e:
             faults.append(str(e))
             continue
-        for batch, rule, ell, seed in itertools.product(*lists):
+        batches: list[int | Ramped] = [b or config.recipe.batch for b in lists[0]]
+        if config.ramp.at is not None:  # beside the constant batches that were asked for
+            ramped = Ramped(max(b for b in batches if isinstance(b, int)))
+            batches = [ramped] if config.batch is None else [*batches, ramped]
+        for batch, rule, ell, seed in itertools.product(batches, *lists[1:]):
             try:
-                spec = _one(config, held, batch or config.recipe.batch, rule, ell, seed)
+                spec = _one(config, held, batch, rule, ell, seed)
             except (PlanError, rules.RuleError) as e:
-                where = f"batch={batch or config.recipe.batch}" + (f" rule={rule}" if rule else "")
+                where = ("ramp" if isinstance(batch, Ramped) else f"batch={batch}") + (f" rule={rule}" if rule else "")
                 where += f" svag={ell}: " if ell != 1 else ": "
-                says_where = ("batch=", "svag=")
+                says_where = ("batch=", "svag=", "ramp")
                 faults += [line if line.startswith(says_where) else where + line for line in str(e).splitlines()]
                 continue
             known = runs.setdefault(spec.run_id, spec)
@@ -85,7 +99,10 @@ def base_runs(configs: list[Config]) -> list[RunSpec]:
         if launch.devices != "auto":  # the base batch may have fewer micro-batches than the devices asked for
             fitting = max(d for d in range(1, min(launch.devices, micro_batches) + 1) if micro_batches % d == 0)
             launch = msgspec.structs.replace(launch, devices=fitting)
-        base = msgspec.structs.replace(config, batch=config.recipe.batch, svag=1, duration=1.0, launch=launch)
+        constant = msgspec.structs.replace(config.ramp, at=None)
+        base = msgspec.structs.replace(
+            config, batch=config.recipe.batch, ramp=constant, svag=1, duration=1.0, launch=launch
+        )
         for spec in plan([base]):
             known = runs.setdefault(spec.run_id, spec)
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
@@ -132,36 +149,68 @@ def _differing(asked: list[dict[str, Any]]) -> list[str]:
     return wrong
 
 
-def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int, seed: int) -> RunSpec:
-    """One run at one batch size, rule, ell and seed; `held` is the fingerprint of the data.
+def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, svag: int, seed: int) -> RunSpec:
+    """One run at one batch size (or its ramp), rule, ell and seed; `held` is the fingerprint of the data.
 
     Raises:
         PlanError: it cannot be; with every fault, one a line.
     """
     recipe, optimizer = config.recipe, OPTIMIZERS[config.optimizer]
-    wrong = _placement_faults(config, batch) + checks.svag(config, batch, svag)
-    try:
-        base = base_hyper(config)
-        l2 = not optimizer.decoupled and base.weight_decay > 0
-        rule = rules.find(rule_name or optimizer.default(config.goal), optimizer.family, l2=l2)
-        move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
-        scaled = rule.scale(base, move)
-    except (PlanError, rules.RuleError) as e:
-        wrong.append(str(e))
+    base = base_hyper(config)
+    rule = _rule(config, rule_name)
+    total = checks.samples(config, config.duration)
+    stages: ramp.Stages
+    if isinstance(given, int):
+        stages = [(0, given, None)]
+    else:
+        stages = ramp.stages(config, given.largest, _schedule(config, total), batch_limit(config))
+    wrong = checks.svag(config, stages[0][1], svag)
+    if svag > 1 and len(stages) > 1:
+        wrong.append(f"svag={svag} with ramp={config.ramp.at}: SVAG is defined for one batch; use svag=1, or no ramp")
+    smallest = min(batch for _, batch, _ in stages)
+    built: list[Stage] = []
+    step = seen = 0
+    for i, (start, batch, noise_scale) in enumerate(stages):
+        where = f"ramp, stage {i + 1} (batch {batch:,}): " if len(stages) > 1 else ""
+        micro = _micro_batch(config, smallest if config.model.normalises_over_batch else batch)
+        try:
+            if faults := _placement_faults(config, batch, micro):
+                raise PlanError("\n".join(faults))
+            move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
+            hyper = rule.scale(base, move)
+        except (PlanError, rules.RuleError) as e:
+            wrong += [where + line for line in str(e).splitlines()]
+            continue
+        if built:
+            taken = round((start - seen) / built[-1].batch)
+            if taken < 1:
+                wrong.append(f"{where}the stage before it has no whole step of {built[-1].batch}: let it start later")
+            step, seen = step + taken, seen + taken * built[-1].batch
+        clip = recipe.clip if recipe.clip is None or config.clip == "keep" else rule.clip(recipe.clip, move.kappa)
+        ema = None if recipe.ema is None else rule.ema(recipe.ema, move.kappa)
+        scale = (noise_scale or config.noise_scale) if i and rule.carries else None
+        carries = not i or rule.carries
+        built.append(Stage(step, batch, micro, hyper, clip, ema, scale, carries))
+    end = recipe.stop_after or total
+    if stages[-1][0] >= end:
+        wrong.append(f"ramp: its last stage starts at {stages[-1][0]:,} samples, and the run ends at {end:,}")
     if wrong:
         raise PlanError("\n".join(wrong))
-    science = _science(config, held, rule, scaled, batch, svag, config.duration, seed)
-    base_science = _science(config, held, rule, base, recipe.batch, 1, 1.0, seed)
+    science = _science(config, held, built, step + max(1, round((end - seen) / batch)), svag, config.duration, seed)
+    own = Stage(0, recipe.batch, _micro_batch(config, recipe.batch), base, recipe.clip, recipe.ema)
+    base_steps = max(1, round((recipe.stop_after or checks.samples(config, 1.0)) / recipe.batch))
+    base_science = _science(config, held, [own], base_steps, 1, 1.0, seed)
     if science.steps > MOST_STEPS:
         raise PlanError(
             f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
             "duration (recipe.epochs, recipe.samples, duration), a larger batch, or a smaller svag"
         )
-    micro_batches = batch // science.micro_batch
-    world = _world_size(config.launch, micro_batches)
-    accumulation = micro_batches // world * science.draws
+    world = _world_size(config.launch, math.gcd(*(x.batch // x.micro_batch for x in built)))
+    accumulation = built[0].batch // built[0].micro_batch // world * science.draws
     base_id, goal = run_id(base_science), rule.goals[optimizer.family]
     tested = rule.name in config.tested if config.tested is not None else goal != "control"
+    far = max(built, key=lambda x: abs(math.log(x.batch / recipe.batch)))
+    move = Move(recipe.batch, far.batch)
     tested |= svag > 1 and move.kappa == 1  # SVAG at the base batch tests the SDE, whatever the rule
     role: Role = "base" if run_id(science) == base_id else "rule" if tested else "control"
     arm = Arm(
@@ -179,13 +228,38 @@ def _one(config: Config, held: str, batch: int, rule_name: str | None, svag: int
         logger=config.logger if isinstance(config.logger, str) else tuple(config.logger),
         wandb=config.wandb,
         checkpoint=config.checkpoint,
-        notes=tuple(_notes(config, rule, move, base, science)),
+        notes=tuple(_notes(config, rule, move, base, science, far.hyper)),
         margin=config.margin.numbers(),
         looks=tuple(config.looks or ()),
     )
     if spec.noise == "full":
         checks.check_noise(spec)
     return spec
+
+
+def batch_limit(config: Config) -> float:
+    """The largest batch, in doublings of the recipe's, that each of the command's rules and `ramp.largest` allow.
+
+    Raises:
+        PlanError, rules.RuleError: no numbers for the optimizer, an unknown rule.
+    """
+    base, limit = base_hyper(config), config.ramp.largest or MOST_BATCH
+    for rule in (_rule(config, name) for name in (config.rule if isinstance(config.rule, list) else [config.rule])):
+        batch = config.recipe.batch
+        while 2 * batch <= limit:
+            move = Move(config.recipe.batch, 2 * batch, config.duration, config.noise_scale, config.beta_map)
+            try:
+                rule.scale(base, move)
+            except rules.RuleError:
+                limit = batch
+            batch *= 2
+    return limit
+
+
+def _rule(config: Config, name: str | None) -> Rule:
+    optimizer = OPTIMIZERS[config.optimizer]
+    l2 = not optimizer.decoupled and base_hyper(config).weight_decay > 0
+    return rules.find(name or optimizer.default(config.goal), optimizer.family, l2=l2)
 
 
 def base_hyper(config: Config) -> Hyper:
@@ -205,34 +279,40 @@ def base_hyper(config: Config) -> Hyper:
     return Hyper(recipe.lr, tuple(values), recipe.eps, decay)
 
 
+def _schedule(config: Config, total: int) -> Schedule:
+    recipe = config.recipe
+    return Schedule(
+        total_samples=total, warmup_samples=recipe.warmup_fraction * total, warmup=recipe.warmup,
+        warmup_from=recipe.warmup_from, decay=recipe.decay,
+        milestones=tuple(m * total for m in recipe.milestones_fraction), gamma=recipe.gamma,
+    )  # fmt: skip
+
+
 def _science(
-    config: Config, held: str, rule: Rule, hyper: Hyper, batch: int, svag: int, duration: float, seed: int
+    config: Config, held: str, stages: list[Stage], steps: int, svag: int, duration: float, seed: int
 ) -> Science:
-    recipe, total, kappa = config.recipe, checks.samples(config, duration), batch / config.recipe.batch
-    hyper, stretch = rules.svag(hyper, svag, OPTIMIZERS[config.optimizer].family)
+    recipe, (first, *later) = config.recipe, stages
+    hyper, stretch = rules.svag(first.hyper, svag, OPTIMIZERS[config.optimizer].family)
     return Science(
         model=config.model,
         dataset=msgspec.structs.replace(config.dataset, path=None),
         content=held,
         optimizer=config.optimizer,
         hyper=hyper,
-        schedule=Schedule(
-            total_samples=total, warmup_samples=recipe.warmup_fraction * total, warmup=recipe.warmup,
-            warmup_from=recipe.warmup_from, decay=recipe.decay,
-            milestones=tuple(m * total for m in recipe.milestones_fraction), gamma=recipe.gamma,
-        ),
+        schedule=_schedule(config, checks.samples(config, duration)),
         svag=svag,
-        batch=batch,
-        micro_batch=_micro_batch(config, batch),
-        steps=max(1, round((recipe.stop_after or total) / batch)) * stretch,
+        batch=first.batch,
+        micro_batch=first.micro_batch,
+        steps=steps * stretch,
         precision=config.precision,
         freeze_last=recipe.freeze_last,
         statistics_samples=recipe.statistics_samples,
         seed=seed,
-        clip=recipe.clip if recipe.clip is None or config.clip == "keep" else rule.clip(recipe.clip, kappa),
-        ema=None if recipe.ema is None else rule.ema(recipe.ema, kappa) ** (1 / stretch),
+        clip=first.clip,
+        ema=None if first.ema is None else first.ema ** (1 / stretch),
         start=sources.weights(recipe.start_from),
-    )  # fmt: skip
+        ramp=tuple(later),
+    )
 
 
 def _counted(config: Config) -> tuple[Config, str]:
@@ -269,9 +349,9 @@ def _micro_batch(config: Config, batch: int) -> int:
     return min(config.recipe.micro_batch, config.recipe.batch if invariant else batch)
 
 
-def _placement_faults(config: Config, batch: int) -> list[str]:
+def _placement_faults(config: Config, batch: int, micro: int) -> list[str]:
     """Why the batch cannot be cut into micro-batches, or these be shared out."""
-    devices, micro = config.launch.devices, _micro_batch(config, batch)
+    devices = config.launch.devices
     if isinstance(config.launch, LocalLaunch) and devices != "auto" and 0 < (gpus := _gpus()) < devices:
         return [f"launch.devices={devices}, and this machine shows {gpus} GPU(s); allowed: 1 to {gpus}, auto"]
     if batch % micro:
@@ -322,10 +402,9 @@ def device() -> str:
     return models[0] if models else UNNAMED_GPU
 
 
-def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science) -> list[str]:
+def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science, scaled: Hyper) -> list[str]:
     recipe, optimizer, kappa = config.recipe, OPTIMIZERS[config.optimizer], move.kappa
-    scaled, batch_norm = science.hyper, config.model.normalises_over_batch
-    notes = []
+    batch_norm, notes = config.model.normalises_over_batch, []
     if kappa != 1:
         notes.append(rule.answers(optimizer.family))
         notes.append(f"rule {rule.name} leaves alone: {rule.leaves_alone}")
@@ -343,7 +422,7 @@ def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science
     total, trained = recipe.stop_after or science.schedule.total_samples, science.clock(science.steps)
     if abs(trained / total - 1) > ROUNDING:
         notes.append(
-            f"whole steps of {science.batch} make {trained:,.0f} samples of the {total:,} asked for "
+            f"whole steps of {science.batches} make {trained:,.0f} samples of the {total:,} asked for "
             f"({trained / total - 1:+.0%}): give a duration that is a multiple of the batch"
         )
     if science.batch < recipe.micro_batch:

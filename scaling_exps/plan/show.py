@@ -17,9 +17,9 @@ from scaling_exps.plan.spec import Arm, RunSpec
 NONE = "–"
 # The columns, as they stand; the number is the order in which a narrow window gives them up, the highest first.
 _COLUMNS = {
-    "batch": 0, "rule": 1, "svag": 2, "κ": 3, "lr": 4, "betas": 5, "eps": 12, "decay": 15, "warm-up\nsteps": 16,
-    "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "predicted\ndeviation": 9, "FLOPs": 14, "memory": 10,
-    "time": 7, "device-\nhours": 13, "price": 9.5, "gain": 8,
+    "from\nsample": 3.5, "batch": 0, "rule": 1, "svag": 2, "κ": 3, "lr": 4, "betas": 5, "eps": 12, "decay": 15,
+    "warm-up\nsteps": 16, "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "predicted\ndeviation": 9,
+    "FLOPs": 14, "memory": 10, "time": 7, "device-\nhours": 13, "price": 9.5, "gain": 8,
 }  # fmt: skip
 _UNITS = {
     "seconds": (("d", 86400), ("h", 3600), ("min", 60), ("s", 1)),
@@ -49,6 +49,7 @@ def describe(spec: RunSpec) -> list[dict[str, Any]]:
             "seed": science.seed,
             "base": msgspec.to_builtins(arm.base),
             "scaled": msgspec.to_builtins(science.numbers()),
+            **({"ramp": msgspec.to_builtins(science.stages)} if science.ramp else {}),
             "placement": {
                 "world_size": spec.placement.world_size,
                 "micro_batch": science.micro_batch,
@@ -77,7 +78,7 @@ def print_plan(
     width = shutil.get_terminal_size((80, 24)).columns
     recipes: dict[str, dict[str, list[tuple[RunSpec, Arm]]]] = {}
     for spec in specs:
-        for arm in spec.arms if spec.science.batch != spec.arms[0].base.batch else spec.arms[:1]:
+        for arm in spec.arms if spec.arms[0].kappa != 1 else spec.arms[:1]:
             s = spec.science
             recipe = repr((s.model, s.dataset, s.optimizer, arm.base))
             row = repr(msgspec.structs.replace(s, seed=0)) + (arm.rule if arm.kappa != 1 else "")
@@ -87,7 +88,8 @@ def print_plan(
         for line in _head(list(rows.values())):
             _wrap(line, width)
         _table([members[0] for members in rows.values()], costs or {}, validity or {}, width)
-        for line in [*_sources(rows.values(), costs or {}), *_notes([members[0] for members in rows.values()])]:
+        said = dict.fromkeys(ramp_text(*members[0]) for members in rows.values() if members[0][0].science.ramp)
+        for line in [*said, *_sources(rows.values(), costs or {}), *_notes([members[0] for members in rows.values()])]:
             _wrap(line, width, "  ")
         if full:
             for members in rows.values():
@@ -141,9 +143,13 @@ def _table(
     width: int,
 ) -> None:
     """One line a row, as many columns as fit, no word cut; what is left out is said."""
-    cells = [_cells(spec, arm, costs.get(spec.run_id), validity.get(spec.run_id)) for spec, arm in rows]
+    cells = [c for s, arm in rows for c in _cells(s, arm, costs.get(s.run_id), validity.get(s.run_id))]
     many = len({arm.rule for _, arm in rows if arm.kappa != 1}) > 1
-    idle = {"rule": not many, "svag": all(s.science.svag == 1 for s, _ in rows)}
+    idle = {
+        "from\nsample": not any(s.science.ramp for s, _ in rows),
+        "rule": not many,
+        "svag": all(s.science.svag == 1 for s, _ in rows),
+    }
     idle |= {"decay": all(a.base.weight_decay == 0 for _, a in rows)}
     idle |= {"price": not any((costs.get(s.run_id) or {}).get("price") for s, _ in rows)}
     for name in ("FLOPs", "memory", "device-\nhours", "gain"):  # the time alone says that nothing is known
@@ -183,7 +189,8 @@ def print_table(cells: list[dict[str, str]], columns: Mapping[str, float], width
 
 def _cells(
     spec: RunSpec, arm: Arm, cost: Mapping[str, Any] | None, validity: Mapping[str, Any] | None
-) -> dict[str, str]:
+) -> list[dict[str, str]]:
+    """A row; of a ramp one a stage."""
     science = spec.science
     n = science.numbers()
     row = {
@@ -218,7 +225,34 @@ def _cells(
             "price": NONE if cost["price"] is None else f"{cost['price']:,.4g}",
             "gain": NONE if cost["gain"] is None else f"× {cost['gain']:.2g}",
         }
-    return row
+    if not science.ramp:
+        return [row]
+    blank = dict.fromkeys([k for k in row if k not in ("svag", "rule")], "")
+    of_stages = [
+        {
+            "from\nsample": f"{science.samples(stage.step):,}",
+            "batch": f"{stage.batch:,}",
+            "κ": f"{stage.batch / arm.base.batch:g}",
+            "lr": f"{stage.hyper.lr:.4g}",
+            "betas": ", ".join(f"{b:.5g}" for b in stage.hyper.betas),
+            "eps": f"{stage.hyper.eps:.3g}",
+            "decay": f"{stage.hyper.weight_decay:.3g}",
+            "steps": f"{taken:,}",
+            "devices ×\nmicro-batch ×\naccumulation": f"{spec.placement.world_size} × {stage.micro_batch} × "
+            f"{stage.batch // stage.micro_batch // spec.placement.world_size}",
+        }
+        for stage, taken in science.spent(science.steps)
+    ]
+    for cells, change in zip(of_stages, (validity or {}).get("stages") or (), strict=False):
+        cells["predicted\ndeviation"] = NONE if change is None else _deviation(change, None, None)
+    return [{**(blank if i else row), **stage, "rule": row["rule"]} for i, stage in enumerate(of_stages)]
+
+
+def ramp_text(spec: RunSpec, arm: Arm) -> str:
+    """How many steps a ramp takes, beside the base at the same samples."""
+    steps, base = spec.science.steps, arm.base.steps * arm.duration
+    change = f"{abs(1 - steps / base):.0%} {'fewer' if steps < base else 'more'} than"
+    return f"ramp {spec.science.batches}: {steps:,} steps, {change} the base's {base:,.0f}"
 
 
 def _deviation(value: float, low: float | None, high: float | None) -> str:
@@ -271,7 +305,7 @@ def _notes(rows: list[tuple[RunSpec, Arm]]) -> list[str]:
     moved = {spec.run_id for spec, arm in rows if arm.kappa != 1} or {spec.run_id for spec, _ in rows}
     out = []
     for note, specs in by.items():
-        batches = dict.fromkeys(f"{spec.science.batch:,}" for spec in specs)
+        batches = dict.fromkeys(spec.science.batches for spec in specs)
         everywhere = moved <= {spec.run_id for spec in specs} or note.startswith("rule ")
         everywhere |= note.startswith("batch ")  # which names its own
         out.append("note: " + note if everywhere else f"note, batch {', '.join(batches)}: {note}")
@@ -284,7 +318,7 @@ def _block(members: list[tuple[RunSpec, Arm]], validity: str | None) -> None:
     science, placement = spec.science, spec.placement
     scaled, formulas = science.numbers(), _formulas(spec, arm)
     print(
-        f"\n  batch {arm.base.batch} -> {science.batch}, κ = {arm.kappa:g}, "
+        f"\n  batch {arm.base.batch} -> {science.batches}, κ = {arm.kappa:g}, "
         f"rule {'(any)' if arm.kappa == 1 else arm.rule}" + (f", SVAG ℓ = {science.svag}" if science.svag > 1 else "")
     )
     if scaled.samples != round(arm.duration * arm.base.samples) and science.svag == 1:

@@ -6,6 +6,7 @@ where it runs, what is measured, and which recipe led to it.
 
 import hashlib
 import json
+import math
 from functools import cached_property
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
@@ -50,7 +51,7 @@ else:
 
 
 class Schedule(_Value, frozen=True):
-    """Multiplier of the learning rate, in samples of plain training (see `optim.multiplier`)."""
+    """Multiplier of the learning rate, in samples of plain training."""
 
     total_samples: int
     warmup_samples: float
@@ -59,6 +60,42 @@ class Schedule(_Value, frozen=True):
     decay: str
     milestones: tuple[float, ...]  # samples
     gamma: float
+
+    def multiplier(self, samples: float) -> float:
+        """The learning rate at `samples` >= 0 seen, as a share of its peak; a function of nothing else.
+
+        A step asks at the middle of the samples it covers, so that the integral of the rate over the same samples
+        agrees between batch sizes to second order.
+        """
+        if samples < self.warmup_samples:
+            share = samples / self.warmup_samples
+            if self.warmup == "geometric":
+                return float(self.warmup_from ** (1 - share))
+            return self.warmup_from + (1 - self.warmup_from) * share
+        share = (samples - self.warmup_samples) / max(1.0, self.total_samples - self.warmup_samples)
+        match self.decay:
+            case "milestones":
+                return float(self.gamma ** sum(samples >= m for m in self.milestones))
+            case "cosine":
+                return 0.5 * (1 + math.cos(math.pi * min(1.0, share)))
+            case "linear":
+                return 1 - min(1.0, share)
+            case "inverse_sqrt":
+                return math.sqrt(self.warmup_samples / samples)
+        return 1.0
+
+
+class Stage(_Value, frozen=True, omit_defaults=True, kw_only=False):
+    """What holds from a step of the run on, until the next stage."""
+
+    step: int
+    batch: int
+    micro_batch: int
+    hyper: Hyper
+    clip: float | None = None
+    ema: float | None = None
+    noise_scale: float | None = None  # B_noise by which v is moved at its start; None: as if noise were all of it
+    carries: bool = True  # False: v stays as it is
 
 
 class Science(_Value, frozen=True, omit_defaults=True):
@@ -82,6 +119,26 @@ class Science(_Value, frozen=True, omit_defaults=True):
     clip: float | None = None  # threshold on the norm of a step's gradient
     ema: float | None = None  # decay a step of the average of the weights that is evaluated
     start: str | None = None  # content of the file of weights that it begins with
+    ramp: tuple[Stage, ...] = ()  # the stages after the first, which the fields above describe
+
+    @property
+    def stages(self) -> tuple[Stage, ...]:
+        """All stages; a run without a ramp has one."""
+        return Stage(0, self.batch, self.micro_batch, self.hyper, self.clip, self.ema), *self.ramp
+
+    def at(self, step: int) -> Stage:
+        """The stage that a step belongs to, counted from 0."""
+        return next(stage for stage in reversed(self.stages) if stage.step <= step)
+
+    def spent(self, step: float) -> list[tuple[Stage, float]]:
+        """The stages that the first `step` steps lie in, and how many lie in each."""
+        ends = [*(stage.step for stage in self.ramp), math.inf]
+        return [(x, min(step, end) - x.step) for x, end in zip(self.stages, ends, strict=True) if x.step <= step]
+
+    @property
+    def batches(self) -> str:
+        """The batch as it is printed: 256, or 256 → 1,024."""
+        return " → ".join(f"{stage.batch:,}" for stage in self.stages)
 
     @property
     def family(self) -> Family:
@@ -99,15 +156,20 @@ class Science(_Value, frozen=True, omit_defaults=True):
 
     def samples(self, step: int) -> int:
         """Samples of the stream consumed after `step` steps."""
-        return step * self.batch * self.draws
+        return sum(int(n) * stage.batch for stage, n in self.spent(step)) * self.draws
 
     def clock(self, step: float) -> float:
         """Where the schedule stands after `step` steps: samples of plain training that cover the same time."""
-        return step * self.batch / self.stretch
+        return sum(n * stage.batch for stage, n in self.spent(step)) / self.stretch
+
+    def steps_to(self, clock: float) -> float:
+        """The inverse of `clock`."""
+        stage = next(x for x in reversed(self.stages) if self.clock(x.step) <= clock)
+        return stage.step + (clock - self.clock(stage.step)) * self.stretch / stage.batch
 
     def numbers(self) -> "Numbers":
         """What the plan shows of it."""
-        warmup = self.schedule.warmup_samples * self.stretch / self.batch
+        warmup = self.steps_to(self.schedule.warmup_samples)
         h = self.hyper
         return Numbers(
             batch=self.batch, lr=h.lr, betas=h.betas, eps=h.eps, weight_decay=h.weight_decay,
@@ -138,11 +200,16 @@ class Arm(_Value, frozen=True, omit_defaults=True):
     rule: str
     goal: Goal  # of the rule, for this family of optimizers
     role: Role  # in a comparison: base, rule under test, control
-    kappa: float
+    kappa: float  # of a ramp: of the stage that is furthest from the base
     duration: float  # budget over the base's
     base: Numbers
     base_run_id: str
     beta_map: BetaMap = "linear"
+
+    @property
+    def batch(self) -> int:
+        """The batch of kappa: of a ramp the largest, as a rule."""
+        return round(self.kappa * self.base.batch)
 
 
 Positive = Annotated[int, msgspec.Meta(ge=1)]

@@ -24,8 +24,10 @@ def answer(rows: list[Row], looked: dict[str, set[int]] | None = None) -> list[s
         members = [r for r in rows if r.setting == setting]
         tested = [r for r in members if r.role == "rule" and r.svag == 1]
         said = [
-            _of_rule([r for r in tested if r.rule == rule], members) for rule in dict.fromkeys(r.rule for r in tested)
+            _of_rule([r for r in tested if r.rule == rule], members)
+            for rule in dict.fromkeys(r.rule for r in tested if not r.ramp)
         ]
+        said += [_of_ramp(r) for r in tested if r.ramp]
         if not said and any(r.role != "base" for r in members):
             said = ["No rule was under test here: " + _fates([r for r in members if r.role != "base"]) + "."]
         if not said:
@@ -63,6 +65,17 @@ def _of_rule(arms: list[Row], members: list[Row]) -> str:
         parts.append("nothing larger was run")
     parts += [f"batch {row.batch:,} (κ = {row.kappa:g}) {_fate(row)}" for row in others]
     return "; ".join(parts) + "."
+
+
+def _of_ramp(row: Row) -> str:
+    """The sentence on a ramp under a rule: whether it is the same run, and how many steps it saves."""
+    fate = "Safe" if row.verdict == "equivalent" and not row.powerless else "Not shown safe"
+    parts = [f"{fate}: {row.rule}" + (f", at {m}" if (m := _margins(row)) else "")]
+    if row.runs:
+        steps, base = row.runs[0].spec.science.steps, row.arm.base.steps * row.arm.duration
+        parts[0] += f", {row.gaps[_leading(row)].n} seeds" if row.gaps else ""
+        parts.append(f"{abs(1 - steps / base):.0%} {'fewer' if steps < base else 'more'} than the base's {base:,.0f}")
+    return "; ".join([*parts, *([] if fate == "Safe" else [f"it {_fate(row)}"])]) + "."
 
 
 def largest_safe(arms: list[Row]) -> Row | None:

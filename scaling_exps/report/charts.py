@@ -326,7 +326,7 @@ def _noise(rows: list[Row]) -> list[Chart]:
 
     κ r = B ‖∇f‖² / tr Σ; the rule needs it well below 1.
     """
-    members = sorted((r for r in rows if r.role != "control" and r.svag == 1), key=lambda r: r.batch)
+    members = sorted((r for r in rows if r.role != "control" and r.svag == 1 and not r.ramp), key=lambda r: r.batch)
     several = len(_arms(members)) > 1
     steps, scales, ratios, dominated = [], [], [], list[Value | None]()
     for row in members:

@@ -49,7 +49,7 @@ class Pace:
 def of(rows: list[Row]) -> Pace | str:
     """The rows of one setting; or why there is nothing to tell."""
     base = next((r for r in rows if r.role == "base" and r.runs), None)
-    arms = [r for r in rows if r.role == "rule" and r.svag == 1 and r.runs]
+    arms = [r for r in rows if r.role == "rule" and r.svag == 1 and r.runs and not r.ramp]
     if base is None or not any(r.batch != base.batch for r in arms):
         batches = sorted({r.batch for r in rows if r.runs})
         return f"no rule under test has finished beside its base run (batch {', '.join(f'{b:,}' for b in batches)})"

@@ -37,7 +37,7 @@ def predicted(spec: RunSpec, arm: Arm, bases: Iterable[Run]) -> validity.Validit
     """From the noise records of all base runs together; None: they say nothing, or the arm is not the formula's."""
     if not validity.predicts(spec, arm):
         return None
-    return validity.assess([row for run in bases for row in run.noise], spec.science.batch, arm.base.batch)
+    return validity.along(spec, [row for run in bases for row in run.noise])
 
 
 def measured(pairs: Iterable[tuple[Run, Run]]) -> Change | None:

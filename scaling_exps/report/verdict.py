@@ -47,6 +47,7 @@ class Row:
     looks: tuple[int, ...] = ()  # seeds at which it was declared to be judged; none: once, at the end
     predicted: Validity | None = None  # from the base runs' noise, of a rule under test
     measured: prediction.Change | None = None
+    ramp: str = ""  # its stages; then `batch` and `kappa` are those of the one furthest from the base
 
     @property
     def gaps(self) -> dict[str, Test]:
@@ -78,14 +79,19 @@ def label(spec: RunSpec, arm: Arm) -> str:
         return "base"
     svag = "" if spec.science.svag == 1 else f"SVAG ℓ={spec.science.svag}"
     budget = "" if arm.duration == 1 else f"δ={arm.duration:g}"
-    clip = "" if spec.science.clip == arm.base.clip else "clip=rule"
-    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget, clip)))
+    clip = "" if spec.science.stages[-1].clip == arm.base.clip else "clip=rule"
+    return ", ".join(filter(None, ("" if svag and arm.kappa == 1 else arm.rule, svag, budget, clip, ramp(spec))))
+
+
+def ramp(spec: RunSpec) -> str:
+    """The stages of a run; empty where there is one. Of two ramps with the same batches the steps tell which it is."""
+    return f"ramp {spec.science.batches} in {spec.science.steps:,} steps" if spec.science.ramp else ""
 
 
 def _setting(spec: RunSpec, arm: Arm) -> str:
     """All that an arm shares with its base, as text: runs with the same are compared, others never."""
     science, base = msgspec.to_builtins(spec.science), msgspec.to_builtins(arm.base)
-    for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed", "clip", "ema"):
+    for key in ("hyper", "svag", "batch", "micro_batch", "steps", "seed", "clip", "ema", "ramp"):
         science.pop(key, None)
     schedule, total = science["schedule"], science["schedule"].pop("total_samples")
     schedule["warmup_samples"] = round(schedule["warmup_samples"] / total, 9)
@@ -140,7 +146,7 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
         if (spec := entry.spec) is None:
             continue
         for (setting, rule), arm in {(_setting(spec, arm), label(spec, arm)): arm for arm in spec.arms}.items():
-            cells[setting, rule, spec.science.batch].append((entry, spec, arm))
+            cells[setting, rule, arm.batch].append((entry, spec, arm))
             if isinstance(entry, Run):
                 seeds[setting].add(spec.science.seed)
     names = _names(dict.fromkeys(setting for setting, _, _ in cells))
@@ -228,9 +234,9 @@ def _row(
     if rule != "base" and members:
         expected_change = prediction.predicted(spec, arm, [b for _, b in pairs])
     return Row(
-        setting, rule, spec.science.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)), metrics,
+        setting, rule, arm.batch, arm.kappa, spec.science.svag, arm.role, tuple(sorted(first)), metrics,
         tuple(tests), verdict, needed, tuple(dict.fromkeys(remarks)), runs,
-        key=key, looks=looks, predicted=expected_change, measured=change,
+        key=key, looks=looks, predicted=expected_change, measured=change, ramp=ramp(spec),
     )  # fmt: skip
 
 
@@ -255,7 +261,8 @@ def _margin(runs: tuple[Run, ...], given: dict[str, float] | None) -> tuple[dict
 
 
 def _controls(row: Row, rows: list[Row]) -> list[Row]:
-    return [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
+    beside = [r for r in rows if (r.setting, r.batch, r.role) == (row.setting, row.batch, "control")]
+    return [r for r in beside if r.ramp == row.ramp]
 
 
 def _power(row: Row, rows: list[Row]) -> str:

@@ -38,6 +38,7 @@ class Rule:
         leaves_alone: what it does not touch although a trainer may have it.
         decoupled: it moves a weight decay that lies outside the gradient, so L2 must not be given to it.
         moves_duration: it takes a change of the budget into account.
+        carries: where the batch changes in mid-run, the second moment moves with it; False: as people leave it.
 
     Raises:
         RuleError: no goals, or one that does not exist.
@@ -52,6 +53,7 @@ class Rule:
     leaves_alone: str = field(repr=False)
     decoupled: bool = False
     moves_duration: bool = False
+    carries: bool = True
 
     def __post_init__(self) -> None:
         if not self.goals or not set(self.goals) <= {*get_args(Family)} or not {*self.goals.values()} <= {*QUESTIONS}:

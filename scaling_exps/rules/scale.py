@@ -158,7 +158,7 @@ def _by_fields(given: Mapping[str, Any], what: str, rule: str | Rule | None, mov
 
 def _live(optimizer: Any, rule: str | Rule | None, move: Move, scheduler: Any) -> None:
     schedulers = _schedulers(optimizer, scheduler)
-    plans: list[tuple[Optimizer, dict[str, Any], Hyper, Hyper]] = []
+    plans: list[tuple[Hyper, Hyper]] = []
     for i, group in enumerate(optimizer.param_groups):
         row = of(optimizer, group)
         where = f"parameter group {i} of {type(optimizer).__name__}"
@@ -174,23 +174,43 @@ def _live(optimizer: Any, rule: str | Rule | None, move: Move, scheduler: Any) -
         name = rule or row.match or row.best
         chosen = name if isinstance(name, Rule) else find(str(name), row.family, l2=l2)
         base = _hyper(group, row.field, where, chosen, move)
-        plans.append((row, group, base, chosen.scale(base, move)))
+        plans.append((base, chosen.scale(base, move)))
+    carry(optimizer, plans, move, chosen.carries)
+    for s in schedulers:
+        if hasattr(s, "base_lrs"):
+            s.base_lrs = [lr * new.lr / base.lr for lr, (base, new) in zip(s.base_lrs, plans, strict=True)]
+        s._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
+
+
+def carry(optimizer: Any, plans: Sequence[tuple[Hyper, Hyper]], move: Move, carries: bool = True) -> None:
+    """Give each parameter group its new hyperparameters and move its state, in place; see the head of this module.
+
+    Args:
+        plans: of each group what it has, and what it gets.
+        move: its batches, and the noise scale by which v is moved.
+        carries: as the rule says; else v stays as it is.
+
+    >>> group = {"params": ["p"], "lr": 0.001, "betas": (0.9, 0.99), "eps": 1e-8}
+    >>> adam = type("Adam", (), {"param_groups": [group], "state": {}})()
+    >>> base = Hyper(0.001, (0.9, 0.99), 1e-8, 0.0)
+    >>> carry(adam, [(base, Hyper(0.002, (0.6, 0.96), 5e-9, 0.0))], Move(256, 1024))
+    >>> group["lr"], group["betas"]
+    (0.002, (0.6, 0.96))
+    """
     ratio = 0.0 if move.noise_scale is None else 1 / move.noise_scale
-    v_factor = (1 / move.batch + ratio) / (1 / move.base_batch + ratio)  # (1 + B_n/B) / (1 + B_n/B0)
-    for row, group, base, new in plans:
+    v_factor = (
+        (1 / move.batch + ratio) / (1 / move.base_batch + ratio) if carries else 1.0
+    )  # (1 + B_n/B) / (1 + B_n/B0)
+    for group, (base, new) in zip(optimizer.param_groups, plans, strict=True):
+        row = of(optimizer, group)
         for name, value in _fields(new, group, row.field).items():
             group[name] = _written(group[name], value)
         _carry(optimizer.state, row, group, base, new, v_factor, move.kappa)
-    for s in schedulers:
-        if hasattr(s, "base_lrs"):
-            s.base_lrs = [lr * new.lr / base.lr for lr, (_, _, base, new) in zip(s.base_lrs, plans, strict=True)]
-        s._last_lr = [float(group["lr"]) for group in optimizer.param_groups]
 
 
 def _carry(
     states: Any, row: Optimizer, group: dict[str, Any], base: Hyper, new: Hyper, v_factor: float, kappa: float
 ) -> None:
-    """Move the state of one group, in place; see the head of this module."""
     steps = 1.0
     if row.second_moments:  # as much is forgotten after t times this many steps as after t at the old beta2
         steps = math.log(base.betas[-1]) / math.log(new.betas[-1]) if base.betas[-1] else 1 / kappa

@@ -156,6 +156,7 @@ RULES: dict[str, Rule] = {
             "≪ 1, else `linear_momentum`.",
             leaves_alone="betas, momentum, eps, " + _L2,
             lr=1,
+            carries=False,
         ),
         Powers(
             name="lr_only",
@@ -167,6 +168,7 @@ RULES: dict[str, Rule] = {
             conditions="None under which it is exact.",
             leaves_alone="betas, eps, " + _L2,
             lr=0.5,
+            carries=False,
         ),
         Powers(
             name="none",
@@ -177,6 +179,7 @@ RULES: dict[str, Rule] = {
             conditions="None.",
             leaves_alone="everything",
             alone=True,
+            carries=False,
         ),
         Powers(
             name="sqrt_without_betas",

@@ -109,6 +109,8 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
     if t.average:
         t.average = state["average"]
     t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"]
+    if (stage := t.science.at(max(0, t.step - 1))) != t.stage:  # a switch belongs to the first step after it
+        t.enter(stage)
     if t.rank == 0:  # the sum over ranks is what counts
         t.loss_sum.copy_(state["loss_sum"])
     if t.free is not None and state["noise"] is not None:

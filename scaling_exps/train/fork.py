@@ -33,7 +33,6 @@ from rich.console import Console
 from scipy import stats
 from torch import Tensor
 
-from scaling_exps import optim
 from scaling_exps.noise import estimators, validity
 from scaling_exps.plan import Placement, RunSpec
 from scaling_exps.records import RunDir
@@ -150,6 +149,8 @@ def fork(
     base_batch = spec.science.batch
     if spec.science.svag != 1:
         raise ForkError(f"{run_dir} is a SVAG run (svag={spec.science.svag}); fork a plain one")
+    if spec.science.ramp:
+        raise ForkError(f"{run_dir} has a ramp ({spec.science.batches}); fork a run of one batch")
     if repeats < 2:
         raise ForkError(f"repeats={repeats} must be >= 2: an interval needs a spread")
     if not 0 < tolerance < math.inf:
@@ -278,7 +279,7 @@ class _Branching:
     ) -> None:
         s = spec.science
         self.base_batch, self.state, self.rule, self.beta_map = s.batch, state, rule, beta_map
-        share = optim.multiplier(s.schedule, s.clock(state["step"]))
+        share = s.schedule.multiplier(s.clock(state["step"]))
         if share == 0:
             raise ForkError("the schedule has brought the learning rate to 0 here; fork an earlier checkpoint")
         micro = math.gcd(batch, s.micro_batch) if batch % s.micro_batch else s.micro_batch
@@ -467,7 +468,7 @@ def kept_at(run_dir: RunDir, shares: Sequence[float]) -> list[Path]:
                 f"--at {share:g}: no checkpoint was kept there; kept in {run_dir}: {names} (shares of the run). Choose "
                 "of them, or train with checkpoint.keep"
             )
-        if optim.multiplier(science.schedule, science.clock(round(nearest * science.steps))) == 0:
+        if science.schedule.multiplier(science.clock(round(nearest * science.steps))) == 0:
             raise ForkError(f"--at {share:g}: the schedule has brought the learning rate to 0 there; leave it out")
         chosen.append(there[nearest])
         if abs(nearest - share) * science.steps > 1:

@@ -43,7 +43,8 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
         TrainError: the run cannot go on. Whatever else data, network or disk raise comes through.
     """
     s, measure = spec.science, spec.measure
-    kept = {max(1, round(share * s.steps)) for share in spec.checkpoint.keep}
+    kept = {max(1, round(s.steps_to(share * s.clock(s.steps)))) for share in spec.checkpoint.keep}
+    switches = {stage.step for stage in s.ramp}
     provenance.reset_peak_memory()
     trainer = Trainer(spec)
     size = checkpoint.restore(trainer, run_dir)
@@ -55,7 +56,7 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
         while trainer.step < s.steps:
             trainer.train_step()
             k = trainer.step
-            if crosses(spec, k, measure.train_records):
+            if k in switches or crosses(spec, k, measure.train_records):
                 with trainer.paused():
                     recorder.write(trainer.train_record())
             if spec.noise != "none" and crosses(spec, k, measure.noise_records):
@@ -131,13 +132,15 @@ class _Recorder:
 
     def _announce(self) -> None:
         t, s, placement = self.trainer, self.trainer.science, self.trainer.spec.placement
-        arm = t.spec.arms[0]
+        arm, stage = t.spec.arms[0], s.at(t.step)
         print(
             f"{s.model.name} on {s.dataset.name}, {s.optimizer}, rule {arm.rule} at κ = {arm.kappa:g}, "
             f"seed {s.seed}  [{self.run_dir}]\n"
-            f"batch {s.batch} = micro-batch {s.micro_batch} × accumulation {placement.accumulation // s.draws}"
-            f" × world size {placement.world_size};  lr {s.hyper.lr:.4g}, betas {[round(b, 6) for b in s.hyper.betas]},"
-            f" eps {s.hyper.eps:.3g};  {s.steps} steps" + (f", from step {t.step}" if t.step else "")
+            + (f"ramp {s.batches}: " if s.ramp else "")
+            + f"batch {stage.batch} = micro-batch {stage.micro_batch} × accumulation "
+            f"{stage.batch // stage.micro_batch // placement.world_size} × world size {placement.world_size};  "
+            f"lr {stage.hyper.lr:.4g}, betas {[round(b, 6) for b in stage.hyper.betas]}, eps {stage.hyper.eps:.3g};  "
+            f"{s.steps} steps" + (f", from step {t.step}" if t.step else "")
         )
 
     def summary(self) -> dict[str, Any]:

@@ -24,7 +24,7 @@ def marks(spec: RunSpec, step: int, count: int) -> int:
     They are evenly spaced in samples and lie on steps of plain training: at the same t for every SVAG l.
     """
     s = spec.science
-    return step // s.stretch * count // (s.steps // s.stretch)
+    return s.samples(step // s.stretch * s.stretch) * count // s.samples(s.steps)
 
 
 def crosses(spec: RunSpec, step: int, count: int) -> bool:
@@ -89,10 +89,10 @@ def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:
 
     The latter are a function of the seed and `number`, which of the run's measurements this is.
     """
-    s, spec, rows = t.science, t.spec, []
+    spec, rows = t.spec, []
     if t.free is not None and (t.free.able or spec.noise == "free"):
-        estimate = t.free.estimate(ranks.total).record(s.batch)
-        rows.append(t.record("noise", method="free", batch=s.batch, **estimate))
+        estimate = t.free.estimate(ranks.total).record(t.stage.batch)
+        rows.append(t.record("noise", method="free", batch=t.stage.batch, **estimate))
     if spec.noise == "full":
         rows.append(full_noise(t, number))
     return rows
@@ -140,9 +140,11 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
     for buffer, before in buffers:
         buffer.copy_(before)
     own = torch.stack([v.double() for v in losses]).sum() if losses else torch.zeros_like(template[0]).double()
-    fields = estimates[0].record(s.batch)
+    fields = estimates[0].record(t.stage.batch)
     if scale is not None:
-        preconditioned = estimates[1].record(s.batch)
+        preconditioned = estimates[1].record(t.stage.batch)
         fields |= {f"preconditioned_{k}": v for k, v in preconditioned.items() if k not in ("units", "examples")}
     train_loss, weight_norm = float(ranks.total(own)) * unit / n, float(template.norm())
-    return t.record("noise", method="full", batch=s.batch, **fields, train_loss=train_loss, weight_norm=weight_norm)
+    return t.record(
+        "noise", method="full", batch=t.stage.batch, **fields, train_loss=train_loss, weight_norm=weight_norm
+    )

@@ -20,7 +20,8 @@ from torch.nn import functional as F
 
 from scaling_exps import data, models, optim, rules, sources
 from scaling_exps.noise import estimators
-from scaling_exps.plan import RunSpec
+from scaling_exps.plan import RunSpec, Stage
+from scaling_exps.rules.scale import carry
 from scaling_exps.train import ranks
 
 
@@ -79,19 +80,33 @@ class Trainer:
         named = self.net.named_parameters() if s.ema is not None else ()
         self.average = {name: p.detach().clone() for name, p in named if p.requires_grad}  # θ̄
         self.norm = torch.zeros((), device=self.device)  # of the newest step's gradient, where it is clipped
-        self.per_draw = s.batch // s.micro_batch // self.world  # micro-batches a draw on this rank
-        self.weights = [r / self.per_draw for r in rules.svag_weights(s.svag, s.family)]
-        weights = [w for w in self.weights for _ in range(self.per_draw)]  # of the micro-batches of a step
-        self.free = (
-            None if spec.noise == "none" else estimators.Free(self.parameters, weights, s.micro_batch, self.world)
-        )
+        self.free: estimators.Free | None = None
         self.step = 0
+        self.enter(s.stages[0])
         self.loss_sum = torch.zeros((), dtype=torch.float64, device=self.device)  # of this rank, since the last record
         self.loss_count = 0
         self.first_bad = torch.full((), torch.inf, device=self.device)  # first step that was not finite
         self._no_scaling = torch.ones((), device=self.device)
         self.seconds = 0.0  # spent training, evaluation and restarts excluded
         self._started = time.monotonic()
+
+    def enter(self, stage: Stage) -> None:
+        """Take the steps of this stage from now on; hyperparameters and state of the optimizer are as they are."""
+        self.stage = stage
+        self.per_draw = stage.batch // stage.micro_batch // self.world  # micro-batches a draw on this rank
+        self.weights = [r / self.per_draw for r in rules.svag_weights(self.science.svag, self.science.family)]
+        weights = [w for w in self.weights for _ in range(self.per_draw)]  # of the micro-batches of a step
+        if self.free is not None:
+            self.free.listening = False  # what it heard of another batch is not counted
+        if self.spec.noise != "none":
+            self.free = estimators.Free(self.parameters, weights, stage.micro_batch, self.world)
+
+    def _switch(self, stage: Stage) -> None:
+        """Go over to another batch: hyperparameters, moments and step count move as `scale` moves them."""
+        before = self.stage
+        move = rules.Move(before.batch, stage.batch, noise_scale=stage.noise_scale)
+        carry(self.optimizer, [(before.hyper, stage.hyper)], move, stage.carries)
+        self.enter(stage)
 
     def train_step(self) -> None:
         """One optimizer step.
@@ -100,16 +115,17 @@ class Trainer:
             DivergedError: the loss or a gradient is not finite; on a GPU `check_finite` raises it later. In both cases
                 the update is not made.
         """
-        s, micro = self.science, self.science.micro_batch
+        s = self.science
+        if (stage := s.at(self.step)) != self.stage:
+            self._switch(stage)
         self.optimizer.zero_grad()  # here and not after the step: records read its gradient
         last = len(self.weights) * self.per_draw - 1
         loss_sum = torch.zeros((), device=self.device)
         for j in range(last + 1):
-            start = self._start(self.step, j)
-            x, y = self.stream.batch(start, start + micro)  # (m, C, H, W), (m,); of tokens (m, T), (m, T)
+            start, stop = self._slice(self.step, j)
+            x, y = self.stream.batch(start, stop)  # (m, C, H, W), (m,); of tokens (m, T), (m, T)
             if j < last or self.step + 1 < s.steps:
-                following = self._start(self.step, j + 1) if j < last else self._start(self.step + 1, 0)
-                self.stream.prefetch(following, following + micro)
+                self.stream.prefetch(*(self._slice(self.step, j + 1) if j < last else self._slice(self.step + 1, 0)))
             self.seed_dropout("dropout", start)
             with self._reduce(j == last):
                 with self.autocast():
@@ -122,17 +138,17 @@ class Trainer:
             self.free.step()
         self.loss_sum += loss_sum
         self.loss_count += last + 1
-        if s.clip is not None:
+        if stage.clip is not None:
             self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         self._watch(loss_sum + self.norm)
-        if s.clip is not None:
-            nn.utils.clip_grads_with_norm_(self.parameters, s.clip, self.norm)
-        share = optim.multiplier(s.schedule, s.clock(self.step + 0.5))
+        if stage.clip is not None:
+            nn.utils.clip_grads_with_norm_(self.parameters, stage.clip, self.norm)
+        share = s.schedule.multiplier(s.clock(self.step + 0.5))
         for group in self.optimizer.param_groups:
-            group["lr"] = s.hyper.lr * share
+            group["lr"] = stage.hyper.lr * share
         self.optimizer.step()
-        if s.ema is not None:
-            torch._foreach_lerp_([*self.average.values()], [p.detach() for p in self.parameters], 1 - s.ema)
+        if stage.ema is not None:
+            torch._foreach_lerp_([*self.average.values()], [p.detach() for p in self.parameters], 1 - stage.ema)
         self.step += 1
 
     def _watch(self, loss_sum: Tensor) -> None:
@@ -187,11 +203,13 @@ class Trainer:
         """Samples a second of training so far."""
         return self.science.samples(self.step) / max(self.seconds, 1e-9)
 
-    def _start(self, step: int, j: int) -> int:
-        """Where micro-batch j of a step, counted over its draws on this rank, begins in the stream."""
-        draw, i = divmod(j, self.per_draw)
-        place = self.rank * self.per_draw + i
-        return self.science.samples(step) + draw * self.science.batch + place * self.science.micro_batch
+    def _slice(self, step: int, j: int) -> tuple[int, int]:
+        """Where micro-batch j of a step, counted over its draws on this rank, begins and ends in the stream."""
+        stage = self.science.at(step)
+        per_draw = stage.batch // stage.micro_batch // self.world
+        draw, i = divmod(j, per_draw)
+        start = self.science.samples(step) + draw * stage.batch + (self.rank * per_draw + i) * stage.micro_batch
+        return start, start + stage.micro_batch
 
     def _reduce(self, now: bool) -> contextlib.AbstractContextManager[Any]:
         """Gradients are reduced over ranks once a step, with its last micro-batch."""
@@ -215,7 +233,7 @@ class Trainer:
         """A record of this moment; it raises as `check_finite` does."""
         self.check_finite()
         s = self.science
-        t = rules.continuous_time(s.hyper, self.step, s.family)
+        t = sum(rules.continuous_time(stage.hyper, int(n), s.family) for stage, n in s.spent(self.step))
         return {"kind": kind, "step": self.step, "samples": s.samples(self.step), "t": t, **metrics}
 
     def train_record(self) -> dict[str, Any]:
@@ -226,11 +244,13 @@ class Trainer:
             norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
         row = {
             "loss": float(ranks.total(self.loss_sum)) / count,
-            "window": count * self.science.micro_batch,
+            "window": count * self.stage.micro_batch,
             "lr": self.optimizer.param_groups[0]["lr"],
             "gradient_norm": float(norm),
             "seconds": round(self.seconds, 3),
         }
+        if self.science.ramp:
+            row["batch"] = self.stage.batch
         self.loss_sum.zero_()
         self.loss_count = 0
         return self.record("train", **row)
