@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -253,6 +254,33 @@ def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: 
         done = forked.run([*worker(held, 2), str(free)])
     assert done.returncode == 0, done.stderr
     assert (held.state(), free.state()) == ("waiting", "finished")
+
+
+def test_ranks_of_a_step_meet_elsewhere_where_their_port_is_taken(tmp_path: Path) -> None:
+    """A step of two tasks, by hand. The first port never answers, the next hangs up, the third is another step's.
+
+    Fails if rank 0 gave up, if rank 1 took another for rank 0 or hung, or if a folder that is shown late were an error.
+    """
+    run_dir = prepare(tmp_path / "elsewhere", placed(specs("batch=64", "recipe.micro_batch=32")[0], 2))
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }  # fmt: skip
+    port = int((train.slurm_rank({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) or {})["MASTER_PORT"])
+    with socket.create_server(("", port)), socket.create_server(("", port + 1)) as rude:
+        threading.Thread(target=lambda: [rude.accept()[0].close() for _ in range(9999)], daemon=True).start()
+        store = torch.distributed.TCPStore("localhost", port + 2, None, True, wait_for_workers=False)
+        store.set("name", b"of another step")
+        late = RunDir(tmp_path / "runs" / run_dir.path.name)
+        ranks = [
+            forked.start(worker(late), env={**ENVIRONMENT, **step, "SLURM_PROCID": r, "SLURM_LOCALID": r}) for r in "01"
+        ]
+        time.sleep(0.5)
+        run_dir.path.parent.rename(tmp_path / "runs")
+        for rank in ranks:
+            rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], late.log.read_text()
+    assert (late.result() or {})["world_size"] == 2
 
 
 def test_a_look_at_a_run_does_not_keep_it_from_starting(spec: RunSpec, tmp_path: Path) -> None:

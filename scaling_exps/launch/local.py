@@ -76,6 +76,7 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     command = [sys.executable, *start, "-m", "scaling_exps.train", "--attached", f"--since={time.time()}"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun kills after 30 s: a disk may be slower
     environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
     ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one

@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,9 @@ import torch
 from scaling_exps.records import RunDir, Writer
 from scaling_exps.train import ranks
 from scaling_exps.train.trainer import Trainer, TrainError
+
+
+LATE = 60.0  # seconds after which a file system shows what another node wrote
 
 
 def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False) -> None:
@@ -72,16 +76,20 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
     """
     if t.rank == 0:
         run_dir.sweep()
-    size = 0
-    for path, state in whole(t, run_dir):
-        if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
-            put(t, state, path)
-            size = int(state["records_size"])
-            break
-        print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
-    if ranks.maximum(t.step) != -ranks.maximum(-t.step):
-        raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
-    return size
+    until = time.monotonic() + LATE
+    while True:
+        size = 0
+        for path, state in whole(t, run_dir):
+            if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
+                put(t, state, path)
+                size = int(state["records_size"])
+                break
+            print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
+        if ranks.maximum(t.step) == -ranks.maximum(-t.step):
+            return size
+        if ranks.maximum(time.monotonic() > until):
+            raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
+        time.sleep(2)
 
 
 def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:

@@ -1,0 +1,286 @@
+"""Generated command lines and damaged run folders: `python tests/hostile.py lines|folders --count N --seed S`.
+
+Each command runs in a forked child of this process, which has imported everything, in a copy of a folder that holds a
+small sweep. Printed is what went wrong, and a count of how the commands ended.
+
+A command line is wrong if it ends by a traceback, or in no code of 0, 1, 2; if code 2 comes without a message of ours,
+or after something was written; if it takes over 10 s of CPU. Those that compute for long are cut off after 10 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import string
+import sys
+import tempfile
+import time
+import traceback
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+from scaling_exps import cli, config, rules  # noqa: E402
+from scaling_exps.config.compose import CONF  # noqa: E402
+
+LIMIT = 10.0  # seconds of CPU of a command
+PATIENCE = 60.0  # seconds after which a command counts as hung
+TINY = [
+    "batch=[64,128]", "base=none", "recipe.batch=64", "recipe.micro_batch=32", "model.width=4", "recipe.epochs=null",
+    "recipe.samples=256", "recipe.statistics_samples=64", "measure.evaluations=2", "measure.noise_records=2",
+    "checkpoint.keep=[0.5]",
+]  # fmt: skip
+DRY = ["launch=slurm", "launch.dry_run=true", "launch.node_local=[]", "launch.gpus=false"]  # it trains nothing
+POOR = re.compile(  # what a library says, and nobody understands
+    r"mismatched input|extraneous input|token recognition|no viable|embedded null|hydra\.cc|HYDRA_FULL|<class|0x[0-9a-f]{8}"
+    r"|object at |NoneType|object has no|Errno|codec can't|surrogates not allowed|[Oo]verflow|list index|unhashable"
+)
+
+
+@dataclass(frozen=True)
+class Ended:
+    code: int | None  # None: cut off
+    seconds: float  # of CPU, its children's included
+    out: str
+    err: str
+
+
+def command(words: list[str], cwd: Path) -> Ended:
+    """What a user gets who types `scalerun WORDS` in `cwd`, at no terminal."""
+    with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
+        end = time.monotonic() + (LIMIT if works(words) else PATIENCE)
+        if not (pid := os.fork()):
+            _child(words, cwd, out.fileno(), err.fileno())
+        done = 0
+        while not done:
+            if cut := time.monotonic() > end:
+                os.killpg(pid, signal.SIGKILL)
+            done, status, used = os.wait4(pid, 0 if cut else os.WNOHANG)
+            time.sleep(0 if done else 0.005)
+        texts = (f.seek(0) or f.read().decode(errors="replace") for f in (out, err))
+        code = None if cut else os.waitstatus_to_exitcode(status)
+        return Ended(code, used.ru_utime + used.ru_stime, *texts)
+
+
+def works(words: list[str]) -> bool:
+    """Whether it computes for long where it is legal."""
+    return words[:1] in (["fork"], ["theory"]) or "cost.probe=true" in words or "cost=probe" in words
+
+
+def _child(words: list[str], cwd: Path, out: int, err: int) -> None:
+    code: Any = 1
+    try:
+        os.setsid()
+        for number, descriptor in ((0, os.open(os.devnull, os.O_RDONLY)), (1, out), (2, err)):
+            os.dup2(descriptor, number)
+        sys.stdin = open(0)  # noqa: SIM115
+        sys.modules["__main__"] = cli  # what a process that it starts imports first
+        os.chdir(cwd)
+        code = cli.main(words)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code if isinstance(code, int) else 1)
+
+
+def sweep(folder: Path) -> None:
+    """A finished sweep of two runs under `folder`/runs, and files that the command lines name."""
+    folder.mkdir()
+    done = command([*TINY, "logger=wandb"], folder)
+    assert done.code == 0, done
+    (folder / "recipe.yaml").write_text("learning_rate: 1e-3\nper_device_train_batch_size: 8\nadam_beta2: 0.99\n")
+    (folder / "notes.txt").write_text("words\n" * 99)
+    (folder / "a b").mkdir()
+
+
+def content(folder: Path) -> dict[str, Any]:
+    """Every file below, by its size and time."""
+    return {
+        str(p): (s.st_size, s.st_mtime_ns)
+        for p in folder.rglob("*")
+        if (s := p.lstat()) and not p.is_dir() and p.name != "lock"
+    }
+
+
+# ---- command lines ----
+
+ODD = [
+    "", "null", "None", "nan", "-nan", "inf", "-inf", "-1", "0", "1", "-0.0", "0.5", "1e300", "1e-300", "1e20", "9" * 30,
+    "1e9999", "true", "false", "yes", "0x10", "1_000", "1,000", "1.5e", "[]", "[1,2]", "[1,1]", "[[1]]", "[1,a,null]",
+    "{}", "{a:1}", "{a:{b:c}}", "[", "]", "{", "}", "(", ")", "${x}", "${oc.env:HOME}", "${", "$(touch owned)", "`id`",
+    "'", '"', "it's", "a b", " ", "\t", "a\nb", "\udcff", "é", "κ", "😀", "‮", "..", "../..",
+    "/", "/dev/null", "/dev/zero", "/proc/self/mem", "/etc/passwd", "~", "~root", ".", "-", "--", "---", "=", "==", "a=b",
+    "*", "?", "%s", "%(x)s", "\\", "\\x", "#", ":", ";", "&", "|", "!", "@", "@x", "+", "x" * 5000, "runs", "recipe.yaml",
+    "notes.txt", "a b", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "sort(3,2)", "shuffle(1,2)", "???", "int(3)",
+    "!!python/object:os.system", "json_str('1')", "tag(a,1)", "1-3", "1..3", "8192", "256", "sqrt", "adam", "resnet8",
+]  # fmt: skip
+FLAGS = [
+    "-m", "--multirun", "--cfg", "--cfg job", "--cfg all", "--info", "--info all", "--info plugins", "--resolve",
+    "--package model", "-p", "--config-dir conf", "--config-dir=/nowhere", "-cd .", "--config-path x", "--config-name x",
+    "--run", "--version", "--hydra-help", "--shell-completion", "--experimental-rerun x.pickle", "-sc install=bash", "-h",
+    "--help", "--json", "--full", "--figure f.png", "--figure", "--out", "--out o", "--yes", "--seed 3", "--seed x",
+    "--dry-run", "--watch 0", "--watch nan", "--margin x", "--margin test_loss=nan", "--margin train_loss=0.1", "--latex",
+    "--pdf", "--batch 512", "--batch x", "--devices 8", "--to hf", "--to safetensors", "--offline", "--at 0.5",
+    "--at x", "--kappa 4", "--kappa x", "--kappa 1e300", "--repeats 0", "--tolerance nan", "--rule linear", "--rule x",
+    "--beta-map power", "--beta-map x", "--from a", "--from", "-x", "--", "--lr 0.1", "--verbose", "-vvv", "--force",
+]  # fmt: skip
+
+
+def lines(seed: int, count: int) -> Iterator[list[str]]:
+    """`count` command lines over all commands: about one in six as a person should type it, the rest spoilt."""
+    chance = random.Random(seed)
+    keys = config.keys()
+    groups = {g.name: [p.stem for p in g.glob("*.yaml")] for g in CONF.iterdir() if g.is_dir() and g.name != "hydra"}
+    names = [*cli.COMMANDS]
+
+    def key() -> str:
+        k = chance.choice(keys)
+        return f"{k.name}={chance.choice([*(k.options or ODD), *ODD[:20]])}"
+
+    def group() -> str:
+        g = chance.choice([*groups])
+        return f"{g}={chance.choice(groups[g])}"
+
+    def overrides() -> list[str]:
+        rule = chance.choice(["sqrt", "none", "[sqrt,none]", "linear", chance.choice([*rules.RULES])])
+        some = [f"batch={chance.choice(['256', '[64,128]', '1024'])}", f"rule={rule}"]
+        return [*some, *(chance.choice([key, group])() for _ in range(chance.choice([0, 0, 0, 1, 2])))]
+
+    def run() -> str:
+        return chance.choice(["runs/FIRST", "runs/SECOND", "FIRST", "runs", "nowhere", "notes.txt", *ODD])
+
+    usual: dict[str, Callable[[], list[str]]] = {
+        "plan": lambda: ["plan", *overrides()],
+        "status": lambda: ["status", chance.choice(["runs", "nowhere", "notes.txt"])],
+        "show": lambda: ["show", run()],
+        "diff": lambda: ["diff", run(), run()],
+        "rm": lambda: ["rm", run()],
+        "cancel": lambda: ["cancel", chance.choice(["runs", "nowhere", "notes.txt"])],
+        "report": lambda: ["report", chance.choice(["runs", "nowhere", "notes.txt", "runs/FIRST"])],
+        "dashboard": lambda: ["dashboard", "--offline", chance.choice(["runs", "nowhere", "notes.txt"])],
+        "sync": lambda: ["sync", chance.choice(["runs", "nowhere", "notes.txt"])],
+        "theory": lambda: ["theory", chance.choice(["weak", "beta1", "svag", "nothing"])],
+        "convert": lambda: ["convert", chance.choice(["recipe.yaml", "notes.txt", "runs", "nowhere"]), "--batch", "512"],
+        "fork": lambda: ["fork", run()],
+        "export": lambda: ["export", run(), "--to", chance.choice(["safetensors", "hf", "onnx"])],
+        "data": lambda: ["data", chance.choice(["cifar10", "digits", "wikitext103", "nothing"])],
+        "completion": lambda: ["completion", chance.choice(["bash", "zsh", "fish", "csh"])],
+    }
+    slow = {"theory", "fork"}  # what is legal takes minutes
+
+    def spoil(words: list[str]) -> list[str]:
+        i = chance.randrange(len(words))
+        word, odd = words[i], chance.choice(ODD)
+        j = chance.randrange(len(word) + 1)
+        name, equal, value = word.partition("=")
+        spoilt = chance.choice(
+            [
+                [name + "=" + odd],
+                [name + equal + value + odd],
+                [word[:j] + word[j + 1 :]],
+                [word[:j] + chance.choice(string.printable) + word[j:]],
+                [chance.choice(["-", "--", "+", "++", "~", "@", "+~", "hydra."]) + word],
+                [word, odd],
+                [word, f"{name}={odd}"],
+                [word, word],
+                [word, *chance.choice(FLAGS).split()],
+                [word, *chance.choice(FLAGS).split()],
+                [name + equal, value],
+                [name, "=", value],
+                [word.upper()],
+                [],
+                [key()],
+                [f"{name}={odd},{value}"],
+                [f"{name}=[{value},{odd}]"],
+                [f"{name}.{odd}={value}"],
+                [f"{chance.choice(keys).name}={odd}"],
+            ]
+        )
+        return [*words[:i], *spoilt, *words[i + 1 :]]
+
+    for _ in range(count):
+        name = chance.choice(["train", "train", "train", "plan", "plan", "plan", "report", *names])
+        words = overrides() if name == "train" else usual[name]()
+        for _ in range(chance.choice([1, 1, 2, 3] if name in slow else [0, 1, 1, 1, 2, 3])):
+            words = spoil(words) if words else [chance.choice(ODD)]
+        yield [*words, *DRY] if name == "train" else words
+
+
+def fault(words: list[str], ended: Ended, written: list[str]) -> str:
+    """What is wrong with how a command line ended; empty if nothing is."""
+    said = ended.out + ended.err
+    if "Traceback (most recent call last)" in said:
+        return "traceback"
+    if ended.code is None:
+        return "" if works(words) else f"hangs: over {PATIENCE:g} s"
+    if ended.seconds > LIMIT:
+        return f"over {LIMIT:g} s of CPU"
+    if ended.code not in (0, 1, 2):
+        return f"code {ended.code}"
+    if ended.code == 2 and written:
+        return f"refused, and wrote {written[0]}"
+    if ended.code == 2 and not re.match(r"scalerun( \w+)?: ", ended.err):
+        return "code 2 without a message"
+    if ended.code == 2 and (poor := POOR.search(ended.err)):
+        return f"poor message: {poor[0]}"
+    if ended.code == 2 and len(ended.err) > 6000:
+        return "message of over 6,000 letters"
+    return ""
+
+
+def try_lines(seed: int, count: int, folder: Path) -> tuple[collections.Counter[str], list[str]]:
+    """How the command lines ended, by code, and those that are wrong."""
+    place, ends, wrong = folder / "place", collections.Counter[str](), []
+    sweep(folder / "sweep")
+    ids = sorted(p.name for p in (folder / "sweep/runs").iterdir() if (p / "run.json").exists())
+    before: dict[str, Any] = {}
+    for words in lines(seed, count):
+        words = [w.replace("FIRST", ids[0]).replace("SECOND", ids[1]) for w in words]
+        if not before:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(folder / "sweep", place)
+            before = content(place)
+        ended = command(words, place)
+        after = content(place)
+        written = sorted(f for f in {*before, *after} if before.get(f) != after.get(f))
+        ends[f"{'cut off' if ended.code is None else f'code {ended.code}'}"] += 1
+        if why := fault(words, ended, written):
+            wrong.append(f"{why}\n    {words!r}\n    {ended.code} {ended.seconds:.1f} s\n    {ended.err[-600:]}")
+        if written:
+            before = {}
+    return ends, wrong
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["lines", "folders"])
+    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
+    os.environ.pop("COLUMNS", None)
+    for module in ("launch", "report.page", "report.figures", "train.export", "train.fork", "theory", "convert", "cost"):
+        import_module(f"scaling_exps.{module}")
+
+    with tempfile.TemporaryDirectory() as folder:
+        ends, wrong = try_lines(options.seed, options.count, Path(folder))
+    print(*wrong, sep="\n")
+    print(json.dumps({"seed": options.seed, "tried": options.count, **ends, "wrong": len(wrong)}))
+    return int(bool(wrong))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
