@@ -88,7 +88,7 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Records:
-    """The readable records of a run, the line that each stands in (from 0), and how many lines are none.
+    """The readable records of a run, the line that each stands in (from 0), how many lines are none, and their CRC-32.
 
     A torn last line is not counted.
     """
@@ -96,6 +96,7 @@ class Records:
     rows: list[dict[str, Any]]
     lines: list[int]
     damaged: int
+    checksum: int
 
 
 class RunDir:
@@ -242,9 +243,9 @@ class RunDir:
         raw = _read(self._records)
         lines = raw.split(b"\n")
         if (whole := _whole(raw[: len(raw) - len(lines[-1])])) is not None:
-            return Records(whole, list(range(len(whole))), 0)
+            return Records(whole, list(range(len(whole))), 0, zlib.crc32(raw))
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
-        return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
+        return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows), zlib.crc32(raw))
 
     def records_checksum(self, size: int) -> int | None:
         """CRC-32 of the first `size` bytes of records; None where there are fewer."""

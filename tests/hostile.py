@@ -1,10 +1,11 @@
-"""Generated command lines and damaged run folders: `python tests/hostile.py lines|folders --count N --seed S`.
+"""Generated command lines and damaged run folders: `python tests/hostile.py --lines N --folders N --seed S`.
 
 Each command runs in a forked child of this process, which has imported everything, in a copy of a folder that holds a
 small sweep. Printed is what went wrong, and a count of how the commands ended.
 
 A command line is wrong if it ends by a traceback, or in no code of 0, 1, 2; if code 2 comes without a message of ours,
-or after something was written; if it takes over 10 s of CPU. Those that compute for long are cut off after 10 s.
+or after something was written; if it takes over 10 s of CPU. Those that compute for long are cut off after 10 s. Over damaged folders, commands must name a run
+that cannot be read or is no more finished, and show the others as before.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import argparse
 import collections
 import json
+import math
 import os
 import random
 import re
@@ -33,14 +35,17 @@ sys.path.insert(0, str(ROOT))
 
 from scaling_exps import cli, config, rules  # noqa: E402
 from scaling_exps.config.compose import CONF  # noqa: E402
+from scaling_exps.plan import PlanError  # noqa: E402
+from scaling_exps.records import RunDir  # noqa: E402
 
 LIMIT = 10.0  # seconds of CPU of a command
-PATIENCE = 60.0  # seconds after which a command counts as hung
+PATIENCE = 120.0  # seconds after which a command counts as hung
 TINY = [
     "batch=[64,128]", "base=none", "recipe.batch=64", "recipe.micro_batch=32", "model.width=4", "recipe.epochs=null",
     "recipe.samples=256", "recipe.statistics_samples=64", "measure.evaluations=2", "measure.noise_records=2",
     "checkpoint.keep=[0.5]",
 ]  # fmt: skip
+SWEEP = [*TINY, "seed=[0,1]", "logger=wandb"]
 DRY = ["launch=slurm", "launch.dry_run=true", "launch.node_local=[]", "launch.gpus=false"]  # it trains nothing
 POOR = re.compile(  # what a library says, and nobody understands
     r"mismatched input|extraneous input|token recognition|no viable|embedded null|hydra\.cc|HYDRA_FULL|<class|0x[0-9a-f]{8}"
@@ -97,9 +102,9 @@ def _child(words: list[str], cwd: Path, out: int, err: int) -> None:
 
 
 def sweep(folder: Path) -> None:
-    """A finished sweep of two runs under `folder`/runs, and files that the command lines name."""
+    """A finished sweep under `folder`/runs, and files that the command lines name."""
     folder.mkdir()
-    done = command([*TINY, "logger=wandb"], folder)
+    done = command(SWEEP, folder)
     assert done.code == 0, done
     (folder / "recipe.yaml").write_text("learning_rate: 1e-3\nper_device_train_batch_size: 8\nadam_beta2: 0.99\n")
     (folder / "notes.txt").write_text("words\n" * 99)
@@ -173,7 +178,12 @@ def lines(seed: int, count: int) -> Iterator[list[str]]:
         "dashboard": lambda: ["dashboard", "--offline", chance.choice(["runs", "nowhere", "notes.txt"])],
         "sync": lambda: ["sync", chance.choice(["runs", "nowhere", "notes.txt"])],
         "theory": lambda: ["theory", chance.choice(["weak", "beta1", "svag", "nothing"])],
-        "convert": lambda: ["convert", chance.choice(["recipe.yaml", "notes.txt", "runs", "nowhere"]), "--batch", "512"],
+        "convert": lambda: [
+            "convert",
+            chance.choice(["recipe.yaml", "notes.txt", "runs", "nowhere"]),
+            "--batch",
+            "512",
+        ],
         "fork": lambda: ["fork", run()],
         "export": lambda: ["export", run(), "--to", chance.choice(["safetensors", "hf", "onnx"])],
         "data": lambda: ["data", chance.choice(["cifar10", "digits", "wikitext103", "nothing"])],
@@ -244,7 +254,6 @@ def fault(words: list[str], ended: Ended, written: list[str]) -> str:
 def try_lines(seed: int, count: int, folder: Path) -> tuple[collections.Counter[str], list[str]]:
     """How the command lines ended, by code, and those that are wrong."""
     place, ends, wrong = folder / "place", collections.Counter[str](), []
-    sweep(folder / "sweep")
     ids = sorted(p.name for p in (folder / "sweep/runs").iterdir() if (p / "run.json").exists())
     before: dict[str, Any] = {}
     for words in lines(seed, count):
@@ -264,22 +273,174 @@ def try_lines(seed: int, count: int, folder: Path) -> tuple[collections.Counter[
     return ends, wrong
 
 
+# ---- damaged run folders ----
+
+VALUES = [
+    None,
+    -1,
+    0,
+    1.5,
+    1e300,
+    -1e308,
+    math.nan,
+    math.inf,
+    10**30,
+    2**63,
+    "",
+    "x",
+    "\0",
+    [],
+    {},
+    [[]],
+    True,
+    "9",
+    {"a": 1},
+]
+
+
+def damage(run: Path, chance: random.Random) -> str:
+    """Spoil one file of a run's folder, or the folder; returns what was done."""
+    files = sorted(p for p in run.iterdir() if p.suffix in (".json", ".jsonl", ".pt", ".txt") or p.name == "lock")
+    file = chance.choice([*files, *(p for p in files if p.suffix in (".json", ".jsonl")), run])
+    raw = b"" if file == run else file.read_bytes()
+    at = chance.randrange(len(raw) + 1)
+    lines = raw.splitlines(keepends=True)
+    swapped = chance.sample(lines, len(lines))
+
+    def anew(make: Callable[[Path], Any]) -> Callable[[], Any]:
+        def do() -> None:
+            shutil.rmtree(file) if file == run else file.unlink()
+            make(file)
+
+        return do
+
+    def write(content: bytes) -> Callable[[], Any]:
+        return lambda: file.write_bytes(content)
+
+    def value() -> None:
+        """Another value, or none, somewhere in a JSON file."""
+        i = chance.randrange(len(lines)) if file.suffix == ".jsonl" else 0
+        top = at = json.loads(lines[i] if file.suffix == ".jsonl" else raw)
+        key = chance.choice([*top])
+        while isinstance(at[key], dict | list) and at[key] and chance.random() < 0.8:
+            at = at[key]
+            key = chance.choice([*at] if isinstance(at, dict) else range(len(at)))
+        if chance.random() < 0.2:
+            del at[key]
+        else:
+            at[key] = chance.choice(VALUES)
+        changed = json.dumps(top).encode() + b"\n"
+        file.write_bytes(b"".join([*lines[:i], changed, *lines[i + 1 :]]) if file.suffix == ".jsonl" else changed)
+
+    kinds: dict[str, Callable[[], Any]] = {
+        "a folder": anew(lambda p: p.mkdir()),
+        "a fifo": anew(os.mkfifo),
+        "a link to nothing": anew(lambda p: p.symlink_to("nowhere")),
+        "a link to itself": anew(lambda p: p.symlink_to(p)),
+        "a link to /dev/zero": anew(lambda p: p.symlink_to("/dev/zero")),
+        "empty": anew(lambda p: p.touch()),
+        "gone": anew(lambda p: None),
+    }
+    if file != run and raw:
+        flipped = bytearray(raw)
+        for _ in range(chance.randrange(1, 4)):
+            flipped[chance.randrange(len(raw))] ^= 1 << chance.randrange(8)
+        kinds |= {
+            "cut": write(raw[:at]),
+            "zeros to the end": write(raw[:at] + bytes(len(raw) - at)),
+            "flipped bits": write(bytes(flipped)),
+            "noise": write(chance.randbytes(99)),
+            "doubled": write(raw + raw),
+            "lines in disorder": write(b"".join(swapped)),
+            "DOS lines": write(raw.replace(b"\n", b"\r\n")),
+            "a mark at the start": write(b"\xef\xbb\xbf" + raw),
+            "a hole in it": write(raw[:at] + raw[at + chance.randrange(1, 99) :]),
+        }
+        if file.suffix in (".json", ".jsonl"):
+            kinds |= {f"a value {i}": value for i in range(8)}
+    kind = chance.choice([*kinds])
+    kinds[kind]()
+    return f"{'the folder' if file == run else re.sub('[0-9]+', 'N', file.name)}: {kind.rstrip(' 0123456789')}"
+
+
+def look(line: list[str], place: Path, usual: dict[str, Any], readable: dict[str, bool], bad: list[str]) -> str:
+    """What is wrong with how a command ended over damaged runs: `bad` must be named, the others served."""
+    ended = command(line, place)
+    said, why = ended.out + ended.err, fault(line, ended, [])
+    if why:
+        return f"{why}\n    {said[-600:]}"
+    good = line[0] == "show" and line[1].removeprefix("runs/") not in readable
+    if ended.code and (good or line[0] in ("status", "report", "dashboard", "cancel", "sync")):
+        return f"code {ended.code}\n    {said[-600:]}"
+    unnamed = [r for r in bad if r[:8] not in said and not (readable[r] and line[0] not in ("status", "report"))]
+    if unnamed and line[0] not in ("cancel", "rm", "show", "diff", "export"):
+        return f"does not name {unnamed}\n    {said[-600:]}"
+    if line == ["status", "--json"]:
+        rows = {r["run_id"]: r for r in json.loads(ended.out)}
+        if lost := [r for r in usual if r not in readable and rows.get(r) != usual[r]]:
+            return f"takes {lost} with it"
+    return ""
+
+
+def try_folders(seed: int, count: int, folder: Path) -> tuple[collections.Counter[str], list[str]]:
+    """What was damaged, and which command went wrong: three of four runs are damaged at a time."""
+    chance, words = random.Random(seed), [*SWEEP, *DRY]
+    place, ends, wrong = folder / "place", collections.Counter[str](), []
+    usual = {r["run_id"]: r for r in json.loads(command(["status", "--json"], folder / "sweep").out)}
+    for turn in range(0, count, 3):
+        shutil.rmtree(place, ignore_errors=True)
+        shutil.copytree(folder / "sweep", place)
+        *spoilt, good = chance.sample([*usual], 4)
+        what = {r: damage(place / "runs" / r, chance) for r in spoilt[: count - turn]}
+        ends.update(what.values())
+        readable, bad = dict.fromkeys(what, True), []
+        for run_dir in (RunDir(place / "runs" / r) for r in what):
+            try:
+                run_dir.spec()
+            except PlanError:
+                readable[run_dir.path.name] = False
+            if run_dir.exists and not (readable[run_dir.path.name] and run_dir.state() == "finished"):
+                bad.append(run_dir.path.name)
+        forms = [[], ["--json"]] if turn % 30 == 0 else [["--json"]]
+        lines = [["status"], ["status", "--json"], *(["report", *form] for form in forms), ["dashboard", "--offline"]]
+        lines += [["cancel"], ["sync", "--dry-run"], words, ["show", f"runs/{good}"]]
+        for run in what:
+            lines += [["show", f"runs/{run}"], ["diff", f"runs/{good}", f"runs/{run}"], ["rm", f"runs/{run}", "--yes"]]
+            lines.insert(0, ["export", f"runs/{run}", "--to", "safetensors"])
+        for line in lines:
+            if why := look(line, place, usual, readable, bad):
+                wrong.append(f"{what}: {line[:2]}: {why}")
+    return ends, wrong
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["lines", "folders"])
-    parser.add_argument("--count", type=int, default=1000)
+    parser.add_argument("--lines", type=int, default=0, help="how many")
+    parser.add_argument("--folders", type=int, default=0, help="how many")
     parser.add_argument("--seed", type=int, default=0)
     options = parser.parse_args()
     os.environ |= {"WANDB_MODE": "offline", "HF_HUB_OFFLINE": "1", "OMP_NUM_THREADS": "1"}
     os.environ.pop("COLUMNS", None)
-    for module in ("launch", "report.page", "report.figures", "train.export", "train.fork", "theory", "convert", "cost"):
+    for module in (
+        "launch",
+        "report.page",
+        "report.figures",
+        "train.export",
+        "train.fork",
+        "theory",
+        "convert",
+        "cost",
+    ):
         import_module(f"scaling_exps.{module}")
-
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        ends, wrong = try_lines(options.seed, options.count, Path(folder))
-    print(*wrong, sep="\n")
-    print(json.dumps({"seed": options.seed, "tried": options.count, **ends, "wrong": len(wrong)}))
-    return int(bool(wrong))
+        sweep(Path(folder) / "sweep")
+        for name, tried, count in (("lines", try_lines, options.lines), ("folders", try_folders, options.folders)):
+            ends, wrong = tried(options.seed, count, Path(folder))
+            print(*wrong, sep="\n")
+            print(json.dumps({"seed": options.seed, name: count, "wrong": len(wrong), **dict(ends.most_common())}))
+            found += wrong
+    return int(bool(found))
 
 
 if __name__ == "__main__":

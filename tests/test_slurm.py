@@ -188,7 +188,8 @@ def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path:
     (limited / "hold").unlink()
     until(lambda: all(map(finished, folders)))
     assert starts(a) >= 2
-    assert starts(b) >= 2
+    assert starts(b) == 2  # both tasks were told at the limit: one requeue
+    assert "Restarts=1" in command("scontrol", "show", "job", job(b))
     for run_dir in (a, b, *run_dirs(cancelled)):
         same(run_dir, twin(run_dir, undisturbed))
 
@@ -207,6 +208,26 @@ def test_a_killed_rank_is_requeued_and_a_broken_run_is_not(undisturbed: Path, tm
     until(lambda: status(tmp_path / "broken")[0]["state"] == "failed")
     assert starts(broken) == 1
     assert "no network today" in status(tmp_path / "broken")[0]["detail"]
+
+
+@pytest.mark.slow
+def test_a_member_over_its_limit_does_not_lose_the_others(tmp_path: Path) -> None:
+    """The array's first member is killed at its time limit, since it hears no signal.
+
+    Fails if `launch.wait` returned before the other had ended, or if the lost one were finished, or failed.
+    """
+    words = ["seed=[0,1]", "model.factory=gate:deaf", "launch.minutes=1", "launch.signal_seconds=20"]
+    done = scalerun(
+        *{w.split("=", 1)[0]: w for w in [*gate.SCIENCE, *PLACE, *words]}.values(), "launch.wait=true", cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    until(
+        lambda: (
+            {r["state"]: r["detail"].split(", ")[0] for r in status(tmp_path)}.items()
+            >= {"interrupted": "SLURM: TIMEOUT"}.items()
+        )
+    )
+    assert {r["state"] for r in status(tmp_path)} == {"interrupted", "finished"}
 
 
 @pytest.fixture
