@@ -4,8 +4,8 @@ Each command runs in a forked child of this process, which has imported everythi
 small sweep. Printed is what went wrong, and a count of how the commands ended.
 
 A command line is wrong if it ends by a traceback, or in no code of 0, 1, 2; if code 2 comes without a message of ours,
-or after something was written; if it takes over 10 s of CPU. Those that compute for long are cut off after 10 s. Over damaged folders, commands must name a run
-that cannot be read or is no more finished, and show the others as before.
+or after something was written; if it takes over 10 s of CPU. Those that compute for long are cut off after 10 s. Over
+damaged folders, commands must name a run that cannot be read or is no more finished, and show the others as before.
 """
 
 from __future__ import annotations
@@ -48,8 +48,8 @@ TINY = [
 SWEEP = [*TINY, "seed=[0,1]", "logger=wandb"]
 DRY = ["launch=slurm", "launch.dry_run=true", "launch.node_local=[]", "launch.gpus=false"]  # it trains nothing
 POOR = re.compile(  # what a library says, and nobody understands
-    r"mismatched input|extraneous input|token recognition|no viable|embedded null|hydra\.cc|HYDRA_FULL|<class|0x[0-9a-f]{8}"
-    r"|object at |NoneType|object has no|Errno|codec can't|surrogates not allowed|[Oo]verflow|list index|unhashable"
+    r"mismatched input|extraneous input|token recognition|no viable|embedded null|hydra\.cc|HYDRA_FULL|<class"
+    r"|0x[0-9a-f]{8}|object at |NoneType|object has no|Errno|codec can't|surrogates not allowed|[Oo]verflow|list index|unhashable"
 )
 
 
@@ -123,24 +123,26 @@ def content(folder: Path) -> dict[str, Any]:
 # ---- command lines ----
 
 ODD = [
-    "", "null", "None", "nan", "-nan", "inf", "-inf", "-1", "0", "1", "-0.0", "0.5", "1e300", "1e-300", "1e20", "9" * 30,
-    "1e9999", "true", "false", "yes", "0x10", "1_000", "1,000", "1.5e", "[]", "[1,2]", "[1,1]", "[[1]]", "[1,a,null]",
-    "{}", "{a:1}", "{a:{b:c}}", "[", "]", "{", "}", "(", ")", "${x}", "${oc.env:HOME}", "${", "$(touch owned)", "`id`",
-    "'", '"', "it's", "a b", " ", "\t", "a\nb", "\udcff", "é", "κ", "😀", "‮", "..", "../..",
-    "/", "/dev/null", "/dev/zero", "/proc/self/mem", "/etc/passwd", "~", "~root", ".", "-", "--", "---", "=", "==", "a=b",
-    "*", "?", "%s", "%(x)s", "\\", "\\x", "#", ":", ";", "&", "|", "!", "@", "@x", "+", "x" * 5000, "runs", "recipe.yaml",
-    "notes.txt", "a b", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "sort(3,2)", "shuffle(1,2)", "???", "int(3)",
-    "!!python/object:os.system", "json_str('1')", "tag(a,1)", "1-3", "1..3", "8192", "256", "sqrt", "adam", "resnet8",
+    "", "null", "None", "nan", "-nan", "inf", "-inf", "-1", "0", "1", "-0.0", "0.5", "1e300", "1e-300", "1e20",
+    "9" * 30, "1e9999", "true", "false", "yes", "0x10", "1_000", "1,000", "1.5e", "[]", "[1,2]", "[1,1]", "[[1]]",
+    "[1,a,null]", "{}", "{a:1}", "{a:{b:c}}", "[", "]", "{", "}", "(", ")", "${x}", "${oc.env:HOME}", "${",
+    "$(touch owned)", "`id`", "'", '"', "it's", "a b", " ", "\t", "a\nb", "\udcff", "é", "κ", "😀", "\u202e", "..",
+    "../..", "/", "/dev/null", "/dev/zero", "/proc/self/mem", "/etc/passwd", "~", "~root", ".", "-", "--", "---", "=",
+    "==", "a=b", "*", "?", "%s", "%(x)s", "\\", "\\x", "#", ":", ";", "&", "|", "!", "@", "@x", "+", "x" * 5000,
+    "runs", "recipe.yaml", "notes.txt", "a b", "range(3)", "choice(1,2)", "interval(0,1)", "glob(*)", "sort(3,2)",
+    "shuffle(1,2)", "???", "int(3)", "!!python/object:os.system", "json_str('1')", "tag(a,1)", "1-3", "1..3", "8192",
+    "256", "sqrt", "adam", "resnet8",
 ]  # fmt: skip
 FLAGS = [
     "-m", "--multirun", "--cfg", "--cfg job", "--cfg all", "--info", "--info all", "--info plugins", "--resolve",
-    "--package model", "-p", "--config-dir conf", "--config-dir=/nowhere", "-cd .", "--config-path x", "--config-name x",
-    "--run", "--version", "--hydra-help", "--shell-completion", "--experimental-rerun x.pickle", "-sc install=bash", "-h",
-    "--help", "--json", "--full", "--figure f.png", "--figure", "--out", "--out o", "--yes", "--seed 3", "--seed x",
-    "--dry-run", "--watch 0", "--watch nan", "--margin x", "--margin test_loss=nan", "--margin train_loss=0.1", "--latex",
-    "--pdf", "--batch 512", "--batch x", "--devices 8", "--to hf", "--to safetensors", "--offline", "--at 0.5",
-    "--at x", "--kappa 4", "--kappa x", "--kappa 1e300", "--repeats 0", "--tolerance nan", "--rule linear", "--rule x",
-    "--beta-map power", "--beta-map x", "--from a", "--from", "-x", "--", "--lr 0.1", "--verbose", "-vvv", "--force",
+    "--package model", "-p", "--config-dir conf", "--config-dir=/nowhere", "-cd .", "--config-path x",
+    "--config-name x", "--run", "--version", "--hydra-help", "--shell-completion", "--experimental-rerun x.pickle",
+    "-sc install=bash", "-h", "--help", "--json", "--full", "--figure f.png", "--figure", "--out", "--out o", "--yes",
+    "--seed 3", "--seed x", "--dry-run", "--watch 0", "--watch nan", "--margin x", "--margin test_loss=nan",
+    "--margin train_loss=0.1", "--latex", "--pdf", "--batch 512", "--batch x", "--devices 8", "--to hf",
+    "--to safetensors", "--offline", "--at 0.5", "--at x", "--kappa 4", "--kappa x", "--kappa 1e300", "--repeats 0",
+    "--tolerance nan", "--rule linear", "--rule x", "--beta-map power", "--beta-map x", "--from a", "--from", "-x",
+    "--", "--lr 0.1", "--verbose", "-vvv", "--force",
 ]  # fmt: skip
 
 
@@ -268,6 +270,7 @@ def try_lines(seed: int, count: int, folder: Path) -> tuple[collections.Counter[
         ends[f"{'cut off' if ended.code is None else f'code {ended.code}'}"] += 1
         if why := fault(words, ended, written):
             wrong.append(f"{why}\n    {words!r}\n    {ended.code} {ended.seconds:.1f} s\n    {ended.err[-600:]}")
+            print(wrong[-1], flush=True)
         if written:
             before = {}
     return ends, wrong
@@ -410,6 +413,7 @@ def try_folders(seed: int, count: int, folder: Path) -> tuple[collections.Counte
         for line in lines:
             if why := look(line, place, usual, readable, bad):
                 wrong.append(f"{what}: {line[:2]}: {why}")
+                print(wrong[-1], flush=True)
     return ends, wrong
 
 
@@ -437,8 +441,8 @@ def main() -> int:
         sweep(Path(folder) / "sweep")
         for name, tried, count in (("lines", try_lines, options.lines), ("folders", try_folders, options.folders)):
             ends, wrong = tried(options.seed, count, Path(folder))
-            print(*wrong, sep="\n")
-            print(json.dumps({"seed": options.seed, name: count, "wrong": len(wrong), **dict(ends.most_common())}))
+            row = {"seed": options.seed, name: count, "wrong": len(wrong), **dict(ends.most_common())}
+            print(json.dumps(row), flush=True)
             found += wrong
     return int(bool(found))
 

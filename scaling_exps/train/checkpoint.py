@@ -18,7 +18,6 @@ from scaling_exps.records import RunDir, Writer
 from scaling_exps.train import ranks
 from scaling_exps.train.trainer import Trainer, TrainError
 
-
 LATE = 60.0  # seconds after which a file system shows what another node wrote
 
 

@@ -16,7 +16,6 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-
 TIMEOUT = timedelta(minutes=10)  # in which a rank has to answer the others; what waits longer for good reason: `first`
 PORTS = 5  # that are tried for the meeting of a SLURM step's ranks
 
