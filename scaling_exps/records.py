@@ -148,10 +148,10 @@ class RunDir:
         except PlanError as e:
             raise PlanError(f"{self}: {e}") from e
 
-    def prepare(self, spec: RunSpec) -> RunSpec:
+    def prepare(self, spec: RunSpec, elastic: bool = False) -> RunSpec:
         """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
 
-        Returns what run.json then says.
+        `elastic`: a begun run takes the placement of `spec`, else it keeps its own. Returns what run.json then says.
 
         Raises:
             PlanError: a run.json lies here that this version cannot read.
@@ -168,7 +168,8 @@ class RunDir:
                 measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
                 spec = replace(known, measure=measure if full else had)
             elif self.begun:
-                spec = replace(spec, placement=known.placement, measure=known.measure)
+                placement = spec.placement if elastic else known.placement
+                spec = replace(spec, placement=placement, measure=known.measure)
             looks = known.looks if self.begun else spec.looks
             spec = replace(spec, arms=arms, margin=margin, looks=looks)
         if spec != known:

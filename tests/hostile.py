@@ -49,7 +49,8 @@ SWEEP = [*TINY, "seed=[0,1]", "logger=wandb"]
 DRY = ["launch=slurm", "launch.dry_run=true", "launch.node_local=[]", "launch.gpus=false"]  # it trains nothing
 POOR = re.compile(  # what a library says, and nobody understands
     r"mismatched input|extraneous input|token recognition|no viable|embedded null|hydra\.cc|HYDRA_FULL|<class"
-    r"|0x[0-9a-f]{8}|object at |NoneType|object has no|Errno|codec can't|surrogates not allowed|[Oo]verflow|list index|unhashable"
+    r"|0x[0-9a-f]{8}|object at |NoneType|object has no|Errno|codec can't|surrogates not allowed|[Oo]verflow"
+    r"|list index|unhashable"
 )
 
 

@@ -26,6 +26,7 @@ from support import (
     TINY,
     placed,
     prepare,
+    rows,
     same_run,
     scalerun,
     specs,
@@ -62,8 +63,13 @@ def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunD
 @pytest.fixture
 def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RunDir:
     """A run that was stopped in the middle: two checkpoints, and records up to the newer one."""
-    run_dir = prepare(tmp_path, spec)
-    step = train.Trainer.train_step
+    run_dir = half(prepare(tmp_path, spec), monkeypatch)
+    assert run_dir.previous.exists()
+    return run_dir
+
+
+def half(run_dir: RunDir, monkeypatch: pytest.MonkeyPatch) -> RunDir:
+    spec, step = run_dir.spec(), train.Trainer.train_step
 
     def steps(trainer: train.Trainer) -> None:
         step(trainer)
@@ -76,7 +82,6 @@ def halfway(spec: RunSpec, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> R
         assert train.run(run_dir) == "stopped"
     worker_module._signals.clear()
     assert run_dir.state() == "interrupted"
-    assert run_dir.previous.exists()
     return run_dir
 
 
@@ -535,6 +540,29 @@ def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
     assert spec.placement.world_size == 1
     assert local.launch([spec], tmp_path, config.compose([])[0].launch)
     assert (run_dir.result() or {})["world_size"] == 2
+
+
+def test_an_elastic_run_goes_on_with_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, then two, from the middle of a train record. Fails if the loss were summed over other samples than
+    were trained on, if the change were not said, or if it came unasked or to a run that is held."""
+    (one,) = specs("batch=64", "recipe.micro_batch=32", "recipe.samples=1280", "measure.train_records=5")
+    whole, run_dir = prepare(tmp_path / "whole", one), half(prepare(tmp_path, one), monkeypatch)
+    work(whole)
+    two = placed(one, 2)
+    assert run_dir.prepare(two).placement == one.placement
+    (settings,) = config.compose(["launch.elastic=true", "launch.devices=2"])
+    with run_dir.lock():
+        monkeypatch.setattr(local, "_workers", lambda *_: None)
+        assert isinstance(settings.launch, config.LocalLaunch) and not local.launch([two], tmp_path, settings.launch)
+        assert run_dir.spec().placement == one.placement
+    assert not local.launch([two], tmp_path, settings.launch)
+    assert run_dir.spec().placement == two.placement
+    work(run_dir, 2)
+    ((event,), found) = ([r for r in rows(run_dir) if (r["kind"] == "event") == said] for said in (True, False))
+    assert (event["step"], event["before"], event["after"]) == (10, 1, 2)
+    for mine, theirs in zip(found, rows(whole), strict=True):
+        for key in mine.keys() & {"step", "samples", "loss", "window", "accuracy", "weight_norm"}:
+            assert mine.get(key) == pytest.approx(theirs.get(key), rel=1e-5), key
 
 
 def test_what_a_finished_run_says_of_its_data_stays(spec: RunSpec, undisturbed: RunDir) -> None:

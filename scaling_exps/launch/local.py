@@ -23,7 +23,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
 
     todo = folders.unfinished(specs, root)
     train.preflight(todo)
-    prepared = folders.prepare(specs, root)
+    prepared = folders.prepare(specs, root, lambda run_dir: settings.elastic and run_dir.holder() is None)
     worlds = {d: prepared[d].placement.world_size for d in (RunDir(root / spec.run_id) for spec in todo)}
     side_by_side = settings.parallel > 1 and len(worlds) > 1
     cards = _cards() if side_by_side or max(worlds.values(), default=1) > 1 else []
@@ -31,7 +31,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
         if cards and world > len(cards):
             raise LaunchError(
                 f"{run_dir} is a run of {world} processes, and this machine shows {len(cards)} GPU(s): give "
-                "launch.devices; a run that has begun keeps its number (another runs_dir starts it anew)"
+                "launch.devices; a run that has begun keeps its number (launch.elastic=true changes it)"
             )
     print(f"{len(specs)} run(s), {len(specs) - len(todo)} finished already, under {root}/", flush=True)
     deadline = time.monotonic() + 60 * (settings.minutes or float("inf"))

@@ -76,7 +76,7 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     if settings.dry_run:
         _print_scripts(missing, root, settings, python, _array_size())
         return True
-    prepared = folders.prepare(specs, root)
+    prepared = folders.prepare(specs, root, lambda run_dir: settings.elastic and not _in_hand(run_dir, queued))
     jobs: list[str] = []
     left = 0
     if missing:

@@ -40,6 +40,7 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
         "run_id": t.spec.run_id,
         "data": t.stream.fingerprint,
         "step": t.step,
+        "world": t.world,
         "net": t.net.state_dict(),
         "optimizer": t.optimizer.state_dict(),
         "average": t.average,
@@ -115,7 +116,8 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
     t.optimizer.load_state_dict(state["optimizer"])
     if t.average:
         t.average = state["average"]
-    t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"]
+    t.before = state.get("world", t.world)
+    t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"] * t.before // t.world
     if t.rank == 0:  # the sum over ranks is what counts
         t.loss_sum.copy_(state["loss_sum"])
     if t.free is not None and state["noise"] is not None:
