@@ -217,6 +217,7 @@ def case(number: int, seed: int, folder: Path) -> dict[str, Any]:
 
     chance = random.Random(f"{seed} {number}")
     kind, world = chance.choice(KINDS), chance.choice([1, 1, 2])
+    world = 1 if kind in LIMITS else world
     words = [f"batch={chance.choice([64, 128])}", f"seed={chance.randrange(3)}", f"launch.devices={world}"]
     (spec,) = plan.plan(config.compose([*SHORT, *words]))
     begun = time.monotonic()
@@ -234,14 +235,13 @@ def case(number: int, seed: int, folder: Path) -> dict[str, Any]:
     usual = 2 * (reference.result() or {})["seconds"] + 0.5  # of training; it loads and saves, too
     strikes = [k for k in SIGNALS if k == kind] or (["SIGKILL"] if kind in DAMAGE else [])
     strikes = ["SIGKILL"] * 4 if kind == "killed again and again" else strikes
-    workers, starts, struck = [start(run_dir)] if kind not in LIMITS else [], 1, 0
+    workers, starts, struck = [start(run_dir)] if kind not in LIMITS else [], 1, int(not strikes)
     if kind == "two at once":
         workers.append(start(run_dir))
     if kind in LIMITS:
         most = chance.randrange(200, 60_000) if kind == "files end at a size" else chance.randrange(8, 40)
         code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.drill import _limited; "
         workers.append(start(run_dir, ["-c", f"{code}_limited({LIMITS[kind]!r}, {most}, {str(run_dir)!r})"]))
-        world = 1
     while True:
         if strikes:
             while not run_dir.holder() and any(w.is_alive() for w in workers):
@@ -326,14 +326,8 @@ def render(counted: Path, page: Path) -> None:
         for kind in [*kinds, "all"]:
             of = [row for row in rows if kind in (row["kind"], "all")]
             cases = [sum(row["processes"] == n for row in of) for n in (1, 2)]
-            table.append(
-                [
-                    kind,
-                    *cases,
-                    *(sum(r[k] for r in of) for k in ("struck", "starts")),
-                    sum(bool(r["wrong"]) for r in of),
-                ]
-            )
+            sums = [sum(row[k] for row in of) for k in ("struck", "starts")]
+            table.append([kind, *cases, *sums, sum(bool(row["wrong"]) for row in of)])
         _put(table, page, "faults")
         return
     kinds = sorted({kind for row in rows for kind in row["counts"]})
