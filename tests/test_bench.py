@@ -86,7 +86,7 @@ def test_drill(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_a_campaign_of_faults(tmp_path: Path) -> None:
-    """Fails if a case went wrong, if the second command repeated one, or if it had another fault for the same number."""
+    """Fails if a case went wrong, if the second command repeated one, or if a number stood for another fault."""
     out, page = tmp_path / "faults.jsonl", tmp_path / "page.md"
     for count in ("1", "2"):
         run("bench/drill.py", "--faults", count, "--out", str(out), cwd=tmp_path)
