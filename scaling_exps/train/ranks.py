@@ -11,6 +11,7 @@ import threading
 import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -159,7 +160,9 @@ def process_group() -> Iterator[None]:
     if size == 1:
         yield
         return
-    own, there = device(), {"store": meet(size), "rank": int(os.environ["RANK"]), "world_size": size} if found else {}
+    own, there = device(), dict[str, Any]()
+    if found:
+        there = {"store": meet(size), "rank": int(os.environ["RANK"]), "world_size": size}
     kind, index = "nccl" if own.type == "cuda" else "gloo", own if own.index is not None else None
     dist.init_process_group(kind, timeout=TIMEOUT, device_id=index, **there)
     yield
