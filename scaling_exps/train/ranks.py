@@ -16,6 +16,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
 
 TIMEOUT = timedelta(minutes=10)  # in which a rank has to answer the others; what waits longer for good reason: `first`
 PORTS = 5  # that are tried for the meeting of a SLURM step's ranks
@@ -115,24 +116,24 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
-def meet(size: int) -> dist.Store:
+def meet(size: int) -> Store:
     """The store where the ranks of a SLURM step meet: at the first of PORTS ports that rank 0 can have.
 
     The port of `slurm_rank` may be another program's, which refuses, or answers something else, or nothing.
     """
-    name = "-".join(os.environ.get(f"SLURM_{part}", "") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT")).encode()
+    name = "-".join(os.environ.get(f"SLURM_{part}", "") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
     host, first, own = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
-    until, found = time.monotonic() + TIMEOUT.total_seconds(), list[dist.Store]()
+    until, found = time.monotonic() + TIMEOUT.total_seconds(), list[Store]()
     tried: dict[int, threading.Thread] = {}
 
     def attempt(port: int) -> None:
         with contextlib.suppress(dist.DistError, OSError):
             if not own:
                 socket.create_connection((host, port), 5).close()  # a store would try for long
-            store = dist.TCPStore(host, port, size, own, timeout=TIMEOUT, wait_for_workers=False)
+            store = TCPStore(host, port, size, own, timeout=TIMEOUT, wait_for_workers=False)
             if own:
                 store.set("name", name)
-            if store.get("name") == name:
+            if store.get("name") == name.encode():
                 found.append(store)
 
     while not found:
