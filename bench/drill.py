@@ -1,12 +1,17 @@
 """Failure drills: break runs on purpose, and compare what is left with a sweep that nobody disturbed.
 
     python bench/drill.py [--kills 100] [--out drills.jsonl]
-    python bench/drill.py --render drills.jsonl docs/reliability.md    the table of that page, from what was counted
+    python bench/drill.py --faults 1000 --out faults.jsonl             the campaign; the same command goes on with it
+    python bench/drill.py --render drills.jsonl docs/reliability.md    a table of that page, from what was counted
 
 Random kills go over sweeps of small runs (digits, ResNet-8 of width 4) in three places: in one process, in two
 processes under torchrun, and in two tasks on two nodes under SLURM (left out where SLURM is not installed, or not
 run by root). After each sweep every run must be finished, its weights and its records the same bits as those of the
 undisturbed sweep in that place; of a record, only `seconds` (wall clock) is not compared.
+
+The campaign is of single faults of many kinds, each with a run of its own of 20 or 40 steps: case i of a seed is always
+the same fault of the same run at the same share of its time. Its processes are forked from one that has torch. A case
+is wrong if the run differs from the undisturbed one, if it does not end in HANG seconds, or if a process is left.
 """
 
 from __future__ import annotations
@@ -23,13 +28,14 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
+from scaling_exps import config, plan  # noqa: E402
 from scaling_exps.records import RunDir  # noqa: E402
 
 SWEEP = [
@@ -150,6 +156,150 @@ def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, unt
     return {"place": place, "counts": counts, "sweeps": sweep, "runs": runs_done, "restarts": restarts, "wrong": wrong}
 
 
+# ---- the campaign ----
+
+HANG = 300.0  # seconds
+SIGNALS = ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGSTOP"]
+NEWEST, PREVIOUS, RECORDS = "checkpoint.pt", "checkpoint.prev.pt", "records.jsonl"
+SHORT = [*SWEEP[3:8], "recipe.samples=2560", "recipe.batch=64", "measure.evaluations=2", "checkpoint.minutes=1e-9"]
+
+
+def _flip(raw: bytes, chance: random.Random) -> bytes:
+    at = chance.randrange(len(raw))
+    return raw[:at] + bytes([raw[at] ^ 1 << chance.randrange(8)]) + raw[at + 1 :]
+
+
+def _cut(raw: bytes, chance: random.Random) -> bytes:
+    return raw[: chance.randrange(len(raw))]
+
+
+DAMAGE: dict[str, tuple[list[str], Callable[[bytes, random.Random], bytes]]] = {  # done to a run that was killed
+    "checkpoint cut": ([NEWEST], _cut),
+    "a bit flipped in the checkpoint": ([NEWEST], _flip),
+    "checkpoint empty": ([NEWEST], lambda raw, chance: b""),
+    "both checkpoints cut": ([NEWEST, PREVIOUS], _cut),
+    "records cut": ([RECORDS], _cut),
+    "a bit flipped in the records": ([RECORDS], _flip),
+    "zeros behind the records": ([RECORDS], lambda raw, chance: raw + bytes(512)),
+    "half a save left": ([".checkpoint.pt.1"], lambda raw, chance: chance.randbytes(999)),
+    "lock overwritten": (["lock"], lambda raw, chance: chance.randbytes(99)),
+    "result from nowhere": (["result.json"], lambda raw, chance: b'{"status": "failed", "reason": "?"}'),
+}
+LIMITS = {"files end at a size": "RLIMIT_FSIZE", "few open files": "RLIMIT_NOFILE"}  # of its process; then none
+KINDS = [*SIGNALS, *DAMAGE, *LIMITS, "two at once", "killed again and again"]
+
+
+def _limited(name: str, most: int, folder: str) -> None:
+    """A worker under a limit of its process."""
+    import resource
+
+    from scaling_exps.train.worker import work
+
+    limit = getattr(resource, name)
+    resource.setrlimit(limit, (most, resource.getrlimit(limit)[1]))
+    raise SystemExit(work([Path(folder)]))
+
+
+def inside(folder: Path) -> list[int]:
+    """The processes that work in `folder`."""
+    found = []
+    for process in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            if os.readlink(process / "cwd") == str(folder):
+                found.append(int(process.name))
+    return found
+
+
+def case(number: int, seed: int, folder: Path) -> dict[str, Any]:
+    """One fault, and what came of it."""
+    import forked
+    from support import worker
+
+    chance = random.Random(f"{seed} {number}")
+    kind, world = chance.choice(KINDS), chance.choice([1, 1, 2])
+    world = 1 if kind in LIMITS else world
+    words = [f"batch={chance.choice([64, 128])}", f"seed={chance.randrange(3)}", f"launch.devices={world}"]
+    (spec,) = plan.plan(config.compose([*SHORT, *words]))
+    begun = time.monotonic()
+    reference = RunDir(folder / f"undisturbed-{world}" / spec.run_id)
+    run_dir = RunDir(folder / f"case{number}" / spec.run_id)
+
+    def start(run_dir: RunDir, program: list[str] | None = None) -> Any:
+        run_dir.prepare(spec)
+        return forked.start(program or worker(run_dir, world), cwd=run_dir.path.parent, env=ENVIRONMENT)
+
+    if reference.state() != "finished":
+        start(reference).join(HANG)
+        if reference.state() != "finished":
+            raise SystemExit(f"the undisturbed run failed: {reference.reason()}")
+    usual = 2 * (reference.result() or {})["seconds"] + 0.5  # of training; it loads and saves, too
+    strikes = [k for k in SIGNALS if k == kind] or (["SIGKILL"] if kind in DAMAGE else [])
+    strikes = ["SIGKILL"] * 4 if kind == "killed again and again" else strikes
+    workers, starts, struck = [start(run_dir)] if kind not in LIMITS else [], 1, int(not strikes)
+    if kind == "two at once":
+        workers.append(start(run_dir))
+    if kind in LIMITS:
+        most = chance.randrange(200, 60_000) if kind == "files end at a size" else chance.randrange(8, 40)
+        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.drill import _limited; "
+        workers.append(start(run_dir, ["-c", f"{code}_limited({LIMITS[kind]!r}, {most}, {str(run_dir)!r})"]))
+    while True:
+        if strikes:
+            while not run_dir.holder() and any(w.is_alive() for w in workers):
+                time.sleep(0.01)
+            time.sleep(chance.uniform(0, usual))
+            victims = [p for p in inside(run_dir.path.parent) if world == 1 or p != workers[0].pid]
+            with contextlib.suppress(ProcessLookupError, IndexError):
+                number_of = getattr(signal, strikes.pop())
+                os.kill(victim := chance.choice(victims), number_of)
+                struck += 1
+                if number_of == signal.SIGSTOP:
+                    time.sleep(chance.uniform(0, 2))
+                    os.kill(victim, signal.SIGCONT)
+        for w in workers:
+            w.join(max(0.0, begun + HANG - time.monotonic()))
+        if time.monotonic() > begun + HANG or run_dir.state() == "finished":
+            break
+        names, spoil = DAMAGE.get(kind, ([], _cut))
+        for name in names if starts == 1 else []:
+            file = run_dir.path / name
+            raw = file.read_bytes() if file.exists() else b""
+            if raw or name not in (NEWEST, PREVIOUS, RECORDS):
+                file.write_bytes(spoil(raw, chance))
+                struck += 1
+        workers, starts = [start(run_dir)], starts + 1
+        if starts > 12:
+            break
+    ended = run_dir.state() == "finished"
+    wrong = difference(run_dir, reference) if ended else f"{run_dir.state()}: {run_dir.reason()}"
+    time.sleep(0.1)
+    left = inside(run_dir.path.parent)
+    wrong = wrong or (f"left behind: {left}" if left else "")
+    wrong = wrong or next((f"left behind: {p}" for p in run_dir.path.glob(".checkpoint*")), "")
+    for pid in left:
+        os.kill(pid, signal.SIGKILL)
+    shutil.rmtree(run_dir.path.parent)
+    return {
+        "seed": seed, "case": number, "kind": kind, "processes": world, "struck": struck, "starts": starts,
+        "seconds": round(time.monotonic() - begun, 1), "wrong": wrong,
+    }  # fmt: skip
+
+
+def campaign(count: int, seed: int, out: Path, until: float) -> bool:
+    """Cases 0 to `count` of a seed that `out` does not hold yet, a line each, until the time is over."""
+    before = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
+    known, good = {(row["seed"], row["case"]) for row in before}, True
+    with tempfile.TemporaryDirectory() as folder, open(out, "a") as f:
+        for number in range(count):
+            if (seed, number) in known or time.monotonic() > until:
+                continue
+            row = case(number, seed, Path(folder))
+            good &= not row["wrong"]
+            f.write(json.dumps(row) + "\n")
+            f.flush()
+            print(*row.values(), flush=True)
+    return good
+
+
 @contextlib.contextmanager
 def cluster() -> Iterator[bool]:
     """A SLURM cluster of two nodes; False where there cannot be one."""
@@ -170,6 +320,16 @@ def cluster() -> Iterator[bool]:
 def render(counted: Path, page: Path) -> None:
     """Put the counts of the JSON lines `counted` between the marks of `page`."""
     rows = [json.loads(line) for line in counted.read_text().splitlines()]
+    if "case" in rows[0]:
+        kinds = sorted({row["kind"] for row in rows})
+        table = [["kind", "one process", "two processes", "faults that hit", "starts", "wrong"], ["---"] * 6]
+        for kind in [*kinds, "all"]:
+            of = [row for row in rows if kind in (row["kind"], "all")]
+            cases = [sum(row["processes"] == n for row in of) for n in (1, 2)]
+            sums = [sum(row[k] for row in of) for k in ("struck", "starts")]
+            table.append([kind, *cases, *sums, sum(bool(row["wrong"]) for row in of)])
+        _put(table, page, "faults")
+        return
     kinds = sorted({kind for row in rows for kind in row["counts"]})
     table = [["place", *kinds, "kills", "runs", "launched again by hand", "wrong"], ["---"] * (len(kinds) + 5)]
     for row in rows:
@@ -178,16 +338,20 @@ def render(counted: Path, page: Path) -> None:
         table.append([row["place"], *counts, sum(counts), row["runs"], row["restarts"], wrong])
     sums = [sum(column) for column in list(zip(*table[2:], strict=True))[1:-1]]
     table.append(["all", *sums, sum(len(row["wrong"]) for row in rows)])
+    _put(table, page, "counted")
+
+
+def _put(table: list[list[Any]], page: Path, mark: str) -> None:
     lines = "\n".join(f"| {' | '.join(map(str, cells))} |" for cells in table).replace(" --- ", "---")
-    begin, end = "<!-- counted -->", "<!-- end -->"
-    text = page.read_text()
-    page.write_text(f"{text.split(begin)[0]}{begin}\n{lines}\n{end}{text.split(end)[1]}")
+    before, begin, rest = page.read_text().partition(f"<!-- {mark} -->")
+    page.write_text(f"{before}{begin}\n{lines}\n<!-- end -->{rest.partition('<!-- end -->')[2]}")
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=12800, help="of each run (default: 12800)")
     parser.add_argument("--kills", type=int, default=100, help="in all places together (default: 100)")
+    parser.add_argument("--faults", type=int, help="a campaign of so many single faults, into --out")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--places", nargs="*", default=list(PLACES), choices=list(PLACES))
     parser.add_argument("--minutes", type=float, default=30, help="stop striking after so long (default: 30)")
@@ -197,8 +361,11 @@ def main() -> int:
     if options.render:
         render(*options.render)
         return 0
+    until = time.monotonic() + 60 * options.minutes
+    if options.faults:
+        return int(not campaign(options.faults, options.seed, options.out, until))
     SWEEP.append(f"recipe.samples={options.samples}")
-    chance, until, good = random.Random(options.seed), time.monotonic() + 60 * options.minutes, True
+    chance, good = random.Random(options.seed), True
     for i, place in enumerate(options.places):
         share = options.kills // len(options.places) + (i < options.kills % len(options.places))
         machine = cluster() if place.startswith("SLURM") else contextlib.nullcontext(True)

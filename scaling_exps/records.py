@@ -88,7 +88,7 @@ class BusyError(RuntimeError):
 
 @dataclass(frozen=True)
 class Records:
-    """The readable records of a run, the line that each stands in (from 0), and how many lines are none.
+    """The readable records of a run, the line that each stands in (from 0), how many lines are none, and their CRC-32.
 
     A torn last line is not counted.
     """
@@ -96,6 +96,7 @@ class Records:
     rows: list[dict[str, Any]]
     lines: list[int]
     damaged: int
+    checksum: int
 
 
 class RunDir:
@@ -147,10 +148,10 @@ class RunDir:
         except PlanError as e:
             raise PlanError(f"{self}: {e}") from e
 
-    def prepare(self, spec: RunSpec) -> RunSpec:
+    def prepare(self, spec: RunSpec, elastic: bool = False) -> RunSpec:
         """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
 
-        Returns what run.json then says.
+        `elastic`: a begun run takes the placement of `spec`, else it keeps its own. Returns what run.json then says.
 
         Raises:
             PlanError: a run.json lies here that this version cannot read.
@@ -167,7 +168,8 @@ class RunDir:
                 measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
                 spec = replace(known, measure=measure if full else had)
             elif self.begun:
-                spec = replace(spec, placement=known.placement, measure=known.measure)
+                placement = spec.placement if elastic else known.placement
+                spec = replace(spec, placement=placement, measure=known.measure)
             looks = known.looks if self.begun else spec.looks
             spec = replace(spec, arms=arms, margin=margin, looks=looks)
         if spec != known:
@@ -242,9 +244,9 @@ class RunDir:
         raw = _read(self._records)
         lines = raw.split(b"\n")
         if (whole := _whole(raw[: len(raw) - len(lines[-1])])) is not None:
-            return Records(whole, list(range(len(whole))), 0)
+            return Records(whole, list(range(len(whole))), 0, zlib.crc32(raw))
         rows = {i: row for i, line in enumerate(lines[:-1]) if (row := _record(line)) is not None}
-        return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows))
+        return Records(list(rows.values()), list(rows), len(lines) - 1 - len(rows), zlib.crc32(raw))
 
     def records_checksum(self, size: int) -> int | None:
         """CRC-32 of the first `size` bytes of records; None where there are fewer."""

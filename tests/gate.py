@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import time
 from pathlib import Path
 
@@ -45,6 +46,26 @@ class Net(torch.nn.Module):
 
 def net(shape: tuple[int, int, int], classes: int) -> Net:
     return Net(shape[2], classes)
+
+
+def slow_disk(shape: tuple[int, int, int], classes: int) -> Net:
+    """Its first fsync after a signal takes longer than torchrun waits of itself before it kills."""
+    fsync, late = os.fsync, [35.0]
+
+    def slow(descriptor: int) -> None:
+        time.sleep(late.pop() if worker._signals and late else 0)
+        fsync(descriptor)
+
+    os.fsync = slow
+    return net(shape, classes)
+
+
+def deaf(shape: tuple[int, int, int], classes: int) -> Net:
+    """The first member of a job array hears no signal, and never ends."""
+    if os.environ.get("SLURM_ARRAY_TASK_ID") == "0":
+        signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGUSR2])
+        time.sleep(3600)
+    return net(shape, classes)
 
 
 def broken(shape: tuple[int, int, int], classes: int) -> Net:

@@ -121,6 +121,20 @@ def test_drill(tmp_path: Path) -> None:
     assert "| one process |" in page.read_text()
 
 
+@pytest.mark.slow
+def test_a_campaign_of_faults(tmp_path: Path) -> None:
+    """Fails if a case went wrong, if the second command repeated one, or if a number stood for another fault."""
+    out, page = tmp_path / "faults.jsonl", tmp_path / "page.md"
+    for count in ("1", "2"):
+        run("bench/drill.py", "--faults", count, "--out", str(out), cwd=tmp_path)
+    first, second = rows(out.read_text())
+    assert [first["case"], second["case"]] == [0, 1] and not first["wrong"] and not second["wrong"]
+    assert (first["kind"], second["kind"]) == ("records cut", "SIGUSR1")
+    page.write_text("<!-- faults -->\n<!-- end -->\n")
+    run("bench/drill.py", "--render", str(out), str(page), cwd=tmp_path)
+    assert "| all | 1 | 1 |" in page.read_text()
+
+
 def test_evidence(tmp_path: Path) -> None:
     """A copy, so that the pages that it writes lie beside the copy: what people wrote around the marks stays."""
     for folder in ("scripts", "docs/evidence", "runs"):

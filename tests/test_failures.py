@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from support import (
     TINY,
     placed,
     prepare,
+    rows,
     same_run,
     scalerun,
     specs,
@@ -60,8 +62,14 @@ def undisturbed(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunD
 
 @pytest.fixture(scope="module")
 def stopped(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
-    run_dir = prepare(tmp_path_factory.mktemp("stopped"), spec)
-    step = train.Trainer.train_step
+    run_dir = half(prepare(tmp_path_factory.mktemp("stopped"), spec))
+    assert run_dir.previous.exists()
+    return run_dir
+
+
+def half(run_dir: RunDir) -> RunDir:
+    """The run, stopped in the middle."""
+    spec, step = run_dir.spec(), train.Trainer.train_step
 
     def steps(trainer: train.Trainer) -> None:
         step(trainer)
@@ -74,7 +82,6 @@ def stopped(spec: RunSpec, tmp_path_factory: pytest.TempPathFactory) -> RunDir:
         assert train.run(run_dir) == "stopped"
     worker_module._signals.clear()
     assert run_dir.state() == "interrupted"
-    assert run_dir.previous.exists()
     return run_dir
 
 
@@ -259,6 +266,33 @@ def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: 
         done = forked.run([*worker(held, 2), str(free)])
     assert done.returncode == 0, done.stderr
     assert (held.state(), free.state()) == ("waiting", "finished")
+
+
+def test_ranks_of_a_step_meet_elsewhere_where_their_port_is_taken(tmp_path: Path) -> None:
+    """A step of two tasks, by hand. The first port never answers, the next hangs up, the third is another step's.
+
+    Fails if rank 0 gave up, if rank 1 took another for rank 0 or hung, or if a folder that is shown late were an error.
+    """
+    run_dir = prepare(tmp_path / "elsewhere", placed(specs("batch=64", "recipe.micro_batch=32")[0], 2))
+    step = {
+        "SLURM_JOB_ID": str(os.getpid()), "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2",
+        "SLURM_STEP_NODELIST": "localhost",
+    }  # fmt: skip
+    port = int((train.slurm_rank({**step, "SLURM_PROCID": "0", "SLURM_LOCALID": "0"}) or {})["MASTER_PORT"])
+    with socket.create_server(("", port)), socket.create_server(("", port + 1)) as rude:
+        threading.Thread(target=lambda: [rude.accept()[0].close() for _ in range(9999)], daemon=True).start()
+        store = torch.distributed.TCPStore("localhost", port + 2, None, True, wait_for_workers=False)
+        store.set("name", b"of another step")
+        late = RunDir(tmp_path / "runs" / run_dir.path.name)
+        ranks = [
+            forked.start(worker(late), env={**ENVIRONMENT, **step, "SLURM_PROCID": r, "SLURM_LOCALID": r}) for r in "01"
+        ]
+        time.sleep(0.5)
+        run_dir.path.parent.rename(tmp_path / "runs")
+        for rank in ranks:
+            rank.join()
+    assert [rank.exitcode for rank in ranks] == [0, 0], late.log.read_text()
+    assert (late.result() or {})["world_size"] == 2
 
 
 def test_a_look_at_a_run_does_not_keep_it_from_starting(spec: RunSpec, tmp_path: Path) -> None:
@@ -518,6 +552,29 @@ def test_a_begun_run_keeps_its_number_of_processes(tmp_path: Path) -> None:
     assert spec.placement.world_size == 1
     assert local.launch([spec], tmp_path, config.compose([])[0].launch)
     assert (run_dir.result() or {})["world_size"] == 2
+
+
+def test_an_elastic_run_goes_on_with_other_processes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One process, then two, from the middle of a train record. Fails if the loss were summed over other samples than
+    were trained on, if the change were not said, or if it came unasked or to a run that is held."""
+    (one,) = specs("batch=64", "recipe.micro_batch=32", "recipe.samples=1280", "measure.train_records=5")
+    whole, run_dir = prepare(tmp_path / "whole", one), half(prepare(tmp_path, one))
+    work(whole)
+    two = placed(one, 2)
+    assert run_dir.prepare(two).placement == one.placement
+    (settings,) = config.compose(["launch.elastic=true", "launch.devices=2"])
+    with run_dir.lock():
+        monkeypatch.setattr(local, "_workers", lambda *_: None)
+        assert isinstance(settings.launch, config.LocalLaunch) and not local.launch([two], tmp_path, settings.launch)
+        assert run_dir.spec().placement == one.placement
+    assert not local.launch([two], tmp_path, settings.launch)
+    assert run_dir.spec().placement == two.placement
+    work(run_dir, 2)
+    ((event,), found) = ([r for r in rows(run_dir) if (r["kind"] == "event") == said] for said in (True, False))
+    assert (event["step"], event["before"], event["after"]) == (10, 1, 2)
+    for mine, theirs in zip(found, rows(whole), strict=True):
+        for key in mine.keys() & {"step", "samples", "loss", "window", "accuracy", "weight_norm"}:
+            assert mine.get(key) == pytest.approx(theirs.get(key), rel=1e-5), key
 
 
 def test_what_a_finished_run_says_of_its_data_stays(spec: RunSpec, undisturbed: RunDir) -> None:

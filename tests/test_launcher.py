@@ -134,6 +134,29 @@ def test_signals_save(words: list[str], signals: list[int], tmp_path: Path) -> N
 
 
 @pytest.mark.slow
+def test_a_signal_to_one_rank_stops_all_at_the_same_step(tmp_path: Path) -> None:
+    """Fails if the other rank trains on, or waits for it; or if the state is saved twice."""
+    launcher = start(tmp_path, *TORCHRUN)
+    os.kill(held(tmp_path)[-1], signal.SIGUSR2)
+    (tmp_path / "hold").unlink()
+    assert launcher.wait() == 1
+    saved(tmp_path)
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    assert run_dir.log.read_text().count("saved and stopped") == 1 and not run_dir.previous.exists()
+
+
+@pytest.mark.slow
+def test_torchrun_waits_for_a_slow_disk(tmp_path: Path) -> None:
+    """Fails if torchrun kills the ranks in the middle of a save that takes more than its usual 30 s."""
+    words = [*TORCHRUN, "model.factory=gate:slow_disk"]
+    launcher = start(tmp_path, *words)
+    launcher.terminate()
+    launcher.wait()
+    saved(tmp_path)
+    goes_on(tmp_path, *words)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [ONE, TORCHRUN], ids=["one", "torchrun"])
 def test_closing_the_terminal_saves(words: list[str], tmp_path: Path) -> None:
     """Fails if SIGHUP ends the run, or if what it prints to the closed terminal makes it a failed one."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import re
 import subprocess
 import sys
 import threading
@@ -25,6 +26,7 @@ from scaling_exps.plan import RunSpec
 from scaling_exps.records import RunDir
 
 KEY = "0123456789abcdef" * 3
+PLANTED = "a-secret-that-nobody-needs"  # in the environment of every run
 NOBODY = ("WANDB_API_KEY", "WANDB_IDENTITY_TOKEN_FILE", "WANDB_BASE_URL", "WANDB_CONFIG_DIR", "NETRC", "WANDB_MODE")
 
 
@@ -106,9 +108,12 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[wandb_server.Serv
     ]
     run_dirs = [prepare(root, spec) for spec in planned]
     command = worker(run_dirs[0])[:-1] + [str(d) for d in run_dirs]
+    for name in ("home", "tmp"):
+        (root / name).mkdir()
+    planted = {name: PLANTED for name in ("HF_TOKEN", "AWS_SECRET_ACCESS_KEY", "MY_PASSWORD", "OPENAI_API_KEY")}
     with wandb_server.serving() as server:
-        environment = {**ENVIRONMENT, **online(server.url)}
-        done = forked.run(command, env=environment)
+        environment = {**ENVIRONMENT, **planted, "HOME": str(root / "home"), "TMPDIR": str(root / "tmp")}
+        done = forked.run(command, env={**environment, **online(server.url)})
     assert done.returncode == 1, done.stderr
     return server, list(zip(run_dirs, planned, strict=True))
 
@@ -147,13 +152,15 @@ def test_runs_are_arranged_for_comparing_batches(
     assert {k: run.summary[f"final/{k}"] for k in metrics} == metrics
 
 
-def test_no_key_in_the_folder_of_a_run(trained: tuple[wandb_server.Server, list[tuple[RunDir, RunSpec]]]) -> None:
-    """Fails if wandb's own files, which may hold its settings, lay in the run's folder."""
+def test_no_secret_is_in_a_file(trained: tuple[wandb_server.Server, list[tuple[RunDir, RunSpec]]]) -> None:
+    """Runs (one failed), home and the temporary folder. Fails if wandb's own files, which may hold its settings, lay
+    there, or if a run kept its environment."""
     server, runs = trained
     assert any(server.keys - {""})  # the key was used
-    for run_dir, _ in runs:
-        files = [p for p in run_dir.path.rglob("*") if p.is_file()]
-        assert len(files) > 4 and not [p for p in files if KEY.encode() in p.read_bytes()]
+    assert PLANTED not in repr([vars(run) for run in server.runs.values()])
+    for folder in (run_dir.path.parent for run_dir, _ in runs):
+        files = [p for p in folder.rglob("*") if p.is_file()]
+        assert len(files) > 12 and not [p for p in files if re.search(f"{KEY}|{PLANTED}".encode(), p.read_bytes())]
         assert "wandb" not in [p.name for p in files]
 
 

@@ -44,6 +44,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for environment in (os.environ, ENVIRONMENT):
             m.setitem(environment, "SLURM_CONF", str(folder / "slurm/slurm.conf"))
             m.setitem(environment, "PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
+            m.setitem(environment, "HF_TOKEN", "planted-in-the-environment")
         yield
         subprocess.run([ROOT / "tests/slurm/down.sh", folder / "slurm"], check=True)
 
@@ -138,6 +139,8 @@ def test_an_array_of_two_task_runs_on_two_nodes(undisturbed: Path) -> None:
     assert (result["world_size"], result["commit"] is not None) == (2, True)
     assert {r["state"] for r in status(undisturbed)} == {"finished"}
     assert not list(undisturbed.rglob("owned"))  # a folder's name is never run
+    files = [p for p in undisturbed.rglob("*") if p.is_file()]
+    assert len(files) > 20 and not [p for p in files if b"planted-in-the-environment" in p.read_bytes()]
     assert (first.path.stat().st_mode | (first.path.parent / ".slurm").stat().st_mode) & 0o077 == 0
 
 
@@ -190,7 +193,9 @@ def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path:
     (limited / "hold").unlink()
     until(lambda: all(map(finished, folders)))
     assert starts(a) >= 2
-    assert starts(b) >= 2
+    stops = b.log.read_text().count("saved and stopped")  # both tasks were told at the limit: one requeue
+    assert starts(b) == stops + 1 >= 2
+    assert f"Restarts={stops}" in command("scontrol", "show", "job", job(b))
     for run_dir in (a, b, *run_dirs(cancelled)):
         same(run_dir, twin(run_dir, undisturbed))
 
@@ -209,6 +214,26 @@ def test_a_killed_rank_is_requeued_and_a_broken_run_is_not(undisturbed: Path, tm
     until(lambda: status(tmp_path / "broken")[0]["state"] == "failed")
     assert starts(broken) == 1
     assert "no network today" in status(tmp_path / "broken")[0]["detail"]
+
+
+@pytest.mark.slow
+def test_a_member_over_its_limit_does_not_lose_the_others(tmp_path: Path) -> None:
+    """The array's first member is killed at its time limit, since it hears no signal.
+
+    Fails if `launch.wait` returned before the other had ended, or if the lost one were finished, or failed.
+    """
+    words = ["seed=[0,1]", "model.factory=gate:deaf", "launch.minutes=2", "launch.signal_seconds=20"]
+    done = scalerun(
+        *{w.split("=", 1)[0]: w for w in [*gate.SCIENCE, *PLACE, *words]}.values(), "launch.wait=true", cwd=tmp_path
+    )
+    assert done.returncode == 1, done.stdout + done.stderr
+    until(
+        lambda: (
+            {r["state"]: r["detail"].split(", ")[0] for r in status(tmp_path)}.items()
+            >= {"interrupted": "SLURM: TIMEOUT"}.items()
+        )
+    )
+    assert {r["state"] for r in status(tmp_path)} == {"interrupted", "finished"}
 
 
 @pytest.fixture

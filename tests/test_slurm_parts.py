@@ -281,6 +281,36 @@ def test_a_finished_run_whose_noise_is_being_measured_is_followed(says: Says, tm
 
 
 @pytest.mark.parametrize(
+    ("end", "state"),
+    [("PREEMPTED", "interrupted"), ("TIMEOUT", "interrupted"), ("NODE_FAIL", "interrupted"), ("FAILED", "failed")],
+)
+def test_a_job_that_slurm_ended_is_no_failed_run(end: str, state: str, says: Says, tmp_path: Path) -> None:
+    """Fails if a preempted run were finished or failed: the same command goes on with it."""
+    run_dir = prepare(tmp_path / "runs", specs()[0])
+    run_dir.append_event({"event": "submitted", "job": "7"})
+    (run_dir.path / "records.jsonl").touch()
+    says("squeue", "exit 0")
+    says("sacct", f"echo '7|{end}'")
+    assert [(r["state"], r["detail"]) for r in overview.status(tmp_path / "runs")] == [(state, f"SLURM: {end}")]
+
+
+@pytest.mark.parametrize(("code", "requeued"), [(137, 10), (75, 12), (200, 0), (1, 0)])
+def test_a_requeue_spends_no_restart_of_a_killed_process(code: int, requeued: int, says: Says, tmp_path: Path) -> None:
+    """A job that was preempted fifty times before. Fails if those count, or if a process that always dies goes on."""
+    run_dir = prepare(tmp_path / "runs", specs()[0])
+    says("srun", f"exit {code}")
+    says("squeue", "echo RUNNING")
+    says("scontrol", f"echo >> {tmp_path}/requeued")
+    says("sleep", "exit 0")
+    environment = {**os.environ, "SLURM_JOB_ID": "7", "SLURM_RESTART_COUNT": "50"}
+    for _ in range(12):
+        done = subprocess.run(["bash", ROOT / "slurm/run.sbatch", run_dir.path], env=environment)
+        assert done.returncode == code
+    calls = tmp_path / "requeued"
+    assert (len(calls.read_text().splitlines()) if calls.exists() else 0) == requeued
+
+
+@pytest.mark.parametrize(
     ("job", "environment"),
     [
         ("7", {"SLURM_JOB_ID": "7"}),

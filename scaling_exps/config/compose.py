@@ -9,7 +9,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from scaling_exps.config import schema
 from scaling_exps.config.schema import Config, ConfigError, Dataset
@@ -37,8 +37,8 @@ def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
         ConfigError: unknown group, option or key, or a value of the wrong type.
     """
     faults = [fault for word in argv if (fault := _illegal(word))]
-    if not faults and (unknown := _unknown_flag(argv, flags)):
-        raise ConfigError(unknown)
+    if unknown := _unknown_flag(argv, flags):
+        raise ConfigError("\n".join([*faults, unknown]))
     theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]|ramp\.at=\{")  # these keys alone may hold new ones
     short = {"margin=auto": "margin.auto=true"}
     argv = [short.get(word, re.sub(r"^ramp=", "ramp.at=", word)) for word in argv]
@@ -63,9 +63,11 @@ def _illegal(word: str) -> str:
         return f"{word!r}: the group's file says what it is; choose one with {group}=NAME"
     if re.match(r"\+|~", word):
         return f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}"
+    if re.match("-c[pn]|--config-[pn]", word):
+        return f"{word!r} is not supported: files of your own are found with --config-dir DIR"
     if word.startswith("--e"):  # --experimental-rerun, also abbreviated: it unpickles a file
         return f"{word!r} is not supported: a run is repeated by its words (`scalerun status` lists runs)"
-    return f"{word!r} stands for nothing; drop it" if word == "--" else ""
+    return f"{word!r} stands for nothing; drop it" if word in ("", "--") or word.startswith("=") else ""
 
 
 def _unknown_flag(argv: list[str], flags: Iterable[str]) -> str:
@@ -135,17 +137,30 @@ def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
 
     saved = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
+    overrides = _parse(argv).overrides
+    argv = [word for word in argv if word not in overrides]  # flags first: Hydra takes none behind an override
     if {"--help", "-h"} & set(argv):
-        argv = [*argv, "hydra/help=scalerun"]
-    first = next((i for i, word in enumerate(argv) if "=" in word and not word.startswith("-")), len(argv))
+        overrides = [*overrides, "hydra/help=scalerun"]
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
-        sys.argv = ["scalerun", *argv[:first], *folders, *argv[first:]]
+        sys.argv = ["scalerun", *argv, *folders, *overrides]
         try:
             main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
             main(lambda cfg: collect(cfg, HydraConfig.get()))()
         finally:
             sys.argv = saved
+
+
+def _parse(argv: list[str]) -> Any:
+    """What Hydra's own parser makes of a command line; ConfigError where it would print its usage."""
+    from hydra._internal.utils import get_args_parser
+
+    def refuse(message: str) -> NoReturn:
+        raise ConfigError(f"{message}; scalerun --help lists what there is")
+
+    parser = get_args_parser()
+    parser.error = refuse  # type: ignore[method-assign]
+    return parser.parse_intermixed_args(argv)
 
 
 def dataset(name: str) -> Dataset:
@@ -185,6 +200,8 @@ def _explain(error: Exception, argv: list[str]) -> str:
     from hydra.core.override_parser.overrides_parser import OverridesParser
     from hydra.errors import HydraException
 
+    if isinstance(error, ConfigError):
+        return str(error)
     text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
         if key[1].partition("@")[2].startswith("experiment."):
@@ -208,9 +225,9 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
         try:
-            OverridesParser.create().parse_overrides([word] if "=" in word else [])
-        except HydraException:
-            return f"{word!r} cannot be read ({first}); a list is written key=[1,2], special characters stand in quotes"
+            OverridesParser.create().parse_overrides([word] if "=" in word and not word.startswith("-") else [])
+        except HydraException:  # what its grammar expected is no help
+            return f"{word!r} cannot be read; a list is written key=[1,2], other characters stand in quotes: key='a=b'"
     return first
 
 

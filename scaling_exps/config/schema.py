@@ -274,10 +274,17 @@ class Recipe(Group, frozen=True, kw_only=True):
 Devices = Annotated[Positive | Literal["auto"], _is("processes of a run, one a GPU; auto: the most that fit")]
 
 
+Elastic = Annotated[
+    bool,
+    _is("a begun run may go on with another number of processes: the same to 1e-5, not to the bit; its records say so"),
+]
+
+
 class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local"):
     """On this machine."""
 
     devices: Devices
+    elastic: Elastic
     parallel: Annotated[Positive, _is("runs of a sweep side by side")]
     compile: Annotated[bool, _is("torch.compile the network")]
     minutes: Annotated[Minutes | None, _is("after so long runs save and stop; null: no limit", "minutes")]
@@ -287,6 +294,7 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     """On a SLURM cluster. null leaves a setting to the site's defaults."""
 
     devices: Devices
+    elastic: Elastic
     compile: Annotated[bool, _is("torch.compile the network")]
     max_devices: Annotated[Positive, _is("processes that devices=auto may take for one run")]
     devices_per_node: Annotated[Positive, _is("processes on a node")]

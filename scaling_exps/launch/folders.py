@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 
 from scaling_exps.plan import RunSpec
@@ -31,10 +32,16 @@ def unfinished(specs: list[RunSpec], root: Path) -> list[RunSpec]:
     return todo
 
 
-def prepare(specs: list[RunSpec], root: Path) -> dict[RunDir, RunSpec]:
-    """Make every run's folder and run.json; what each run.json then says. LaunchError: `root` cannot be written."""
+def prepare(
+    specs: list[RunSpec], root: Path, elastic: Callable[[RunDir], bool] = lambda _: False
+) -> dict[RunDir, RunSpec]:
+    """Make every run's folder and run.json; what each run.json then says.
+
+    `elastic`: whether a begun run may go on with another number of processes. LaunchError: `root` cannot be written.
+    """
     try:
-        return {(run_dir := RunDir(root / spec.run_id)): run_dir.prepare(spec) for spec in specs}
+        run_dirs = {RunDir(root / spec.run_id): spec for spec in specs}
+        return {run_dir: run_dir.prepare(spec, elastic(run_dir)) for run_dir, spec in run_dirs.items()}
     except OSError as e:
         raise LaunchError(
             f"cannot write runs under {root}: {e.strerror} ({e.filename}); choose another with runs_dir="

@@ -102,7 +102,8 @@ def remove(words: list[str], yes: bool) -> bool:
                     (d.path / name).unlink()
             d.path.rmdir()
         except (BusyError, OSError) as e:
-            raise LaunchError(f"{d} is not removed: {e}") from e
+            why = f"{e.strerror} ({e.filename})" if isinstance(e, OSError) else e
+            raise LaunchError(f"{d} is not removed: {why}") from e
     print(f"removed {len(run_dirs)} run(s)")
     return True
 

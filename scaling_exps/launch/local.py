@@ -23,7 +23,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
 
     todo = folders.unfinished(specs, root)
     train.preflight(todo)
-    prepared = folders.prepare(specs, root)
+    prepared = folders.prepare(specs, root, lambda run_dir: settings.elastic and run_dir.holder() is None)
     worlds = {d: prepared[d].placement.world_size for d in (RunDir(root / spec.run_id) for spec in todo)}
     side_by_side = settings.parallel > 1 and len(worlds) > 1
     cards = _cards() if side_by_side or max(worlds.values(), default=1) > 1 else []
@@ -31,7 +31,7 @@ def launch(specs: list[RunSpec], root: Path, settings: LocalLaunch) -> bool:
         if cards and world > len(cards):
             raise LaunchError(
                 f"{run_dir} is a run of {world} processes, and this machine shows {len(cards)} GPU(s): give "
-                "launch.devices; a run that has begun keeps its number (another runs_dir starts it anew)"
+                "launch.devices; a run that has begun keeps its number (launch.elastic=true changes it)"
             )
     print(f"{len(specs)} run(s), {len(specs) - len(todo)} finished already, under {root}/", flush=True)
     deadline = time.monotonic() + 60 * (settings.minutes or float("inf"))
@@ -76,6 +76,7 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     command = [sys.executable, *start, "-m", "scaling_exps.train", "--attached", f"--since={time.time()}"]
     threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
     environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun kills after 30 s: a disk may be slower
     environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have
     ends = [n for n in (signal.SIGTERM, signal.SIGHUP) if signal.getsignal(n) != signal.SIG_IGN]  # nohup ignores one

@@ -25,6 +25,7 @@ _COLUMNS = {
     "run": 0, "experiment": 9, "model": 3, "dataset": 8, "optimizer": 7, "batch": 1, "κ": 10, "rule": 2, "svag": 5.5,
     "seed": 5, "state": 4, "done": 12, "metric": 6, "samples/s": 13, "left": 11,
 }  # fmt: skip
+_FAILED = ("FAILED", "OUT_OF_MEMORY", "BOOT_FAIL")  # of a preempted or timed-out job the run goes on: no failure
 _EVALUATED = {"accuracy": "test_accuracy", "perplexity": "perplexity", "loss": "test_loss"}
 
 
@@ -100,7 +101,7 @@ def _row(
         details.append(entry.reason)
     if state not in ("finished", "running") and entry is None:
         if end and state != "failed":
-            state = "failed" if end not in ("COMPLETED", "CANCELLED") else state
+            state = "failed" if end in _FAILED else state
             details.append(f"SLURM: {end}")
         details.append(run_dir.reason())
     metric, value = _metric(result.get("metrics") or {}, newest)

@@ -76,7 +76,7 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
     if settings.dry_run:
         _print_scripts(missing, root, settings, python, _array_size())
         return True
-    prepared = folders.prepare(specs, root)
+    prepared = folders.prepare(specs, root, lambda run_dir: settings.elastic and not _in_hand(run_dir, queued))
     jobs: list[str] = []
     left = 0
     if missing:
@@ -216,15 +216,18 @@ def _room(parameters: dict[str, Any], count: int) -> int:
 # ---- submission ----
 
 # Runs in the job script, after srun; slurm/run.sbatch holds the same lines (a test compares). 75: the run was told to
-# stop, and saved. Above 128: a process was killed. 200: the run failed, and would fail again (train.AGAIN,
-# train.FAILED; srun reports the highest status of all tasks). Only a job that still counts as running may be requeued:
-# a cancelled one is on its way out. sleep: until SLURM ends this script.
+# stop, and saved. Above 128: a process was killed, and how often is counted in a file of the job: SLURM's own count has
+# preemptions, too. 200: the run failed, and would fail again (train.AGAIN, train.FAILED; srun reports the highest
+# status of all tasks). Only a job that still counts as running may be requeued: a cancelled one is on its way out.
+# sleep: until SLURM ends this script.
 _AFTERWARDS = """\
 code=$?
-if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -lt 200 ] && [ "${SLURM_RESTART_COUNT:-0}" -lt REQUEUES ]; }; then
-  job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
-  job=${job:-$SLURM_JOB_ID}
-  [ "$(squeue --noheader --array --jobs="$job" --format=%T)" = RUNNING ] && scontrol requeue "$job" && sleep 120
+job=${SLURM_ARRAY_JOB_ID:+${SLURM_ARRAY_JOB_ID}_$SLURM_ARRAY_TASK_ID}
+job=${job:-$SLURM_JOB_ID}
+allowed() { [ $code -eq 75 ] || { echo $code >> "$kills-$job" && [ "$(wc -l < "$kills-$job")" -le REQUEUES ]; }; }
+if [ $code -eq 75 ] || { [ $code -gt 128 ] && [ $code -lt 200 ]; }; then
+  state=$(squeue --noheader --array --jobs="$job" --format=%T)
+  [ "$state" = RUNNING ] && allowed && scontrol requeue "$job" && sleep 120
 fi
 exit $code"""
 
@@ -250,7 +253,7 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
         **asked,
         array_parallelism=settings.array_parallelism,
         signal_delay_s=settings.signal_seconds,
-        setup=[*settings.setup, guard],
+        setup=[*settings.setup, guard, f"kills={shlex.quote(str(root / JOBS / 'kills'))}"],
         teardown=_AFTERWARDS.replace("REQUEUES", str(settings.requeues)).splitlines(),
         srun_args=["--kill-on-bad-exit=1"],
         additional_parameters={"requeue": True, **further},

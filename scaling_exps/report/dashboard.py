@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -41,6 +42,8 @@ def main(words: list[str]) -> int:
     collection = collect(options.dirs)
     if not collection.runs:
         raise ReportError(f"no finished run under {', '.join(map(str, options.dirs))}: a dashboard of nothing")
+    for absent in collection.missing:
+        print(f"not in it: {absent}", file=sys.stderr)
     make_folder(options.out)
     offline = options.offline or os.environ.get("WANDB_MODE") == "offline" or not mirror.logged_in()
     entity = options.entity or ("ENTITY" if offline else _asked(_default_entity))

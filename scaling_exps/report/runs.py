@@ -132,6 +132,8 @@ def _read(run_dir: RunDir) -> Run | Missing:
     curve = np.append(0, clock), np.append(0, np.cumsum(loss))
     metrics = {k: float(v) for k, v in result["metrics"].items()} | {"train_loss": _last(curve)}
     notes = [f"{records.damaged} record(s) could not be read"] if records.damaged else []
+    if not records.damaged and result.get("records_checksum", records.checksum) != records.checksum:
+        notes = ["its records changed since it ended"]
     if bad := [k for k, v in metrics.items() if not math.isfinite(v)]:
         notes.append(f"not a number: {', '.join(bad)}")
     arrays = {k: tuple(np.array(points).T) for k, points in evals.items()}

@@ -193,7 +193,7 @@ def _row(
         remarks.append(f"seed {', '.join(map(str, unplanned))} not run")
     if len(first) + len(absent) < len(cell):
         remarks.append("a seed occurs twice (other micro-batch): the first of each is used")
-    remarks += [f"seed {run.spec.science.seed}: {note}" for run in runs for note in run.notes]
+    remarks += [f"seed {run.spec.science.seed} ({run.path.name}): {note}" for run in runs for note in run.notes]
     values = {m: [r.metrics[m] for r in runs if m in r.metrics] for m in METRICS}
     metrics = {m: mean_sd(v) for m, v in values.items() if v}
     tests: list[Test] = []

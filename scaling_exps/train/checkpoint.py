@@ -6,6 +6,7 @@ import errno
 import os
 import stat
 import sys
+import time
 import zipfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,6 +17,8 @@ import torch
 from scaling_exps.records import RunDir, Writer
 from scaling_exps.train import ranks
 from scaling_exps.train.trainer import Trainer, TrainError
+
+LATE = 60.0  # seconds after which a file system shows what another node wrote
 
 
 def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False) -> None:
@@ -37,6 +40,7 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
         "run_id": t.spec.run_id,
         "data": t.stream.fingerprint,
         "step": t.step,
+        "world": t.world,
         "net": t.net.state_dict(),
         "optimizer": t.optimizer.state_dict(),
         "average": t.average,
@@ -72,16 +76,20 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
     """
     if t.rank == 0:
         run_dir.sweep()
-    size = 0
-    for path, state in whole(t, run_dir):
-        if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
-            put(t, state, path)
-            size = int(state["records_size"])
-            break
-        print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
-    if ranks.maximum(t.step) != -ranks.maximum(-t.step):
-        raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
-    return size
+    until = time.monotonic() + LATE
+    while True:
+        size = 0
+        for path, state in whole(t, run_dir):
+            if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
+                put(t, state, path)
+                size = int(state["records_size"])
+                break
+            print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
+        if ranks.maximum(t.step) == -ranks.maximum(-t.step):
+            return size
+        if ranks.maximum(time.monotonic() > until):
+            raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")
+        time.sleep(2)
 
 
 def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:
@@ -108,7 +116,8 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
     t.optimizer.load_state_dict(state["optimizer"])
     if t.average:
         t.average = state["average"]
-    t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"]
+    t.before = state.get("world", t.world)
+    t.step, t.seconds, t.loss_count = state["step"], state["seconds"], state["loss_count"] * t.before // t.world
     if (stage := t.science.at(max(0, t.step - 1))) != t.stage:  # a switch belongs to the first step after it
         t.enter(stage)
     if t.rank == 0:  # the sum over ranks is what counts

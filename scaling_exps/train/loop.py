@@ -53,6 +53,8 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
     poll = _Poll(trainer, 60 * spec.checkpoint.minutes)
     with contextlib.ExitStack() as opened:
         recorder = _Recorder(trainer, run_dir, size, opened)
+        if trainer.before != trainer.world:  # launch.elastic
+            recorder.write(trainer.record("event", event="world size", before=trainer.before, after=trainer.world))
         while trainer.step < s.steps:
             trainer.train_step()
             k = trainer.step

@@ -5,13 +5,21 @@ from __future__ import annotations
 import contextlib
 import os
 import re
+import socket
 import sys
+import threading
+import time
 from collections.abc import Iterator, Mapping
 from datetime import timedelta
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import Store, TCPStore
+
+TIMEOUT = timedelta(minutes=10)  # in which a rank has to answer the others; what waits longer for good reason: `first`
+PORTS = 5  # that are tried for the meeting of a SLURM step's ranks
 
 
 def world() -> tuple[int, int]:
@@ -108,16 +116,55 @@ def slurm_rank(environment: Mapping[str, str]) -> dict[str, str] | None:
     }
 
 
+def meet(size: int) -> Store:
+    """The store where the ranks of a SLURM step meet: at the first of PORTS ports that rank 0 can have.
+
+    The port of `slurm_rank` may be another program's, which refuses, or answers something else, or nothing.
+    """
+    name = "-".join(os.environ.get(f"SLURM_{part}", "") for part in ("JOB_ID", "STEP_ID", "RESTART_COUNT"))
+    host, first, own = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), os.environ["RANK"] == "0"
+    until, found = time.monotonic() + TIMEOUT.total_seconds(), list[Store]()
+    tried: dict[int, threading.Thread] = {}
+
+    def attempt(port: int) -> None:
+        with contextlib.suppress(dist.DistError, OSError):
+            if not own:
+                socket.create_connection((host, port), 5).close()  # a store would try for long
+            store = TCPStore(host, port, size, own, timeout=TIMEOUT, wait_for_workers=False)
+            if own:
+                store.set("name", name)
+            if store.get("name") == name.encode():
+                found.append(store)
+
+    while not found:
+        if time.monotonic() > until:
+            raise dist.DistStoreError(f"no rank 0 of this step at {host}, ports {first} to {first + PORTS - 1}")
+        for port in range(first, first + PORTS):
+            if not found and not (port in tried and tried[port].is_alive()):
+                tried[port] = threading.Thread(target=attempt, args=(port,), daemon=True)
+                tried[port].start()
+                tried[port].join(None if own else 1)  # where nothing answers, a store waits for ever
+        time.sleep(0.1)
+    return found[0]
+
+
 @contextlib.contextmanager
 def process_group() -> Iterator[None]:
-    """Join the group that torchrun's or srun's environment describes; nothing to do for a single process."""
-    if "WORLD_SIZE" not in os.environ:
-        os.environ.update(slurm_rank(os.environ) or {})
+    """Join the group that torchrun's or srun's environment describes; nothing to do for a single process.
+
+    Raises:
+        DistStoreError: the ranks do not find each other within TIMEOUT.
+    """
+    found = slurm_rank(os.environ) if "WORLD_SIZE" not in os.environ else None
+    os.environ.update(found or {})
     size = int(os.environ.get("WORLD_SIZE", 1))
     if size == 1:
         yield
         return
-    own = device()
-    dist.init_process_group("nccl" if own.type == "cuda" else "gloo", device_id=own if own.index is not None else None)
+    own, there = device(), dict[str, Any]()
+    if found:
+        there = {"store": meet(size), "rank": int(os.environ["RANK"]), "world_size": size}
+    kind, index = "nccl" if own.type == "cuda" else "gloo", own if own.index is not None else None
+    dist.init_process_group(kind, timeout=TIMEOUT, device_id=index, **there)
     yield
     dist.destroy_process_group()  # not after an error: it would wait for ranks that are gone

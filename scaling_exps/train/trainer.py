@@ -60,6 +60,7 @@ class Trainer:
         self.spec, self.science = spec, spec.science
         s = self.science
         self.world, self.rank = ranks.world()
+        self.before = self.world  # the processes that wrote the checkpoint which it goes on from
         if self.world != spec.placement.world_size:
             raise TrainError(f"run.json asks for {spec.placement.world_size} processes, and {self.world} run")
         self.device = ranks.device()

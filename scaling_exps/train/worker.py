@@ -27,6 +27,7 @@ AGAIN = 75  # exit status of a worker that was stopped: its job is to be requeue
 # Exit status of a rank whose run failed: srun reports the highest of all ranks, and those that it then ends have
 # 128 + a signal. So a run that failed differs from one whose process was killed, which is worth another start.
 FAILED = 200
+LOST = 140  # of a rank that lost another one: as if it had been killed, too
 _signals: list[int] = []  # received; the handler does nothing else
 
 
@@ -82,8 +83,9 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
             return "stopped"
         except Exception as e:
             if world > 1 and ranks.lost(e):
+                traceback.print_exc()
                 print(f"run {spec.run_id}: another process of it is gone ({e})", file=sys.stderr, flush=True)
-                raise
+                raise SystemExit(LOST) from e
             _fail(spec, run_dir, e, finished)
             if world > 1:
                 raise SystemExit(FAILED) from e  # the others wait in a collective; the launcher ends them
@@ -120,7 +122,8 @@ def run_all(
     Args:
         log: send a run's output to its log.txt.
         since, until: as in `run`.
-        patience: seconds to wait for a run that is held. A requeued job may start while its last process still dies.
+        patience: seconds to wait for a run that is held, or not there. A requeued job may start while its last process
+            still dies; a file system may show files late on other nodes.
 
     Returns:
         Whether every run that was done here finished.
@@ -128,7 +131,9 @@ def run_all(
     good = True
     with _handlers():
         for run_dir in run_dirs:
-            first, work_left = ranks.world()[1] == 0, False
+            first, work_left, until_there = ranks.world()[1] == 0, False, time.monotonic() + patience
+            while not run_dir.exists and time.monotonic() < until_there:
+                time.sleep(0.2)
             if first:
                 work_left = _work_left(run_dir, since, patience)
                 if patience and (who := run_dir.holder()):
