@@ -98,7 +98,7 @@ class Stage(_Value, frozen=True, omit_defaults=True, kw_only=False):
     carries: bool = True  # False: v stays as it is
 
 
-class Science(_Value, frozen=True, omit_defaults=True):
+class Science(_Value, frozen=True, omit_defaults=True, dict=True):
     """Everything that decides the numbers. Two runs with equal science are one run."""
 
     model: AnyModel
@@ -121,7 +121,7 @@ class Science(_Value, frozen=True, omit_defaults=True):
     start: str | None = None  # content of the file of weights that it begins with
     ramp: tuple[Stage, ...] = ()  # the stages after the first, which the fields above describe
 
-    @property
+    @cached_property
     def stages(self) -> tuple[Stage, ...]:
         """All stages; a run without a ramp has one."""
         return Stage(0, self.batch, self.micro_batch, self.hyper, self.clip, self.ema), *self.ramp
