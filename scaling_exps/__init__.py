@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -15,5 +14,7 @@ _LAZY = {"scale": "scaling_exps.rules.scale", "NoiseProbe": "scaling_exps.noise.
 
 def __getattr__(name: str) -> Any:
     if name in _LAZY:  # on first use: `import scaling_exps` stays free of everything
+        import importlib
+
         return getattr(importlib.import_module(_LAZY[name]), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

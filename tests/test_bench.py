@@ -60,6 +60,7 @@ def test_peers(tmp_path: Path) -> None:
         assert set(row["ours_is_faster_by"]) == {"bare", "timm", "trainer", "lightning"}
 
 
+@pytest.mark.slow
 def test_noise(tmp_path: Path) -> None:
     words = ["--batch", "8", "--micro", "4", "--rounds", "2", "--examples", "8"]
     free, full, single = rows(run("bench/noise.py", *words, cwd=tmp_path))

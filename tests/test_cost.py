@@ -151,6 +151,7 @@ def test_every_card_of_the_schema_has_its_peak() -> None:
 # ---- the probe ----
 
 
+@pytest.mark.slow
 def test_a_probe_measures_in_a_process_of_its_own_and_leaves_nothing(tmp_path: Path) -> None:
     rows = plan_json(*TINY, "batch=[4,256]", "cost=probe", cwd=tmp_path)
     for row in rows:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import functools
 import itertools
 import json
 import os
@@ -10,6 +11,7 @@ import re
 import shlex
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -109,7 +111,28 @@ def write_files(folder: Path) -> None:
                 (folder / name).write_text(code)
     for name in ("FILE", "text.txt"):
         (folder / name).write_text("a text of one's own " * 400)
+    (folder / "noise.jsonl").write_text(noise_records())
     write_pictures(folder / "FOLDER", {"train": 2, "val": 1})
+
+
+@functools.cache
+def noise_records() -> str:
+    """What a NoiseProbe writes."""
+    import torch
+
+    from scaling_exps import NoiseProbe
+
+    torch.manual_seed(0)
+    model = torch.nn.Linear(8, 1)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with tempfile.TemporaryDirectory() as folder:
+        NoiseProbe(model, optimizer, batch=32, window=20, file=f"{folder}/noise.jsonl")
+        for _ in range(100):
+            for x in torch.randn(2, 16, 8):
+                ((model(x) - 1).square().mean() / 2).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+        return Path(folder, "noise.jsonl").read_text()
 
 
 def words_are_parsed(words: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

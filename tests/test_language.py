@@ -294,6 +294,7 @@ def test_a_run_learns_and_says_what_people_look_at(text: str, tmp_path: Path) ->
     assert "perplexity" in drawn.stdout
 
 
+@pytest.mark.slow
 def test_dropout_is_of_seed_and_place(tmp_path: Path) -> None:
     """With dropout: one process and two take the same steps, and an interrupted run goes on to the same bits."""
     words = [*GPT, "model.dropout=0.3", "batch=16", "recipe.batch=16", "recipe.micro_batch=4", "checkpoint.minutes=60"]
@@ -409,6 +410,8 @@ SMALL = [
         "fig1_eps_small model=resnet8 optimizer=rmsprop",
         "epsilon_small",
         "beta1_small",
+        "ramp_gpt_small",
+        "ramp_resnet_small",
     ),
     *(
         "fig2_small model=timm",

@@ -232,7 +232,11 @@ def _carry(
 
 
 def unwrapped(target: Any) -> Any:
-    """The optimizer inside a wrapper of one, else `target`."""
+    """The optimizer inside a wrapper of one, else `target`.
+
+    >>> unwrapped("no wrapper")
+    'no wrapper'
+    """
     for name in ("optimizer", "_optimizer"):
         if hasattr(inner := getattr(target, name, None), "param_groups"):
             return unwrapped(inner)
