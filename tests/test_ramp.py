@@ -68,6 +68,7 @@ def test_tokens_count_sequences() -> None:
 
 
 REFUSED = {
+    "ramp=[2,4]": "is no share of the largest batch",
     "ramp=[[0.1,4]]": "must start at 0",
     "ramp=[[0,4],[0.5,16],[0.25,32]]": "starts must rise",
     "ramp=[[0,4],[0.5,16],[0.5,32]]": "starts must rise",

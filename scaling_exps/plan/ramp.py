@@ -74,9 +74,12 @@ def seesaw(schedule: Schedule, base: int, limit: float) -> list[list[float]]:
 
 def _share(text: float | str) -> float:
     try:
-        return float(Fraction(str(text).replace(" ", "")))
+        share = float(Fraction(str(text).replace(" ", "")))
     except (ValueError, ZeroDivisionError):
-        raise PlanError(f"ramp: {text!r} is no share of a batch, such as 1/4; allowed: {FORMS}") from None
+        share = math.nan
+    if not 0 < share <= 1:
+        raise PlanError(f"ramp: {text!r} is no share of the largest batch, such as 1/4; allowed: {FORMS}")
+    return share
 
 
 def _checked(rows: list[list[float]], per: float, total: int) -> Stages:
