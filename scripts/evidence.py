@@ -94,7 +94,7 @@ def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:
         judged = [t for t in r.tests if t.margin is not None]
         gaps = "; ".join(f"{METRICS[t.metric]} {' '.join(tables.gap(t))}" for t in judged)
         what = f"[{name}](#{name}): {r.setting}, {r.rule}, κ = {r.kappa:g}, n = {len(r.seeds)}"
-        beside = [c for c in rows if (c.setting, c.batch, c.role) == (r.setting, r.batch, "control")]
+        beside = [c for c in rows if (c.setting, c.batch, c.ramp, c.role) == (r.setting, r.batch, r.ramp, "control")]
         apart = ", ".join(f"`{c.rule}`" for c in beside if c.verdict == "different") or "no one"
         gaps = gaps.replace("|", "\\|")
         lines.append(f"| {claim} | {what} | {gaps} | **{r.verdict}**; of the controls different: {apart} |")
