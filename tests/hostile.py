@@ -188,6 +188,7 @@ def lines(seed: int, count: int) -> Iterator[list[str]]:
             "512",
         ],
         "fork": lambda: ["fork", run()],
+        "import": lambda: ["import", chance.choice([run(), "trainer_state.json", "nowhere"]), "--batch", "32"],
         "export": lambda: ["export", run(), "--to", chance.choice(["safetensors", "hf", "onnx"])],
         "data": lambda: ["data", chance.choice(["cifar10", "digits", "wikitext103", "nothing"])],
         "completion": lambda: ["completion", chance.choice(["bash", "zsh", "fish", "csh"])],

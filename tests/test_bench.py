@@ -36,9 +36,10 @@ def test_loop(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(1000)
 def test_gpu(tmp_path: Path) -> None:
     """All of it on this CPU; then the same command measures nothing again but the panel."""
-    words = ["bench/gpu.py", "--tiny", "--minutes", "4", "--out", str(tmp_path / "gpu")]
+    words = ["bench/gpu.py", "--tiny", "--minutes", "14", "--out", str(tmp_path / "gpu")]
     run(*words, cwd=tmp_path)
     done = json.loads((tmp_path / "gpu/gpu.json").read_text())
     assert done["the same run twice"]["differences"] == done["killed and resumed"]["differences"] == []
@@ -53,7 +54,8 @@ def test_gpu(tmp_path: Path) -> None:
 def test_peers(tmp_path: Path) -> None:
     """Each peer trains the network of images and the one of texts."""
     words = ["--models", "resnet8,gpt", "--micro", "2", "--accumulation", "2", "--steps", "2", "--rounds", "2"]
-    printed = rows(run("bench/peers.py", *words, cwd=tmp_path))
+    said = run("bench/peers.py", *words, cwd=tmp_path).splitlines()
+    printed = [json.loads(line) for line in said if line.startswith("{")]  # a peer may print, too
     assert [row["model"] for row in printed] == ["resnet8", "gpt"]
     for row in printed:
         assert min(row["samples_per_second"].values()) > 0
