@@ -227,13 +227,9 @@ def test_a_member_over_its_limit_does_not_lose_the_others(tmp_path: Path) -> Non
         *{w.split("=", 1)[0]: w for w in [*gate.SCIENCE, *PLACE, *words]}.values(), "launch.wait=true", cwd=tmp_path
     )
     assert done.returncode == 1, done.stdout + done.stderr
-    until(
-        lambda: (
-            {r["state"]: r["detail"].split(", ")[0] for r in status(tmp_path)}.items()
-            >= {"interrupted": "SLURM: TIMEOUT"}.items()
-        )
-    )
-    assert {r["state"] for r in status(tmp_path)} == {"interrupted", "finished"}
+    until(lambda: "SLURM: TIMEOUT" in [r["detail"].split(", ")[0] for r in status(tmp_path)])
+    lost, other = sorted(status(tmp_path), key=lambda r: r["state"] == "finished")
+    assert lost["state"] in ("waiting", "interrupted") and other["state"] == "finished"
 
 
 @pytest.fixture
