@@ -207,6 +207,7 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
         ("trainer_state.json", '{"log_history": []}', "the global batch is not told: give --batch N"),
         ("metrics.csv", "epoch,loss\n0,1\n", "has no column of steps"),
         ("x.csv", "_step,learning_rate\n1,1e-3\n", "no train loss among"),
+        ("y.csv", "_step,loss\n1,1\n", "a batch is at least 1 example"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -216,7 +217,7 @@ def test_what_is_no_run_is_refused(
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
-    batch = ["--batch", "8"] if "train loss" in told else []
+    batch = {"x.csv": ["--batch", "8"], "y.csv": ["--batch", "0"]}.get(name, [])
     assert cli.main(["import", str(file), *batch, "--out", str(tmp_path / "runs")]) == 2
     assert told in capsys.readouterr().err
     assert not (tmp_path / "runs").exists()

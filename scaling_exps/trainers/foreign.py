@@ -162,6 +162,10 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         ImportRunError: no batch is known, or no train loss was logged.
     """
     known = {**history.known, **{k: v for k, v in given.items() if v is not None}}
+    if any(given[k] is not None and given[k] < 1 for k in ("batch", "base_batch")):
+        raise ImportRunError(
+            f"--batch {given['batch']}, --base-batch {given['base_batch']}: a batch is at least 1 example"
+        )
     if not isinstance(known.get("batch"), int) or known["batch"] < 1:
         raise ImportRunError(f"{path}: the global batch is not told: give --batch N (over devices and accumulation)")
     train = _columns(history, "train")
