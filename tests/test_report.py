@@ -584,7 +584,7 @@ def test_predicted_stands_beside_measured(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """At B_noise 200 from batch 4: r = 0.02, so √(1.02/1.08) - 1 = -2.8% at 16, √(1.02/1.32) - 1 = -12.1% at 64, and
-    half of each was made. Fails if a control were given the rule's prediction, or or a form lacked the two."""
+    half of each was made. Fails if a control were given the rule's prediction, or a form lacked the two."""
     monkeypatch.chdir(tmp_path)
     make(tmp_path / "runs", (4, 16, 64), b_noise=200)
     rows = rows_of(tmp_path / "runs")
