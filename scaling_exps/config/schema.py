@@ -280,6 +280,14 @@ Elastic = Annotated[
 ]
 
 
+Shard = Annotated[
+    bool,
+    _is(
+        "cut weights, gradients, moments over the devices (FSDP2), for networks that do not fit one; the same to 1e-5"
+    ),
+]
+
+
 class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local"):
     """On this machine."""
 
@@ -287,6 +295,7 @@ class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local
     elastic: Elastic
     parallel: Annotated[Positive, _is("runs of a sweep side by side")]
     compile: Annotated[bool, _is("torch.compile the network")]
+    shard: Shard
     minutes: Annotated[Minutes | None, _is("after so long runs save and stop; null: no limit", "minutes")]
 
 
@@ -296,6 +305,7 @@ class SlurmLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="slurm
     devices: Devices
     elastic: Elastic
     compile: Annotated[bool, _is("torch.compile the network")]
+    shard: Shard
     max_devices: Annotated[Positive, _is("processes that devices=auto may take for one run")]
     devices_per_node: Annotated[Positive, _is("processes on a node")]
     gpus: Annotated[bool, _is("a GPU for each process; false: CPUs only")]

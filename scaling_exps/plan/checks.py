@@ -47,6 +47,14 @@ def faults(config: Config) -> list[str]:
         wrong.append(
             f"recipe.clip with optimizer={optimizer.name}: its v hears gradients before they are clipped; use null"
         )
+    if config.launch.shard:
+        why = "launch.shard=true cuts the weights over the devices, where"
+        if config.model.normalises_over_batch:
+            wrong.append(f"{why} batch normalisation is not covered: use model.norm=group, or launch.shard=false")
+        if optimizer.family == "invariant":
+            wrong.append(f"{why} optimizer={optimizer.name} is not covered: use adamw, or launch.shard=false")
+        if config.measure.noise in ("free", "full"):
+            wrong.append(f"{why} measure.noise={config.measure.noise} is not covered: use auto or none")
     for name in config.tested or []:
         try:
             rules.find(name, optimizer.family)

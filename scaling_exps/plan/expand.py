@@ -217,10 +217,16 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
         rule=rule.name, goal=goal, role=role, kappa=move.kappa, duration=config.duration, base=base_science.numbers(),
         base_run_id=base_id, beta_map="linear" if move.kappa == 1 else config.beta_map,
     )  # fmt: skip
+    placement = Placement(
+        world_size=world,
+        accumulation=accumulation,
+        compile=config.launch.compile,
+        shard=config.launch.shard and world > 1,
+    )
     spec = RunSpec(
         science=science,
         measure=config.measure,
-        placement=Placement(world_size=world, accumulation=accumulation, compile=config.launch.compile),
+        placement=placement,
         arms=(arm,),
         dataset_path=config.dataset.path,
         start_from=recipe.start_from,
@@ -439,6 +445,8 @@ def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science
         )
     if config.beta_map == "power" and scaled.betas != base.betas:
         notes.append("beta_map=power: β -> β^κ in place of 1 - κ·(1 - β)")
+    if config.launch.shard:
+        notes.append("launch.shard=true on several devices: the gradient noise is not measured")
     smallest = min((b for b in base.betas if b > 0), default=1.0)
     low = 1 - kappa * (1 - smallest)
     if kappa > 1 and smallest < 1 and low < 0.8 and round(low, 15) in scaled.betas:

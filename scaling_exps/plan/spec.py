@@ -221,6 +221,7 @@ class Placement(_Value, frozen=True):
     world_size: Positive
     accumulation: Positive  # micro-batches a process adds up before its step, each draw counted
     compile: bool
+    shard: bool = False  # weights, gradients and moments are cut over the processes
 
 
 class RunSpec(_Value, frozen=True, dict=True):
@@ -254,6 +255,8 @@ class RunSpec(_Value, frozen=True, dict=True):
     @property
     def noise(self) -> str:
         """How the gradient noise is measured: free, full or none. `auto` is full where a step has one gradient."""
+        if self.placement.shard:
+            return "none"
         if self.measure.noise != "auto":
             return self.measure.noise
         size = self.science.dataset.train_size

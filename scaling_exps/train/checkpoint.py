@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from scaling_exps.records import RunDir, Writer
-from scaling_exps.train import ranks
+from scaling_exps.train import ranks, shards
 from scaling_exps.train.trainer import Trainer, TrainError
 
 LATE = 60.0  # seconds after which a file system shows what another node wrote
@@ -32,6 +32,9 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
     """
     loss_sum = ranks.total(t.loss_sum)  # float64 sums of float32 losses: exact, so any split of it is
     noise_rows = None if t.free is None else t.free.window(ranks.total)
+    held = {"net": t.net.state_dict(), "optimizer": t.optimizer.state_dict(), "average": t.average}
+    if t.sharded:
+        held = shards.whole(held)
     t.check_finite()
     if writer is None:
         return
@@ -41,9 +44,7 @@ def save(t: Trainer, run_dir: RunDir, writer: Writer | None, keep: bool = False)
         "data": t.stream.fingerprint,
         "step": t.step,
         "world": t.world,
-        "net": t.net.state_dict(),
-        "optimizer": t.optimizer.state_dict(),
-        "average": t.average,
+        **held,
         "loss_sum": loss_sum,
         "noise": noise_rows,
         "loss_count": t.loss_count,
@@ -95,7 +96,7 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
 def whole(t: Trainer, run_dir: RunDir) -> Iterator[tuple[Path, dict[str, Any]]]:
     """The run's checkpoints that can be read, newest first, the kept ones last; TrainError if one is another run's."""
     for path in (run_dir.newest, run_dir.previous, *reversed(run_dir.kept())):
-        if (state := load(path, t.device)) is None:
+        if (state := load(path, torch.device("cpu") if t.sharded else t.device)) is None:
             continue
         if state.get("run_id") != t.spec.run_id:
             raise TrainError(f"{path} belongs to run {state.get('run_id')}; remove it, or choose another runs_dir")
@@ -112,6 +113,8 @@ def put(t: Trainer, state: dict[str, Any], path: Path) -> None:
             f"the data changed since {path} was written (its tokens were {state['data']}, now "
             f"{t.stream.fingerprint}): go on with the data it began with, or start anew in another runs_dir"
         )
+    if t.sharded:
+        state = shards.cut(state, t.net, t.optimizer)
     t.net.load_state_dict(state["net"])
     t.optimizer.load_state_dict(state["optimizer"])
     if t.average:

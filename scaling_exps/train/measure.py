@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from scaling_exps import data, models, optim
 from scaling_exps.noise import estimators
 from scaling_exps.plan import RunSpec
-from scaling_exps.train import ranks
+from scaling_exps.train import ranks, shards
 from scaling_exps.train.trainer import Trainer, build_net, mean_loss
 
 EVALUATION_BATCH = 250  # test images at once; no result depends on it
@@ -56,17 +56,26 @@ def _evaluate(t: Trainer) -> dict[str, Any]:
     tokens = isinstance(t.stream, data.TokenStream)
     sums = torch.zeros(3, dtype=torch.float64, device=t.device)  # loss, correct, count
     size, at_once = t.stream.test_size, min(s.micro_batch, EVALUATION_BATCH) if tokens else EVALUATION_BATCH
-    for start in range(t.rank * at_once, size, t.world * at_once):
+    for begin in range(0, size, t.world * at_once):
+        start = begin + t.rank * at_once
+        idle = start >= size
+        if idle and not t.sharded:  # else a forward pass needs every rank
+            break
+        start *= not idle
         x, y = t.stream.test_batch(start, min(start + at_once, size))
         with t.autocast():
             logits = net(x)
+        if idle:
+            break
         loss = mean_loss(logits.float(), y, reduction="sum")
         correct = 0 * loss if tokens else (logits.argmax(1) == y).sum()
         sums += torch.stack([loss, correct, (y >= 0).sum()]).double()
     net.train()
+    if t.sharded:
+        net.reshard()  # type: ignore[operator]  # what is around the blocks stays whole until a backward pass
     total, correct, count = ranks.total(sums).tolist()
     mean = total / count
-    weight_norm = float(nn.utils.get_total_norm([p.detach() for p in net.parameters()]))
+    weight_norm = float(t.total_norm([p.detach() for p in net.parameters()]))
     moved = {"displacement": displacement(t)} if t.step == s.steps else {}
     if not isinstance(t.stream, data.TokenStream):
         return t.record("eval", loss=mean, accuracy=correct / count, weight_norm=weight_norm, **moved)
@@ -79,9 +88,9 @@ def _evaluate(t: Trainer) -> dict[str, Any]:
 @torch.no_grad()
 def displacement(t: Trainer) -> float:
     """|θ − θ_0|: how far training has come from the weights that the seed begins with, which are built anew."""
-    begun = build_net(t.spec).to(t.device).parameters()
-    moved = [p.float() - q.float() for p, q in zip(t.net.parameters(), begun, strict=True) if p.requires_grad]
-    return float(nn.utils.get_total_norm(moved))
+    begun, part = build_net(t.spec).parameters(), shards.part
+    pairs = [(p, q) for p, q in zip(t.net.parameters(), begun, strict=True) if p.requires_grad]
+    return float(t.total_norm([part(p).float() - part(shards.like(q, p)).float() for p, q in pairs]))
 
 
 def noise_records(t: Trainer, number: int) -> list[dict[str, Any]]:

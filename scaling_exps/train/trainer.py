@@ -11,7 +11,7 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -22,7 +22,7 @@ from scaling_exps import data, models, optim, rules, sources
 from scaling_exps.noise import estimators
 from scaling_exps.plan import RunSpec, Stage
 from scaling_exps.rules.scale import carry
-from scaling_exps.train import ranks
+from scaling_exps.train import ranks, shards
 
 
 class TrainError(ValueError):
@@ -64,13 +64,17 @@ class Trainer:
         if self.world != spec.placement.world_size:
             raise TrainError(f"run.json asks for {spec.placement.world_size} processes, and {self.world} run")
         self.device = ranks.device()
-        self.net = build_net(spec).to(self.device)
+        self.sharded = spec.placement.shard and self.world > 1
+        self.net = build_net(spec)
+        if self.sharded:
+            shards.shard(self.net)
+        self.net.to(self.device)
         if spec.placement.compile:  # kernels chosen by rule, not by timing: a resumed run must get the same ones
             os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")
         net = torch.compile(self.net) if spec.placement.compile else self.net
         self.forward: nn.Module = (
             nn.parallel.DistributedDataParallel(net, forward_sync_buffers=False, gradient_as_bucket_view=True)
-            if self.world > 1
+            if self.world > 1 and not self.sharded
             else net  # type: ignore[assignment]
         )
         with ranks.first():  # rank 0 converts raw data, the others read what it wrote
@@ -140,7 +144,7 @@ class Trainer:
         self.loss_sum += loss_sum
         self.loss_count += last + 1
         if stage.clip is not None:
-            self.norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            self.norm = self.total_norm(self.gradients)
         self._watch(loss_sum + self.norm)
         if stage.clip is not None:
             nn.utils.clip_grads_with_norm_(self.parameters, stage.clip, self.norm)
@@ -158,9 +162,11 @@ class Trainer:
         A fused optimizer on a GPU skips its update by `found_inf`, so the host never waits; elsewhere the host looks.
         """
         found_inf = torch.zeros((), device=self.device)
-        gradients = [p.grad for p in self.parameters if p.grad is not None]
+        gradients = [shards.part(g) for g in self.gradients]
         torch._amp_foreach_non_finite_check_and_unscale_(gradients, found_inf, self._no_scaling)
         bad = found_inf.bool() | ~loss_sum.isfinite()
+        if self.sharded:  # a rank sees its part of the gradient
+            bad = ranks.total(bad.float()).bool()
         torch.minimum(self.first_bad, torch.where(bad, float(self.step), torch.inf), out=self.first_bad)
         if self.device.type == "cuda" and self.optimizer.defaults.get("fused"):
             self.optimizer.found_inf = (self.first_bad <= self.step).float()  # type: ignore[attr-defined]
@@ -182,11 +188,13 @@ class Trainer:
         if not self.average:
             yield
             return
-        weights: list[Tensor] = [*self.parameters]
+        weights = [shards.part(p) for p in self.parameters]
         own = [p.clone() for p in weights]
-        torch._foreach_copy_(weights, [*self.average.values()])
-        yield
-        torch._foreach_copy_(weights, own)
+        torch._foreach_copy_(weights, [shards.part(a) for a in self.average.values()])
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, own)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
@@ -198,6 +206,16 @@ class Trainer:
             yield
         finally:
             self._started = time.monotonic()
+
+    @property
+    def gradients(self) -> list[Tensor]:
+        """Those of the newest step, in parts where the weights are."""
+        return [p.grad for p in self.parameters if p.grad is not None]
+
+    def total_norm(self, tensors: Iterable[Tensor]) -> Tensor:
+        """Of all of them as one vector, over all ranks where each has a part. Every rank calls this."""
+        norm = nn.utils.get_total_norm([shards.part(x) for x in tensors])
+        return ranks.total(norm.square()).sqrt() if self.sharded else norm
 
     @property
     def rate(self) -> float:
@@ -242,7 +260,7 @@ class Trainer:
         count = self.loss_count * self.world
         norm = self.norm  # before it was clipped
         if self.science.clip is None:
-            norm = nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
+            norm = self.total_norm(self.gradients)
         row = {
             "loss": float(ranks.total(self.loss_sum)) / count,
             "window": count * self.stage.micro_batch,
