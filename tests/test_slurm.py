@@ -207,7 +207,15 @@ def test_a_ramp_requeued_around_its_switches(tmp_path: Path, hold: Path) -> None
     Fails if a switch were made twice or not at all, or if state that was moved had another stage's hyperparameters.
     """
     at = gate.MICRO_BATCH * 64
-    stages = [[0, 64], [at - 64, 128], [at + 64, 64], [at + 128, 128], [at + 256, 64], [at + 320, 128], [at + 3600, 256]]
+    stages = [
+        [0, 64],
+        [at - 64, 128],
+        [at + 64, 64],
+        [at + 128, 128],
+        [at + 256, 64],
+        [at + 320, 128],
+        [at + 3600, 256],
+    ]
     words = [*TWO_NODES, "seed=0", OFTEN, "batch=null", f"ramp={{samples:{stages}}}"]
     alone = tmp_path / "alone"
     submit(alone, *words, "launch.wait=true")
