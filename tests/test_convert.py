@@ -1094,7 +1094,7 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
 
 
 def test_a_ramp_for_a_fork_of_torchtitan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    """Its section says the stages: read as that fork reads it, start + ⌊samples / (ramp-up / increments)⌋ · increment."""
+    """Its section says the stages, read as that fork does: start + ⌊samples / (ramp-up / increments)⌋ · increment."""
     (file := tmp_path / "train.toml").write_text(TITAN)
     command = [str(file), "--batch", "64", "--devices", "64", "--beta-map", "power", "--ramp"]
     for ramp, starts, batches in (

@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
     add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
     stages = 'its numbers too, for later stages of a run that begins at --batch, as "0:256 1B:1024" (tokens:batch)'
-    add("--ramp", metavar="STAGES", help=f"{stages}: Megatron's --step-batch-size-schedule, a torchtitan fork's section")
+    add(
+        "--ramp", metavar="STAGES", help=f"{stages}: Megatron's --step-batch-size-schedule, a torchtitan fork's section"
+    )
     add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--out", "--output", dest="output", help="file to write (default: standard output)")
     pair = "file to write for each --with, in their order; both files are written, or none"
@@ -270,8 +272,8 @@ def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Seq
     return [
         *(_increments(done.text, stages) if titan else [words]),
         *rows,
-        f"{'torchtitan' if titan else 'Megatron'} keeps rate, betas, eps and the second moment at a switch: set them at "
-        "a restart there, and divide the second moment by the ratio of the batches (scaling_exps.scale does it to a "
+        f"{'torchtitan' if titan else 'Megatron'} keeps rate, betas, eps and the second moment at a switch: set them "
+        "at a restart there, and divide the second moment by the ratio of the batches (scaling_exps.scale does it to a "
         "live optimizer)" + "; its schedule counts steps, which are fewer where the batch grows" * titan,
     ]
 

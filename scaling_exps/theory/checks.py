@@ -447,7 +447,7 @@ def _switch_gaps(
         y, n = truth[function], x.shape[1]
         if function == "v":
             a, b = x.mean(1), y.mean(1)
-            se = np.hypot(x.std(1) / a, y.std(1) / b) / math.sqrt(n)
+            se = (x / a[:, None] - y / b[:, None]).std(1) / math.sqrt(n)  # of a ratio of means on the same draws
         else:
             a, b = x.var(1), y.var(1)
             shared = ((x - x.mean(1)[:, None]) * (y - y.mean(1)[:, None])).mean(1) / np.sqrt(a * b)

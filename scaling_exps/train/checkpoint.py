@@ -91,8 +91,8 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
         if ranks.maximum(t.step) == -ranks.maximum(-t.step):
             if (shares := t.science.shares(t.step)) % t.world:
                 raise TrainError(
-                    f"{t.world} processes cannot share the {shares} micro-batch(es) of the stage at step {t.step}, where "
-                    "the run goes on: start it again with launch.elastic=true and fewer launch.devices"
+                    f"{t.world} processes cannot share the {shares} micro-batch(es) of step {t.step}, where the run "
+                    "goes on: start it again with launch.elastic=true and fewer launch.devices"
                 )
             return size
         if ranks.maximum(time.monotonic() > until):
