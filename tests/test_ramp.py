@@ -87,6 +87,12 @@ REFUSED = {
     "ramp=seesaw": "no second stage",
     "ramp=auto": "noise",
 }
+UNREAD = {
+    "ramp=atuo": "ramp='atuo' (did you mean auto?) must be one of [[0,256],[0.1,1024]], {samples:",
+    "ramp=256": "ramp=256 must be one of [[0,256]",
+    "ramp=[[0,4],[nan,16]]": "must be one of",
+    "ramp=[[0,4]],[[0,8]]": "ramp=[[0,4]],[[0,8]]: a list is written",
+}
 
 
 @pytest.mark.parametrize("word", REFUSED)
@@ -96,10 +102,19 @@ def test_what_is_refused(word: str) -> None:
     assert REFUSED[word] in str(refusal.value), refusal.value
 
 
+@pytest.mark.parametrize("word", UNREAD)
+def test_what_is_no_ramp(word: str) -> None:
+    """The key as it was typed, and its forms by example."""
+    with pytest.raises(config.ConfigError) as refusal:
+        specs(word)
+    assert UNREAD[word] in str(refusal.value) and "ramp.at" not in str(refusal.value), refusal.value
+
+
 def test_what_does_not_go_together() -> None:
     for words, said in (
         ((UP, "svag=2"), "SVAG is defined for one batch"),
         ((UP, "launch.devices=2", "recipe.micro_batch=4"), "stage 1 (batch 4)"),
+        ((UP, "launch.devices=3", "launch.elastic=true", "recipe.micro_batch=4"), "stage 3 (batch 32): launch.devices"),
         (("ramp=[[0,4],[0.5,16]]", "recipe.stop_after=100"), "the run ends at 100"),
     ):
         with pytest.raises(PlanError, match=said.replace("(", r"\(").replace(")", r"\)")):
