@@ -1113,6 +1113,7 @@ def test_a_ramp_for_a_fork_of_torchtitan(tmp_path: Path, capsys: pytest.CaptureF
         assert "torchtitan keeps rate" in said
     assert main([*command, "0:64 1B:256 4B:512"]) == 0
     assert "give it two stages, or set" in capsys.readouterr().err
-    file.write_text(TITAN.replace("seq_len = 8_192\n", ""))
-    assert main([*command, "0:64 1B:256"]) == 2
-    assert "must say training.seq_len" in capsys.readouterr().err
+    for length in ("", 'seq_len = "8k"', "seq_len = 0"):
+        file.write_text(TITAN.replace("seq_len = 8_192", length))
+        assert main([*command, "0:64 1B:256"]) == 2
+        assert "must say training.seq_len" in capsys.readouterr().err

@@ -281,7 +281,7 @@ def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Seq
 def _increments(text: str, stages: Sequence[tuple[str, int]]) -> list[str]:
     """The section of NousResearch's fork of torchtitan: increments of one size, at equal distances in samples."""
     lengths = [v for path, v in open_document(text, "the recipe").values.items() if path[-1] == "seq_len"]
-    if len(lengths) != 1:
+    if len(lengths) != 1 or not isinstance(lengths[0], int) or lengths[0] < 1:
         raise RuleError("--ramp in torchtitan's form: forks count samples, so the file must say training.seq_len")
     starts, batches = [_tokens(start) / lengths[0] for start, _ in stages], [batch for _, batch in stages]
     n, rise = len(stages) - 1, batches[-1] - batches[0]
