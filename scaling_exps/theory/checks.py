@@ -337,7 +337,7 @@ AFTER = (64, 128, 256, 512, 1024)  # samples after the switch at which the laws 
 def ramp(seed: int = 0, paths: int = 1 << 12) -> Result:
     """The batch grows in mid-run: the law goes on where the state moves with it; a v that is left alone is stale.
 
-    Four times the paths on the logistic problem, whose intervals are wider.
+    Eight times the paths on the logistic problem, whose intervals are wider.
     """
     r = Result("ramp", "a batch that grows in mid-run keeps the law if v and the step count move with it", "kappa")
     logistic = Logistic()
@@ -350,7 +350,7 @@ def ramp(seed: int = 0, paths: int = 1 << 12) -> Result:
         ),
         "logistic": (
             lambda x, k: logistic.draw(x, 1.0, seed, 0, k), _minimum(logistic),
-            Hyper(3e-3, (0.99, 0.998), 1e-3, 0.0), 4 * paths,
+            Hyper(3e-3, (0.99, 0.998), 1e-3, 0.0), 8 * paths,
         ),
     }  # fmt: skip
     r.conditions += describe(quadratic, "quadratic: ") + describe(logistic, "logistic: ")
@@ -381,7 +381,7 @@ def ramp(seed: int = 0, paths: int = 1 << 12) -> Result:
         "each run against the one that goes on at the small batch, on the same draws (that one is its SDE's to order "
         "eta^2: weak_order); largest relative gap over "
         f"{', '.join(map(str, AFTER))} samples after the switch, and over the coordinates",
-        f"{paths:,} paths, {4 * paths:,} of the logistic, 1,024 small batches before the switch, betas 0.99 and 0.998 "
+        f"{paths:,} paths, {8 * paths:,} of the logistic, 1,024 small batches before the switch, betas 0.99 and 0.998 "
         "(v forgets in 500 samples)",
         "seesaw: the rate over kappa at the small batch, against the rate over sqrt(kappa) at the large one",
     ]
