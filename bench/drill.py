@@ -1,6 +1,6 @@
 """Failure drills: break runs on purpose, and compare what is left with a sweep that nobody disturbed.
 
-    python bench/drill.py [--kills 100] [--out drills.jsonl]
+    python bench/drill.py [--kills 100] [--ramp] [--out drills.jsonl]  --ramp: of runs whose batch changes four times
     python bench/drill.py --faults 1000 --out faults.jsonl             the campaign; the same command goes on with it
     python bench/drill.py --render drills.jsonl docs/reliability.md    a table of that page, from what was counted
 
@@ -129,10 +129,10 @@ def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, unt
     while sum(counts.values()) < kills and time.monotonic() < until:
         sweep += 1
         runs = folder / f"sweep{sweep}"
-        launcher, end, next_at = scalerun(place, runs), time.monotonic() + 600, None
+        launcher, end, next_at = scalerun(place, runs), time.monotonic() + 3600, None
         while not finished(runs):
             if time.monotonic() > end:
-                wrong.append(f"sweep {sweep} did not end in 600 s")
+                wrong.append(f"sweep {sweep} did not end in an hour")
                 break
             busy = [d for d in RunDir.under(runs) if d.holder()]
             if busy and sum(counts.values()) < kills and time.monotonic() < until:
@@ -357,6 +357,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30, help="stop striking after so long (default: 30)")
     parser.add_argument("--out", type=Path, help="a JSON lines file that gains one line a place")
     parser.add_argument("--render", type=Path, nargs=2, metavar=("LINES", "PAGE"), help="make the table of PAGE")
+    parser.add_argument("--ramp", action="store_true", help="kill runs whose batch changes four times within them")
     options = parser.parse_args()
     if options.render:
         render(*options.render)
@@ -365,6 +366,8 @@ def main() -> int:
     if options.faults:
         return int(not campaign(options.faults, options.seed, options.out, until))
     SWEEP.append(f"recipe.samples={options.samples}")
+    if options.ramp:
+        SWEEP[:3] = ["ramp=[[0,64],[0.2,128],[0.4,64],[0.6,128],[0.8,256]]", "base=none", "seed=[0,1,2,3,4,5]"]
     chance, good = random.Random(options.seed), True
     for i, place in enumerate(options.places):
         share = options.kills // len(options.places) + (i < options.kills % len(options.places))

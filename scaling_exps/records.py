@@ -151,7 +151,8 @@ class RunDir:
     def prepare(self, spec: RunSpec, elastic: bool = False) -> RunSpec:
         """Make the folder (mode 0700) and its run.json; a known run gains arms, and keeps what it began with.
 
-        `elastic`: a begun run takes the placement of `spec`, else it keeps its own. Returns what run.json then says.
+        `elastic`: a begun run takes the placement of `spec` (a ramp that of the stage it stands in), else it keeps its
+        own. Returns what run.json then says.
 
         Raises:
             PlanError: a run.json lies here that this version cannot read.
@@ -168,8 +169,8 @@ class RunDir:
                 measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
                 spec = replace(known, measure=measure if full else had)
             elif self.begun:
-                placement = spec.placement if elastic else known.placement
-                spec = replace(spec, placement=placement, measure=known.measure)
+                spec = spec.from_step(self._reached()) if elastic else replace(spec, placement=known.placement)
+                spec = replace(spec, measure=known.measure)
             looks = known.looks if self.begun else spec.looks
             spec = replace(spec, arms=arms, margin=margin, looks=looks)
         if spec != known:
@@ -295,6 +296,10 @@ class RunDir:
         """Checkpoints that are kept, by step."""
         named = (re.fullmatch(r"checkpoint-(\d+)\.pt", path.name) for path in self.path.glob("checkpoint-*.pt"))
         return [self.path / name[0] for name in sorted(filter(None, named), key=lambda name: int(name[1]))]
+
+    def _reached(self) -> int:
+        """A step that the run need not go back before: that of its last kept checkpoint."""
+        return max((int(path.stem.partition("-")[2]) for path in self.kept()), default=0)
 
     def publish(self, aside: Path, keep: int | None = None) -> None:
         """Make `aside` the newest checkpoint, and the newest the one before. `keep`: its step, to stay under, too."""

@@ -1091,3 +1091,29 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main([*command, bad]) == 2
         out, err = capsys.readouterr()
         assert said in err and not out, bad
+
+
+def test_a_ramp_for_a_fork_of_torchtitan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Its section says the stages, read as that fork does: start + ⌊samples / (ramp-up / increments)⌋ · increment."""
+    (file := tmp_path / "train.toml").write_text(TITAN)
+    command = [str(file), "--batch", "64", "--devices", "64", "--beta-map", "power", "--ramp"]
+    for ramp, starts, batches in (
+        ("0:64 1B:256", [0, 1e9 / 8192], [64, 256]),
+        ("0:64 16384K:128 32768K:192", [0, 2000, 4000], [64, 128, 192]),
+    ):
+        assert main([*command, ramp]) == 0
+        said = capsys.readouterr().err
+        section = tomllib.loads(said[said.index("[batch_size_scheduler]") : said.index("  from 0 tokens")])
+        got, end = section["batch_size_scheduler"], section["training"]["global_batch_size"]
+        span = got["rampup_samples"] / ((end - got["start_batch_size"]) // got["increment"])
+        for i, (start, batch) in enumerate(zip(starts, batches, strict=True)):
+            for at, wanted in ((start + 1, batch), (start - 1, batches[max(0, i - 1)])):
+                now = got["start_batch_size"] + int(max(0, at) / span) * got["increment"]
+                assert min(now, end) == wanted, (ramp, at)
+        assert "torchtitan keeps rate" in said
+    assert main([*command, "0:64 1B:256 4B:512"]) == 0
+    assert "give it two stages, or set" in capsys.readouterr().err
+    for length in ("", 'seq_len = "8k"', "seq_len = 0"):
+        file.write_text(TITAN.replace("seq_len = 8_192", length))
+        assert main([*command, "0:64 1B:256"]) == 2
+        assert "must say training.seq_len" in capsys.readouterr().err

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import forked
 import pytest
 import torch
-from support import prepare, rows, specs, take_steps, weights
+from support import prepare, rows, same_run, specs, take_steps, weights, work
 
 from bench.fabricate import fabricate
 from scaling_exps import config, plan, report, rules, scale
@@ -86,6 +87,12 @@ REFUSED = {
     "ramp=seesaw": "no second stage",
     "ramp=auto": "noise",
 }
+UNREAD = {
+    "ramp=atuo": "ramp='atuo' (did you mean auto?) must be one of [[0,256],[0.1,1024]], {samples:",
+    "ramp=256": "ramp=256 must be one of [[0,256]",
+    "ramp=[[0,4],[nan,16]]": "must be one of",
+    "ramp=[[0,4]],[[0,8]]": "ramp=[[0,4]],[[0,8]]: a list is written",
+}
 
 
 @pytest.mark.parametrize("word", REFUSED)
@@ -95,10 +102,19 @@ def test_what_is_refused(word: str) -> None:
     assert REFUSED[word] in str(refusal.value), refusal.value
 
 
+@pytest.mark.parametrize("word", UNREAD)
+def test_what_is_no_ramp(word: str) -> None:
+    """The key as it was typed, and its forms by example."""
+    with pytest.raises(config.ConfigError) as refusal:
+        specs(word)
+    assert UNREAD[word] in str(refusal.value) and "ramp.at" not in str(refusal.value), refusal.value
+
+
 def test_what_does_not_go_together() -> None:
     for words, said in (
         ((UP, "svag=2"), "SVAG is defined for one batch"),
         ((UP, "launch.devices=2", "recipe.micro_batch=4"), "stage 1 (batch 4)"),
+        ((UP, "launch.devices=3", "launch.elastic=true", "recipe.micro_batch=4"), "stage 3 (batch 32): launch.devices"),
         (("ramp=[[0,4],[0.5,16]]", "recipe.stop_after=100"), "the run ends at 100"),
     ):
         with pytest.raises(PlanError, match=said.replace("(", r"\(").replace(")", r"\)")):
@@ -170,6 +186,65 @@ def test_exact_resume_at_every_step(tmp_path: Path) -> None:
     loop.fit(spec, broken, lambda: False)
     first, second = weights(whole), weights(broken)
     assert all(torch.equal(first[k], second[k]) for k in first)
+
+
+DYING = {  # what is put in the place of a part of the switch
+    "before": "trainer.carry = die",
+    "in": "sys.modules['scaling_exps.rules.scale']._carry = die",
+    "behind": "trainer.Trainer.enter = lambda t, stage: die() if t.step else enter(t, stage)",
+}
+
+
+@pytest.mark.parametrize("where", DYING)
+def test_killed_at_a_switch(where: str, tmp_path: Path) -> None:
+    """SIGKILL before the hyperparameters move, between them and the state, and behind both: the same bits.
+
+    (At random instants: tests/test_train.py; more of them: bench/drill.py --ramp.)
+    """
+    spec = ramp("ramp=[[0,16],[0.25,32]]", "checkpoint.minutes=1e-9")
+    whole, broken = prepare(tmp_path / "whole", spec), prepare(tmp_path, spec)
+    loop.fit(spec, whole, lambda: False)
+    code = f"""
+import os, pathlib, sys
+from scaling_exps.train import trainer, work
+die, enter = lambda *_: os.kill(os.getpid(), 9), trainer.Trainer.enter
+{DYING[where]}
+work([pathlib.Path(sys.argv[1])])
+"""
+    assert forked.run(["-c", code, str(broken)]).returncode == -9
+    assert broken.state() == "interrupted"
+    work(broken)
+    same_run(broken, whole)
+
+
+GROWS = ("ramp=[[0,32],[0.5,64]]", "recipe.micro_batch=32", "recipe.samples=1280", "measure.train_records=5")
+
+
+def test_a_ramp_takes_more_processes_when_it_is_started_again(tmp_path: Path) -> None:
+    """One process up to the switch, two from behind it on. Fails if they came before the switch, or not at all, or if
+    a run whose newer checkpoints are lost began with two at a stage of one micro-batch."""
+    (spec,) = specs(*GROWS, "launch.elastic=true", "launch.devices=2")
+    assert (spec.placement.world_size, spec.placement.most) == (1, 2) and spec.run_id == specs(*GROWS)[0].run_id
+    whole, run_dir, switch = prepare(tmp_path / "whole", spec), prepare(tmp_path, spec), spec.science.ramp[0].step
+    loop.fit(spec, whole, lambda: False)
+    t = Trainer(spec)
+    with run_dir.writer(0) as writer:
+        for steps in (switch - 3, 3):
+            take_steps(t, steps)
+            if t.step == switch:
+                writer.write(t.train_record())
+            checkpoint.save(t, run_dir, writer, keep=t.step == switch)
+            grown = run_dir.prepare(spec, elastic=True).placement
+            assert (grown.world_size, grown.accumulation) == ((1, 1) if t.step < switch else (2, 1))
+    assert [p.name for p in whole.kept()] == [p.name for p in run_dir.kept()]
+    run_dir.newest.unlink()  # the one before it is of the first stage, the kept one of the second
+    work(run_dir, 2)
+    ((event,), found) = ([r for r in rows(run_dir) if (r["kind"] == "event") == said] for said in (True, False))
+    assert (event["step"], event["before"], event["after"]) == (switch, 1, 2)
+    theirs = {(r["kind"], r["step"]): r for r in rows(whole)}
+    for mine in (r for r in found if r["step"] > switch):
+        for key in mine.keys() & {"samples", "loss", "window", "accuracy", "weight_norm", "batch"}:
+            assert mine[key] == pytest.approx(theirs[mine["kind"], mine["step"]][key], rel=1e-5), key
 
 
 THREE = "ramp=[[0,4],[0.25,16],[0.5,64]]"

@@ -200,6 +200,39 @@ def test_requeue_time_limit_cancel_and_resubmission(undisturbed: Path, tmp_path:
         same(run_dir, twin(run_dir, undisturbed))
 
 
+@pytest.mark.slow
+def test_a_ramp_requeued_around_its_switches(tmp_path: Path, hold: Path) -> None:
+    """Told to go at a switch (four lie where it waits), then killed behind one: the bits of the undisturbed run.
+
+    Fails if a switch were made twice or not at all, or if state that was moved had another stage's hyperparameters.
+    """
+    at = gate.MICRO_BATCH * 64
+    stages = [
+        [0, 64],
+        [at - 64, 128],
+        [at + 64, 64],
+        [at + 128, 128],
+        [at + 256, 64],
+        [at + 320, 128],
+        [at + 3600, 256],
+    ]
+    words = [*TWO_NODES, "seed=0", OFTEN, "batch=null", f"ramp={{samples:{stages}}}"]
+    alone = tmp_path / "alone"
+    submit(alone, *words, "launch.wait=true")
+    submit(tmp_path, *words)
+    (run_dir,) = run_dirs(tmp_path)
+    until(lambda: held(tmp_path))
+    command("scontrol", "requeue", job(run_dir))
+    until(lambda: held(tmp_path, 2))
+    assert torch.load(run_dir.newest, weights_only=True)["step"] >= gate.MICRO_BATCH - 1
+    ranks = command("pgrep", "-f", f"submitit.core._submit {tmp_path}/runs/.slurm").split()
+    os.kill(int(ranks[-1]), 9)
+    hold.unlink()
+    until(lambda: finished(tmp_path))
+    assert starts(run_dir) == 3
+    same(run_dir, twin(run_dir, alone))
+
+
 def test_a_killed_rank_is_requeued_and_a_broken_run_is_not(undisturbed: Path, tmp_path: Path, hold: Path) -> None:
     submit(tmp_path, *TWO_NODES, "seed=0", OFTEN)
     submit(tmp_path / "broken", "seed=0", "model.factory=gate:broken")

@@ -3,6 +3,7 @@
 from scaling_exps.config.compose import CONF, compose, dataset, recipes_for
 from scaling_exps.config.schema import (
     GPT,
+    RAMPS,
     VGG16,
     Checkpoint,
     Config,
@@ -27,7 +28,7 @@ from scaling_exps.config.schema import (
 )  # fmt: skip
 
 __all__ = [
-    "CONF", "GPT", "VGG16", "Checkpoint", "Config", "ConfigError", "Cost", "Custom", "Dataset", "FileDataset", "Group",
-    "ImageDataset", "LocalLaunch", "Measure", "Model", "ResNet", "ResNet50", "Roberta",
+    "CONF", "GPT", "RAMPS", "VGG16", "Checkpoint", "Config", "ConfigError", "Cost", "Custom", "Dataset", "FileDataset",
+    "Group", "ImageDataset", "LocalLaunch", "Measure", "Model", "ResNet", "ResNet50", "Roberta",
     "SlurmLaunch", "Timm", "TokenDataset", "Wandb", "compose", "dataset", "keys", "recipes_for",
 ]  # fmt: skip

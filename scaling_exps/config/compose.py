@@ -38,7 +38,7 @@ def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
     """
     faults = [fault for word in argv if (fault := _illegal(word))]
     if unknown := _unknown_flag(argv, flags):
-        raise ConfigError("\n".join([*faults, unknown]))
+        raise _refusal([*faults, unknown])
     theirs = re.compile(r"(model\.options|launch\.sbatch)[.=]|ramp\.at=\{")  # these keys alone may hold new ones
     short = {"margin=auto": "margin.auto=true"}
     argv = [short.get(word, re.sub(r"^ramp=", "ramp.at=", word)) for word in argv]
@@ -50,8 +50,12 @@ def compose(argv: list[str], flags: Iterable[str] = ()) -> list[Config]:
         except ConfigError as e:
             faults += str(e).splitlines()
     if faults:
-        raise ConfigError("\n".join(dict.fromkeys(faults)))
+        raise _refusal(faults)
     return configs
+
+
+def _refusal(faults: list[str]) -> ConfigError:
+    return ConfigError("\n".join(dict.fromkeys(faults)).replace("ramp.at=", "ramp="))  # as it was typed
 
 
 def _illegal(word: str) -> str:
@@ -126,7 +130,7 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
         key = re.search(r"Could not override '([^']+)'", str(e))
         known = [w for w in argv if key is None or w.partition("=")[0] != key[1]]
         if len(known) == len(argv):
-            raise ConfigError("\n".join(faults)) from e
+            raise _refusal(faults) from e
     return _hydra(known, faults)
 
 

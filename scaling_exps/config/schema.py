@@ -15,14 +15,16 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 import msgspec
 
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip
+from scaling_exps.words import nearest
 
 
 class ConfigError(ValueError):
     """What the user typed cannot be used; the message says what was given, what is allowed, and what to do."""
 
 
-def _is(meaning: str, unit: str = "", **limits: Any) -> msgspec.Meta:
-    return msgspec.Meta(description=meaning, extra={"unit": unit}, **limits)
+def _is(meaning: str, unit: str = "", forms: str = "", **limits: Any) -> msgspec.Meta:
+    """`forms`: examples of what it may be, where its type says too little."""
+    return msgspec.Meta(description=meaning, extra={"unit": unit, "forms": forms}, **limits)
 
 
 class Group(msgspec.Struct, frozen=True, kw_only=True, forbid_unknown_fields=True):
@@ -282,9 +284,7 @@ Elastic = Annotated[
 
 Shard = Annotated[
     bool,
-    _is(
-        "cut weights, gradients, moments over the devices (FSDP2), for networks that do not fit one; the same to 1e-5"
-    ),
+    _is("cut weights, gradients, moments over the devices (FSDP2), for networks that do not fit one; the same to 1e-5"),
 ]
 
 
@@ -401,6 +401,12 @@ class Margin(Group, frozen=True, kw_only=True):
         return []
 
 
+RAMPS = (
+    "[[0,256],[0.1,1024]], {samples: [[0,256],[1000000,1024]]}, {tokens: [[0,256],[1000000000,1024]]}, [1/4,1/2,1], "
+    "auto, seesaw; docs/ramps.md says what each is"
+)
+
+
 class Ramp(Group, frozen=True, kw_only=True):
     """A batch that changes within the run; `ramp=X` is `ramp.at=X`. See docs/ramps.md."""
 
@@ -410,10 +416,10 @@ class Ramp(Group, frozen=True, kw_only=True):
         | Literal["auto", "seesaw"]
         | None,
         _is(
-            "stages [[start, batch], ...] with starts as shares of the schedule, or {samples: stages}, "
-            "{tokens: stages}; a third number is the B_noise there, which moves v; [1/4, 1/2, 1]: shares of the "
-            "largest batch, equally long; auto: from the base run's noise; seesaw: twice the batch where the schedule "
-            "has halved the rate"
+            "stages [start, batch] with starts as shares of the schedule, in samples or in tokens; a third number is "
+            "the B_noise there, which moves v; [1/4,1/2,1]: shares of the largest batch, equally long; auto: from the "
+            "base run's noise; seesaw: twice the batch where the schedule has halved the rate",
+            forms=RAMPS,
         ),
     ]
     tolerance: Annotated[float, _is("of auto: largest predicted change of the displacement", gt=0, lt=1)]
@@ -528,7 +534,8 @@ def _value(kind: Any, raw: Any, key: str, faults: list[str]) -> Any:
         return value
     except msgspec.ValidationError:
         quoted = "; without the inner quotes it is a list" if isinstance(raw, str) and raw.startswith("[") else ""
-        faults.append(f"{key}={raw!r} must be {allowed(kind)}{_said(kind)}{quoted}")
+        hint = nearest(raw, _options(kind)) if isinstance(raw, str) else ""
+        faults.append(f"{key}={raw!r}{hint} must be {allowed(kind)}{_said(kind)}{quoted}")
         return None
 
 
@@ -589,8 +596,8 @@ def _annotations(kind: Any) -> tuple[Any, dict[str, Any]]:
 
 
 def _said(kind: Any) -> str:
-    meaning = _annotations(kind)[1].get("description")
-    return f" ({meaning})" if meaning else ""
+    said = _annotations(kind)[1]
+    return f" ({said['description']})" if "description" in said and not said["extra"].get("forms") else ""
 
 
 def allowed(kind: Any) -> str:
@@ -601,6 +608,8 @@ def allowed(kind: Any) -> str:
     """
     kind, limits = _annotations(kind)
     origin, inside = get_origin(kind), get_args(kind)
+    if forms := limits.get("extra", {}).get("forms"):
+        return f"one of {forms}"
     if origin in (Union, types.UnionType):
         return ", or ".join(map(allowed, sorted(inside, key=lambda k: k is type(None))))
     if origin is Literal:

@@ -181,7 +181,9 @@ def _parser() -> argparse.ArgumentParser:
     share = "which keeps the share of clipped steps where noise dominates, as one MLPerf benchmark prescribes"
     add("--clip", choices=["keep", "rule"], help=f"the clipping threshold c: keep it (default), or c/√κ, {share}")
     stages = 'its numbers too, for later stages of a run that begins at --batch, as "0:256 1B:1024" (tokens:batch)'
-    add("--ramp", metavar="STAGES", help=f"{stages}: Megatron's --step-batch-size-schedule")
+    add(
+        "--ramp", metavar="STAGES", help=f"{stages}: Megatron's --step-batch-size-schedule, a torchtitan fork's section"
+    )
     add("--keep", action="append", metavar="KEY", help="one that decides neither batch nor optimizer, by your word")
     add("-o", "--out", "--output", dest="output", help="file to write (default: standard output)")
     pair = "file to write for each --with, in their order; both files are written, or none"
@@ -216,11 +218,12 @@ def main(argv: Sequence[str]) -> int:
             done = convert(read_file(where), **options)
             moves = [Move(done.base.batch, b, beta_map=options.get("beta_map", "linear")) for _, b in stages]
             hypers = [done.rule.scale(done.base.hyper, move) for move in moves]
+            words = ramp_report(done, stages, hypers)
         _write(done, where, partners, output, beside)
     except (RuleError, OSError) as e:
         print(f"scalerun convert: {e}", file=sys.stderr)
         return 2
-    print(*report(done, where), *ramp_report(stages, hypers), sep="\n", file=sys.stderr)
+    print(*report(done, where), *words, sep="\n", file=sys.stderr)
     return 0
 
 
@@ -228,7 +231,7 @@ def _stages(text: str | None, batch: int) -> list[tuple[str, int]]:
     """(start as it is written, batch) of each stage of "0:256 1B:1024"; none for None."""
     found = [re.fullmatch(r"(\d+(?:\.\d+)?)([KMBT]?):([1-9]\d*)", word) for word in (text or "").split()]
     stages = [(m[1] + m[2], int(m[3])) for m in found if m]
-    starts = [float(m[1]) * 1000.0 ** " KMBT".index(m[2] or " ") for m in found if m]
+    starts = [_tokens(start) for start, _ in stages]
     if text is None:
         return []
     if None in found or not stages or starts[0] != 0 or starts != sorted(set(starts)):
@@ -241,21 +244,61 @@ def _stages(text: str | None, batch: int) -> list[tuple[str, int]]:
     return stages
 
 
-def ramp_report(stages: Sequence[tuple[str, int]], hypers: Sequence[Hyper]) -> list[str]:
-    """The words for Megatron, and what its stages need and it does not do itself."""
+def _tokens(start: str) -> float:
+    """The number that Megatron's word for it says.
+
+    >>> _tokens("1.5B"), _tokens("0")
+    (1500000000.0, 0.0)
+    """
+    unit = " KMBT".find(start[-1])
+    return float(start[:-1] if unit > 0 else start) * 1000.0 ** max(0, unit)
+
+
+def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Sequence[Hyper]) -> list[str]:
+    """The words for Megatron, or for a fork of torchtitan, and what the stages need and neither does itself.
+
+    Raises:
+        RuleError: a torchtitan file does not say the length of a sequence.
+    """
     if not stages:
         return []
-    words = " ".join(f"{start}:{batch}" for start, batch in stages)
+    titan = done.source == "torchtitan"
+    words = f'--step-batch-size-schedule "{" ".join(f"{start}:{batch}" for start, batch in stages)}"'
     rows = [
         f"  from {start} tokens: batch {batch}, lr {h.lr:.6g}, betas {', '.join(f'{b:.6g}' for b in h.betas)}, "
         f"eps {h.eps:.3g}, weight decay {h.weight_decay:.6g}"
         for (start, batch), h in zip(stages, hypers, strict=True)
     ]
     return [
-        f'--step-batch-size-schedule "{words}"',
+        *(_increments(done.text, stages) if titan else [words]),
         *rows,
-        "Megatron keeps rate, betas, eps and the second moment at a switch: set them at a restart there, and divide "
-        "the second moment by the ratio of the batches (scaling_exps.scale does it to a live optimizer)",
+        f"{'torchtitan' if titan else 'Megatron'} keeps rate, betas, eps and the second moment at a switch: set them "
+        "at a restart there, and divide the second moment by the ratio of the batches (scaling_exps.scale does it to a "
+        "live optimizer)" + "; its schedule counts steps, which are fewer where the batch grows" * titan,
+    ]
+
+
+def _increments(text: str, stages: Sequence[tuple[str, int]]) -> list[str]:
+    """The section of NousResearch's fork of torchtitan: increments of one size, at equal distances in samples."""
+    lengths = [v for path, v in open_document(text, "the recipe").values.items() if path[-1] == "seq_len"]
+    if len(lengths) != 1 or not isinstance(lengths[0], int) or lengths[0] < 1:
+        raise RuleError("--ramp in torchtitan's form: forks count samples, so the file must say training.seq_len")
+    starts, batches = [_tokens(start) / lengths[0] for start, _ in stages], [batch for _, batch in stages]
+    n, rise = len(stages) - 1, batches[-1] - batches[0]
+    even = all(abs(s * n - i * starts[-1]) <= 1e-6 * starts[-1] for i, s in enumerate(starts))
+    if rise <= 0 or not even or any(n * (b - batches[0]) != i * rise for i, b in enumerate(batches)):
+        return [
+            "NousResearch's fork of torchtitan grows by equal increments at equal distances, which these stages are "
+            "not: give it two stages, or set training.global_batch_size at a restart"
+        ]
+    return [
+        "[batch_size_scheduler]  # NousResearch's fork of torchtitan",
+        'mode = "increment"',
+        f"start_batch_size = {batches[0]}",
+        f"increment = {rise // n}",
+        f"rampup_samples = {round(starts[-1])}",
+        "[training]",
+        f"global_batch_size = {batches[-1]}",
     ]
 
 

@@ -19,7 +19,7 @@ from scaling_exps import config as schema
 from scaling_exps import rules, sources
 from scaling_exps.config import Config, Dataset, FileDataset, Group, LocalLaunch, SlurmLaunch, TokenDataset
 from scaling_exps.plan import checks, ramp
-from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, Stage, run_id
+from scaling_exps.plan.spec import Arm, Placement, PlanError, Role, RunSpec, Schedule, Science, Stage, processes, run_id
 from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 
 MOST_BATCH = 2**24  # of the schema
@@ -97,8 +97,7 @@ def base_runs(configs: list[Config]) -> list[RunSpec]:
     for config in configs:
         launch, micro_batches = config.launch, config.recipe.batch // _micro_batch(config, config.recipe.batch)
         if launch.devices != "auto":  # the base batch may have fewer micro-batches than the devices asked for
-            fitting = max(d for d in range(1, min(launch.devices, micro_batches) + 1) if micro_batches % d == 0)
-            launch = msgspec.structs.replace(launch, devices=fitting)
+            launch = msgspec.structs.replace(launch, devices=processes(micro_batches, launch.devices))
         constant = msgspec.structs.replace(config.ramp, at=None)
         base = msgspec.structs.replace(
             config, batch=config.recipe.batch, ramp=constant, svag=1, duration=1.0, launch=launch
@@ -174,7 +173,7 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
         where = f"ramp, stage {i + 1} (batch {batch:,}): " if len(stages) > 1 else ""
         micro = _micro_batch(config, smallest if config.model.normalises_over_batch else batch)
         try:
-            if faults := _placement_faults(config, batch, micro):
+            if faults := _placement_faults(config, batch, micro, grows=config.launch.elastic and i + 1 < len(stages)):
                 raise PlanError("\n".join(faults))
             move = Move(recipe.batch, batch, config.duration, config.noise_scale, config.beta_map)
             hyper = rule.scale(base, move)
@@ -205,8 +204,10 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
             f"{science.steps:,} steps are more than any run is meant to have ({MOST_STEPS:,}): give a shorter "
             "duration (recipe.epochs, recipe.samples, duration), a larger batch, or a smaller svag"
         )
-    world = _world_size(config.launch, math.gcd(*(x.batch // x.micro_batch for x in built)))
+    most = _most_processes(config.launch)
+    world = processes(science.shares(0), most)
     accumulation = built[0].batch // built[0].micro_batch // world * science.draws
+    grows = config.launch.elastic and science.ramp and processes(science.shares(science.steps), most) > world
     base_id, goal = run_id(base_science), rule.goals[optimizer.family]
     tested = rule.name in config.tested if config.tested is not None else goal != "control"
     far = max(built, key=lambda x: abs(math.log(x.batch / recipe.batch)))
@@ -221,7 +222,8 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
         world_size=world,
         accumulation=accumulation,
         compile=config.launch.compile,
-        shard=config.launch.shard and world > 1,
+        shard=config.launch.shard,
+        most=most if grows else None,
     )
     spec = RunSpec(
         science=science,
@@ -355,8 +357,8 @@ def _micro_batch(config: Config, batch: int) -> int:
     return min(config.recipe.micro_batch, config.recipe.batch if invariant else batch)
 
 
-def _placement_faults(config: Config, batch: int, micro: int) -> list[str]:
-    """Why the batch cannot be cut into micro-batches, or these be shared out."""
+def _placement_faults(config: Config, batch: int, micro: int, grows: bool) -> list[str]:
+    """Why the batch cannot be cut into micro-batches, or these be shared out (later stages may take more devices)."""
     devices = config.launch.devices
     if isinstance(config.launch, LocalLaunch) and devices != "auto" and 0 < (gpus := _gpus()) < devices:
         return [f"launch.devices={devices}, and this machine shows {gpus} GPU(s); allowed: 1 to {gpus}, auto"]
@@ -368,7 +370,7 @@ def _placement_faults(config: Config, batch: int, micro: int) -> list[str]:
             f"batch={batch} is no multiple of the micro-batch {micro}; nearest that fit: {near}"
             + (why if config.model.normalises_over_batch else "")
         ]
-    if devices != "auto" and batch // micro % devices:
+    if devices != "auto" and not grows and batch // micro % devices:
         fit = [d for d in range(1, batch // micro + 1) if batch // micro % d == 0][:12]
         return [
             f"launch.devices={devices} does not divide the {batch // micro} micro-batches of a step; allowed: "
@@ -377,13 +379,12 @@ def _placement_faults(config: Config, batch: int, micro: int) -> list[str]:
     return []
 
 
-def _world_size(launch: LocalLaunch | SlurmLaunch, micro_batches: int) -> int:
-    """Processes of a run: as asked, or the most that divide the micro-batches of a step."""
+def _most_processes(launch: LocalLaunch | SlurmLaunch) -> int:
+    """Processes of a run, where its micro-batches can be shared out among them."""
     if launch.devices != "auto":
         return launch.devices
     # under SLURM the machine that submits is not the one that runs
-    most = launch.max_devices if isinstance(launch, SlurmLaunch) else max(1, _gpus())
-    return max(d for d in range(1, min(most, micro_batches) + 1) if micro_batches % d == 0)
+    return launch.max_devices if isinstance(launch, SlurmLaunch) else max(1, _gpus())
 
 
 def _gpus() -> int:

@@ -6,11 +6,10 @@ import itertools
 import math
 from fractions import Fraction
 
-from scaling_exps.config import Config, TokenDataset
+from scaling_exps.config import RAMPS, Config, TokenDataset
 from scaling_exps.plan.spec import PlanError, Schedule
 
 Stages = list[tuple[int, int, float | None]]
-FORMS = "[[0,256],[0.1,1024]], {samples: [[0,256],[1000000,1024]]}, {tokens: ...}, [1/4,1/2,1], auto, seesaw"
 
 
 def stages(config: Config, largest: int, schedule: Schedule, limit: float) -> Stages:
@@ -34,7 +33,7 @@ def stages(config: Config, largest: int, schedule: Schedule, limit: float) -> St
             raise PlanError(
                 f"ramp=seesaw: with recipe.decay={schedule.decay} and batches up to {limit:,.0f} the schedule gives no "
                 "second stage: it needs a rate that falls to a half, and room for twice the batch; name the stages, "
-                f"{FORMS}"
+                f"{RAMPS}"
             )
     elif isinstance(at, dict):
         if len(at) != 1:
@@ -46,7 +45,7 @@ def stages(config: Config, largest: int, schedule: Schedule, limit: float) -> St
     else:
         shares = [x for x in at or () if not isinstance(x, list)]
         if shares and len(shares) < len(at or ()):
-            raise PlanError(f"ramp={at}: stages and shares of a batch are mixed; allowed: {FORMS}")
+            raise PlanError(f"ramp={at}: stages and shares of a batch are mixed; allowed: {RAMPS}")
         rows = [[i / len(shares), largest * _share(x)] for i, x in enumerate(shares)]
         rows, per = rows or [x for x in at or () if isinstance(x, list)], float(total)
     return _checked(rows, per, total)
@@ -78,7 +77,7 @@ def _share(text: float | str) -> float:
     except (ValueError, ZeroDivisionError):
         share = math.nan
     if not 0 < share <= 1:
-        raise PlanError(f"ramp: {text!r} is no share of the largest batch, such as 1/4; allowed: {FORMS}")
+        raise PlanError(f"ramp: {text!r} is no share of the largest batch, such as 1/4; allowed: {RAMPS}")
     return share
 
 
@@ -86,7 +85,7 @@ def _checked(rows: list[list[float]], per: float, total: int) -> Stages:
     shown = ", ".join(f"[{', '.join(f'{x:g}' for x in row)}]" for row in rows)
     wrong = []
     if not rows or any(len(row) not in (2, 3) for row in rows):
-        raise PlanError(f"ramp=[{shown}]: a stage is [start, batch], or [start, batch, B_noise]; allowed: {FORMS}")
+        raise PlanError(f"ramp=[{shown}]: a stage is [start, batch], or [start, batch, B_noise]; allowed: {RAMPS}")
     starts = [row[0] * per for row in rows]
     if starts[0] != 0:
         wrong.append(f"ramp=[{shown}]: the first stage starts at {rows[0][0]:g}; it must start at 0")

@@ -12,13 +12,14 @@ from typing import Any
 import msgspec
 
 from scaling_exps import rules
-from scaling_exps.plan.spec import Arm, RunSpec
+from scaling_exps.plan.spec import Arm, RunSpec, processes
 
 NONE = "–"
 # The columns, as they stand; the number is the order in which a narrow window gives them up, the highest first.
 _COLUMNS = {
     "from\nsample": 3.5, "batch": 0, "rule": 1, "svag": 2, "κ": 3, "lr": 4, "betas": 5, "eps": 12, "decay": 15,
-    "warm-up\nsteps": 16, "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "predicted\ndeviation": 9,
+    "warm-up\nsteps": 16, "steps": 6, "devices ×\nmicro-batch ×\naccumulation": 11, "most\ndevices": 11.5,
+    "predicted\ndeviation": 9,
     "FLOPs": 14, "memory": 10, "time": 7, "device-\nhours": 13, "price": 9.5, "gain": 8,
 }  # fmt: skip
 _UNITS = {
@@ -227,6 +228,8 @@ def _cells(
         }
     if not science.ramp:
         return [row]
+    place = spec.placement
+    worlds = [processes(science.shares(x.step), place.most or place.world_size) for x in science.stages]
     blank = dict.fromkeys([k for k in row if k not in ("svag", "rule")], "")
     of_stages = [
         {
@@ -238,10 +241,11 @@ def _cells(
             "eps": f"{stage.hyper.eps:.3g}",
             "decay": f"{stage.hyper.weight_decay:.3g}",
             "steps": f"{taken:,}",
-            "devices ×\nmicro-batch ×\naccumulation": f"{spec.placement.world_size} × {stage.micro_batch} × "
-            f"{stage.batch // stage.micro_batch // spec.placement.world_size}",
+            "devices ×\nmicro-batch ×\naccumulation": f"{world} × {stage.micro_batch} × "
+            f"{stage.batch // stage.micro_batch // world}",
+            "most\ndevices": f"{science.shares(stage.step):,}",
         }
-        for stage, taken in science.spent(science.steps)
+        for (stage, taken), world in zip(science.spent(science.steps), worlds, strict=True)
     ]
     for cells, change in zip(of_stages, (validity or {}).get("stages") or (), strict=False):
         cells["predicted\ndeviation"] = NONE if change is None else _deviation(change, None, None)
@@ -250,9 +254,10 @@ def _cells(
 
 def ramp_text(spec: RunSpec, arm: Arm) -> str:
     """How many steps a ramp takes, beside the base at the same samples."""
-    steps, base = spec.science.steps, arm.base.steps * arm.duration
+    steps, base, place = spec.science.steps, arm.base.steps * arm.duration, spec.placement
     change = f"{abs(1 - steps / base):.0%} {'fewer' if steps < base else 'more'} than"
-    return f"ramp {spec.science.batches}: {steps:,} steps, {change} the base's {base:,.0f}"
+    grows = f"; begins with {place.world_size} device(s), and takes up to {place.most} when it is started again"
+    return f"ramp {spec.science.batches}: {steps:,} steps, {change} the base's {base:,.0f}" + grows * bool(place.most)
 
 
 def _deviation(value: float, low: float | None, high: float | None) -> str:

@@ -130,6 +130,10 @@ class Science(_Value, frozen=True, omit_defaults=True, dict=True):
         """The stage that a step belongs to, counted from 0."""
         return next(stage for stage in reversed(self.stages) if stage.step <= step)
 
+    def shares(self, step: int) -> int:
+        """Into how many parts the micro-batches of every step from this one on can be shared out."""
+        return math.gcd(*(x.batch // x.micro_batch for x in self.stages if x.step >= self.at(step).step))
+
     def spent(self, step: float) -> list[tuple[Stage, float]]:
         """The stages that the first `step` steps lie in, and how many lie in each."""
         ends = [*(stage.step for stage in self.ramp), math.inf]
@@ -215,13 +219,14 @@ class Arm(_Value, frozen=True, omit_defaults=True):
 Positive = Annotated[int, msgspec.Meta(ge=1)]
 
 
-class Placement(_Value, frozen=True):
+class Placement(_Value, frozen=True, omit_defaults=True):
     """Where it runs; no result depends on it."""
 
     world_size: Positive
     accumulation: Positive  # micro-batches a process adds up before its step, each draw counted
     compile: bool
-    shard: bool = False  # weights, gradients and moments are cut over the processes
+    shard: bool = False  # weights, gradients and moments are cut over the processes, where there are several
+    most: Positive | None = None  # of a ramp that may grow: processes that it takes as soon as a stage can share them
 
 
 class RunSpec(_Value, frozen=True, dict=True):
@@ -249,13 +254,13 @@ class RunSpec(_Value, frozen=True, dict=True):
 
     @property
     def chunks(self) -> int:
-        """Gradients that one step averages, over draws, ranks and accumulation."""
-        return self.placement.accumulation * self.placement.world_size
+        """Gradients that one step (of a ramp its first) averages, over draws, ranks and accumulation."""
+        return self.science.batch // self.science.micro_batch * self.science.draws
 
     @property
     def noise(self) -> str:
         """How the gradient noise is measured: free, full or none. `auto` is full where a step has one gradient."""
-        if self.placement.shard:
+        if self.placement.shard and self.placement.world_size > 1:
             return "none"
         if self.measure.noise != "auto":
             return self.measure.noise
@@ -281,6 +286,15 @@ class RunSpec(_Value, frozen=True, dict=True):
         unit, size = self.noise_unit, self.science.dataset.train_size
         wanted = max(256, 8 * unit)
         return (wanted if size is None else min(wanted, size)) // unit * unit
+
+    def from_step(self, step: int) -> "RunSpec":
+        """The run with as many processes as it may have from this step on."""
+        if self.placement.most is None:
+            return self
+        stage, world = self.science.at(step), processes(self.science.shares(step), self.placement.most)
+        accumulation = stage.batch // stage.micro_batch // world
+        placement = msgspec.structs.replace(self.placement, world_size=world, accumulation=accumulation)
+        return msgspec.structs.replace(self, placement=placement)
 
     def to_json(self) -> dict[str, Any]:
         """What run.json holds; `from_json` is its inverse."""
@@ -311,6 +325,11 @@ class RunSpec(_Value, frozen=True, dict=True):
         if not spec.arms:
             raise PlanError("run.json names no arm; plan anew")
         return spec
+
+
+def processes(shares: int, most: int) -> int:
+    """The largest number, at most `most`, that divides the shares."""
+    return max(d for d in range(1, min(most, shares) + 1) if shares % d == 0)
 
 
 def run_id(science: Science) -> str:

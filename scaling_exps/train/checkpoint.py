@@ -81,12 +81,20 @@ def restore(t: Trainer, run_dir: RunDir) -> int:
     while True:
         size = 0
         for path, state in whole(t, run_dir):
+            if t.science.shares(state["step"]) % t.world:
+                print(f"{path} is of a stage that {t.world} processes cannot share; trying another", file=sys.stderr)
+                continue
             if run_dir.records_checksum(state["records_size"]) == state["records_checksum"]:
                 put(t, state, path)
                 size = int(state["records_size"])
                 break
             print(f"the records are not those that {path} belongs to; going further back", file=sys.stderr)
         if ranks.maximum(t.step) == -ranks.maximum(-t.step):
+            if (shares := t.science.shares(t.step)) % t.world:
+                raise TrainError(
+                    f"{t.world} processes cannot share the {shares} micro-batch(es) of step {t.step}, where the run "
+                    "goes on: start it again with launch.elastic=true and fewer launch.devices"
+                )
             return size
         if ranks.maximum(time.monotonic() > until):
             raise TrainError("ranks read different checkpoints: the run folder is not the same on every node")

@@ -45,6 +45,7 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
     s, measure = spec.science, spec.measure
     kept = {max(1, round(s.steps_to(share * s.clock(s.steps)))) for share in spec.checkpoint.keep}
     switches = {stage.step for stage in s.ramp}
+    kept |= switches if spec.placement.most else set()  # `RunDir.prepare` learns by them how far the run is
     provenance.reset_peak_memory()
     trainer = Trainer(spec)
     size = checkpoint.restore(trainer, run_dir)

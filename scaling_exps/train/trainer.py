@@ -98,7 +98,8 @@ class Trainer:
     def enter(self, stage: Stage) -> None:
         """Take the steps of this stage from now on; hyperparameters and state of the optimizer are as they are."""
         self.stage = stage
-        self.per_draw = stage.batch // stage.micro_batch // self.world  # micro-batches a draw on this rank
+        # micro-batches a draw on this rank (a stage that is over may have had fewer than there are processes now)
+        self.per_draw = max(1, stage.batch // stage.micro_batch // self.world)
         self.weights = [r / self.per_draw for r in rules.svag_weights(self.science.svag, self.science.family)]
         weights = [w for w in self.weights for _ in range(self.per_draw)]  # of the micro-batches of a step
         if self.free is not None:

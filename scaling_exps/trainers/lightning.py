@@ -1,4 +1,4 @@
-"""Lightning: Trainer(callbacks=[NoiseCallback()])."""
+"""Lightning: Trainer(callbacks=[NoiseCallback()]), Trainer(callbacks=[RampCallback(stages)])."""
 
 from __future__ import annotations
 
@@ -10,7 +10,9 @@ import lightning
 
 from scaling_exps.noise.estimators import NoiseError
 from scaling_exps.noise.probe import NoiseProbe
+from scaling_exps.rules import RuleError
 from scaling_exps.trainers import ScaledBy, tell_wandb
+from scaling_exps.trainers.ramp import Ramp
 
 
 class NoiseCallback(lightning.Callback):
@@ -77,3 +79,50 @@ class NoiseCallback(lightning.Callback):
 
     def on_exception(self, *_: Any) -> None:
         self.on_train_end()
+
+
+class RampCallback(lightning.Callback):
+    """A batch that grows while the Trainer trains: its accumulation, and by `scale` the optimizer, state and schedule.
+
+    Trainer and schedule stay those of the first stage: a schedule of interval "step" goes on by samples, and training
+    ends after as many as `max_steps` of the first batch have. A checkpoint holds where the ramp stands.
+
+    Args:
+        stages, how: as `Ramp`.
+        batch: examples of a micro-batch on all devices; None: the loader's, times devices.
+
+    Raises:
+        RuleError: as `Ramp` and `scale`, when training begins or at a switch; several optimizers, manual optimization,
+            a strategy that accumulates by itself, a schedule of another frequency than 1, no batch size.
+    """
+
+    def __init__(self, stages: Sequence[tuple[int, int]], *, batch: int | None = None, **how: Any) -> None:
+        self.ramp, self.batch = Ramp(stages, **how), batch
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"seen": self.ramp.seen, "at": self.ramp.at}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self.ramp.seen, self.ramp.at = state_dict["seen"], state_dict["at"]
+
+    def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
+        own: Any = getattr(trainer.train_dataloader, "batch_size", None)
+        unit = self.batch or (own or 0) * trainer.world_size
+        configs = trainer.lr_scheduler_configs
+        if len(trainer.optimizers) != 1 or not pl_module.automatic_optimization or not unit:
+            raise RuleError("a ramp needs one optimizer, automatic optimization, and a loader's batch_size (or batch=)")
+        if trainer.strategy.handles_gradient_accumulation or any(c.frequency != 1 for c in configs):
+            raise RuleError("a ramp needs Lightning's own accumulation, and a schedule of frequency 1")
+        self.ramp.begin(unit, trainer.accumulate_grad_batches, max(0, trainer.max_steps))
+        trainer.accumulate_grad_batches = self.ramp.accumulation
+
+    def on_train_batch_start(self, trainer: lightning.Trainer, module: Any, batch: Any, batch_idx: int) -> None:
+        schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
+        clocks = [c.scheduler for c in trainer.lr_scheduler_configs if c.interval == "step"]
+        if batch_idx % trainer.accumulate_grad_batches == 0:
+            self.ramp.follow(trainer.optimizers[0], next(iter(schedulers), None), clocks, batch_idx)
+            trainer.accumulate_grad_batches = self.ramp.accumulation
+
+    def on_train_batch_end(self, trainer: lightning.Trainer, *_: Any) -> None:
+        self.ramp.seen += 1
+        trainer.should_stop |= self.ramp.over
