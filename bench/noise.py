@@ -1,12 +1,13 @@
 """What measuring the gradient noise costs.
 
-    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 15] [--examples 256] [--probe]
+    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 9] [--examples 256] [--probe [WORD ...]]
 
 Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
---probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches (at most 2%), and
-of single examples (at most 10%), where one step of `probe.EVERY` is measured.
+--probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches, step by step (at
+most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%). Both as the difference of
+the two and as the time of the probe's own calls, which another process on the machine blurs less.
 """
 
 from __future__ import annotations
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--micro", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--probe", action="store_true")
+    parser.add_argument("words", nargs="*", help="with --probe: settings of the model, as model.width=128")
     options = parser.parse_args()
 
     def trainer(batch: int, *words: str) -> Trainer:
@@ -71,18 +73,23 @@ def main() -> None:
         for owner, names in ((NoiseProbe, ("_hear", "_pass", "_after_step")), (ExampleNorms, ("_backward",))):
             for name in names:
                 timed(owner, name, inside)
-        for method, micro, bound in (("free", options.micro, 0.02), ("examples", options.batch, 0.1)):
-            t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none")
+        for method, micro, steps, bound in (("free", options.micro, 1, 0.02), ("examples", options.batch, EVERY, 0.1)):
+            t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none", *options.words)
             ratios, shares = [], []
-            for _ in range(options.rounds + 1):  # the first warms up
-                inside[0] = 0.0
-                with NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) as probe:
-                    with_it = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
-                alone = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
-                ratios.append(with_it / alone - 1)
-                shares.append(inside[0] / alone)
+            for i in range(options.rounds + 1):  # the first warms up
+                took = {}
+                for probed in (i % 2, 1 - i % 2):
+                    inside[0] = 0.0
+                    probe = NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) if probed else None
+                    took[probed] = seconds(lambda t=t, steps=steps: [step(t) for _ in range(steps)])
+                    if probe:
+                        probe.detach()
+                        covered, own = probe.covered, inside[0]
+                ratios.append(took[1] / took[0] - 1)
+                shares.append(own / took[0])
             cost = {"extra_share_of_step": quartiles(ratios[1:]), "own_calls_share": quartiles(shares[1:])}
-            row |= {"probe": method, "micro_batch": micro, "covered": probe.covered}
+            row |= {"probe": method, "micro_batch": micro, "covered": covered, "words": options.words}
+            row["parameters"] = sum(p.numel() for p in t.net.parameters())
             print(json.dumps({**row, **cost, "bound": bound}), flush=True)
         return
 
