@@ -1,6 +1,7 @@
 """What measuring the gradient noise costs.
 
-    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 9] [--examples 256] [--probe [WORD ...]]
+    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 9] [--examples 256]
+    python bench/noise.py --probe [--model gpt] [--batch 16] [--micro 8] [--rounds 9] [model.width=128 ...]
 
 Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one

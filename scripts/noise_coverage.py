@@ -70,7 +70,8 @@ def agreement(words: list[str], steps: int) -> dict[str, tuple[Estimate, float]]
     """Method -> (estimate, share covered) over the first steps of one run, cut into parts in three ways."""
     out = {}
     for micro, methods in ((8, ("free",)), (16, ("halves",)), (32, ("examples", "moments"))):
-        fixed = ["recipe.batch=32", "batch=32", "recipe.decay=constant", "recipe.warmup_fraction=0", "logger=none"]
+        fixed = ["recipe.batch=32", "batch=32", "recipe.decay=constant", "logger=none"]
+        fixed += ["recipe.warmup_fraction=0", "recipe.beta1=0.9", "recipe.beta2=0.99"]
         composed = config.compose([*words, *fixed, "measure.noise=none", f"recipe.micro_batch={micro}"])
         (spec,) = plan.plan(composed)
         t = Trainer(spec)

@@ -80,15 +80,22 @@ class NoiseProbe:
         for name, choice, allowed in (("method", method, METHODS), ("metric", metric or METRICS[0], METRICS)):
             if choice not in allowed:
                 raise NoiseError(f"{name}={choice!r} must be one of {', '.join(allowed)}")
-        for name, value in (("batch", batch), ("window", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise NoiseError(f"{name}={value!r} must be a whole number >= 1")
+        for name, value, least in (("batch", batch, 1), ("window", window, 1), ("step", step, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise NoiseError(f"{name}={value!r} must be a whole number >= {least}")
+        self._optimizer = unwrapped(optimizer)
+        if not isinstance(model, nn.Module) or not isinstance(self._optimizer, torch.optim.Optimizer):
+            given = f"{type(model).__name__}, {type(optimizer).__name__}"
+            raise NoiseError(f"NoiseProbe({given}) takes an nn.Module and its torch optimizer")
+        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+            raise NoiseError(f"file={str(file)!r} must be a file, as noise.jsonl, in a folder that is there")
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise NoiseError("the model has no parameter that requires a gradient")
+        if not set(self.params) & {p for group in self._optimizer.param_groups for p in group["params"]}:
+            raise NoiseError("the optimizer has none of the model's parameters")
         sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
-        self._optimizer = unwrapped(optimizer)
         self.why_not = {"examples": _no_examples(model), "moments": _no_moments(self._optimizer)}
         if why := self.why_not.get(method):
             raise NoiseError(f"method={method}: {why}")

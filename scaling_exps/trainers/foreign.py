@@ -176,19 +176,21 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     scaled = known.get("scaled", {})
     rates = [v for _, v in _columns(history, "lr")]
     field = next((o.field for o in OPTIMIZERS.values() if o.field in scaled), None)
-    told = scaled.get(field, ()) if field else ()
-    betas = tuple(told) if isinstance(told, list | tuple) else (told,)
+    beta = scaled.get(field, ()) if field else ()
+    betas = tuple(beta) if isinstance(beta, list | tuple) else (beta,)
     hyper = Hyper(
         float(scaled.get("lr", max(rates, default=0.0))), betas,
         float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
     )  # fmt: skip
-    unknown = [n for n, there in (("optimizer", False), ("lr", hyper.lr), ("betas", betas), ("eps", "eps" in scaled),
-                                  ("seed", known.get("seed") is not None)) if not there]  # fmt: skip
+    told = {"optimizer": "optimizer" in known, "lr": hyper.lr, "betas": betas, "eps": "eps" in scaled,
+            "seed": known.get("seed") is not None}  # fmt: skip
+    unknown = [name for name, there in told.items() if not there]
     rule = known.get("rule") or "none"
     (default,) = plan.plan(config.compose(["logger=none"]))
     science = Science(
-        model=cast(Any, Foreign(name=name)), dataset=cast(Any, ForeignData(name="its own data")), content="",
-        optimizer="adamw", hyper=hyper, svag=1, batch=batch, micro_batch=batch, steps=steps, precision="unknown",
+        model=cast(Any, Foreign(name=name)), dataset=cast(Any, ForeignData(name="another trainer's data")), content="",
+        optimizer=str(known.get("optimizer", "unknown optimizer")),
+        hyper=hyper, svag=1, batch=batch, micro_batch=batch, steps=steps, precision="unknown",
         freeze_last=False, statistics_samples=0, seed=int(known.get("seed") or 0),
         schedule=Schedule(total_samples=steps * batch, warmup_samples=0.0, warmup="unknown", warmup_from=0.0,
                           decay="unknown", milestones=(), gamma=1.0),
