@@ -7,8 +7,7 @@ Free: pairs of steps with and without it, taking turns; the ratio pair by pair, 
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
 --probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches, step by step (at
-most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%). Both as the difference of
-the two and as the time of the probe's own calls, which another process on the machine blurs less.
+most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%).
 """
 
 from __future__ import annotations
@@ -24,7 +23,6 @@ import torch
 from fixture import step
 
 from scaling_exps import NoiseProbe
-from scaling_exps.noise.examples import ExampleNorms
 from scaling_exps.noise.probe import EVERY
 from scaling_exps.train.measure import noise_records
 from scaling_exps.train.trainer import Trainer
@@ -71,27 +69,21 @@ def main() -> None:
 
     inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
     if options.probe:
-        for owner, names in ((NoiseProbe, ("_hear", "_pass", "_after_step")), (ExampleNorms, ("_backward",))):
-            for name in names:
-                timed(owner, name, inside)
         for method, micro, steps, bound in (("free", options.micro, 1, 0.02), ("examples", options.batch, EVERY, 0.1)):
             t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none", *options.words)
-            ratios, shares = [], []
+            ratios = []
             for i in range(options.rounds + 1):  # the first warms up
                 took = {}
                 for probed in (i % 2, 1 - i % 2):
-                    inside[0] = 0.0
                     probe = NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) if probed else None
                     took[probed] = seconds(lambda t=t, steps=steps: [step(t) for _ in range(steps)])
                     if probe:
                         probe.detach()
-                        covered, own = probe.covered, inside[0]
+                        covered = probe.covered
                 ratios.append(took[1] / took[0] - 1)
-                shares.append(own / took[0])
-            cost = {"extra_share_of_step": quartiles(ratios[1:]), "own_calls_share": quartiles(shares[1:])}
             row |= {"probe": method, "micro_batch": micro, "covered": covered, "words": options.words}
             row["parameters"] = sum(p.numel() for p in t.net.parameters())
-            print(json.dumps({**row, **cost, "bound": bound}), flush=True)
+            print(json.dumps({**row, "extra_share_of_step": quartiles(ratios[1:]), "bound": bound}), flush=True)
         return
 
     plain, free = (trainer(options.batch, f"measure.noise={kind}") for kind in ("none", "free"))

@@ -15,7 +15,7 @@ from support import placed, prepare, rows, specs, take_steps, weights, work
 
 from scaling_exps import config, plan, train
 from scaling_exps.noise import estimators, validity
-from scaling_exps.noise.metrics import preconditioners
+from scaling_exps.noise.state import preconditioners
 from scaling_exps.train import checkpoint, measure
 
 UNIT = 4

@@ -295,6 +295,9 @@ def test_a_step_of_one_part_has_an_estimate_with_its_name() -> None:
     [
         ({"method": "half"}, "method='half' must be one of auto, free, examples, moments"),
         ({"batch": 0}, "batch=0 must be a whole number >= 1"),
+        ({"step": -1}, "step=-1 must be a whole number >= 0"),
+        ({"file": "."}, "file='.' must be a file, as noise.jsonl"),
+        ({"file": "none/noise.jsonl"}, "in a folder that is there"),
         ({"batch": 8.0}, "batch=8.0 must be a whole number >= 1"),
         ({"window": True}, "window=True must be a whole number >= 1"),
         ({"metric": "adam"}, "metric='adam' must be one of preconditioned, sign, spectral"),
@@ -309,6 +312,10 @@ def test_what_cannot_be_measured_is_refused_at_the_start(how: dict[str, Any], to
     net = nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8))
     with pytest.raises(NoiseError, match=told):
         NoiseProbe(net, torch.optim.SGD(net.parameters(), lr=0.01), **{"batch": 8, **how})
+    with pytest.raises(NoiseError, match=r"NoiseProbe\(SGD, Sequential\) takes an nn.Module and its torch optimizer"):
+        NoiseProbe(torch.optim.SGD(net.parameters()), net, batch=8)
+    with pytest.raises(NoiseError, match="the optimizer has none of the model's parameters"):
+        NoiseProbe(net, torch.optim.SGD(network().parameters()), batch=8)
     assert not any(m._forward_hooks for m in net.modules())
 
 

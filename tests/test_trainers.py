@@ -42,6 +42,22 @@ def test_the_rule_is_applied_once_and_checked() -> None:
         by.apply(adamw(), 128)
 
 
+def test_a_hurried_call_is_told_at_once() -> None:
+    """Not at the first record of a training. Fails if a callback found out in its loop."""
+    from scaling_exps.trainers import hf, lightning
+
+    for made, told in (
+        (lambda: ScaledBy("sqrt", {"lr": 1e-3}), r"base=\{'lr': 0.001\} must be a dict of what was tuned: batch"),
+        (lambda: ScaledBy("sqrt", 8), "base=8 must be a dict"),
+        (lambda: lightning.NoiseCallback(batches=1024), r"batches=1024 must be a list of whole numbers >= 1"),
+        (lambda: lightning.NoiseCallback(batches=[0.5]), r"batches=\[0.5\] must be a list"),
+        (lambda: lightning.NoiseCallback(scaled="sqrt"), r"scaled='sqrt' must be ScaledBy\(rule"),
+        (lambda: hf.NoiseCallback("model"), r"trainer='model' must be the Trainer"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            made()
+
+
 def hugging_face(folder: Path, accumulation: int, steps: int, **how: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -212,6 +228,7 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
         ("metrics.csv", "epoch,loss\n0,1\n", "has no column of steps"),
         ("x.csv", "_step,learning_rate\n1,1e-3\n", "no train loss among"),
         ("y.csv", "_step,loss\n1,1\n", "a batch is at least 1 example"),
+        ("z.csv", "_step,loss\n1,1\n", "unknown rule 'sqr'"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -221,7 +238,8 @@ def test_what_is_no_run_is_refused(
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
-    batch = {"x.csv": ["--batch", "8"], "y.csv": ["--batch", "0"]}.get(name, [])
-    assert cli.main(["import", str(file), *batch, "--out", str(tmp_path / "runs")]) == 2
-    assert told in capsys.readouterr().err
+    more = {"x.csv": "--batch 8", "y.csv": "--batch 0", "z.csv": "--batch 8 --base-batch 4 --rule sqr"}.get(name, "")
+    assert cli.main(["import", str(file), *more.split(), "--out", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()

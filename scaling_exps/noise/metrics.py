@@ -15,30 +15,15 @@ noise leads, whatever it is. Here ‖∇f‖ of a window lies between two ends, 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from scaling_exps.noise.estimators import Estimate, Value
-from scaling_exps.rules.optimizers import of
 
 METRICS = ("preconditioned", "sign", "spectral")
-
-
-def preconditioners(optimizer: torch.optim.Optimizer) -> Iterator[tuple[Tensor, Tensor]]:
-    """(parameter, P) of the coming step, in the optimizer's order, of those that have a second moment yet."""
-    for group in optimizer.param_groups:
-        row = of(optimizer, group)
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            names = [n for n in reversed(row.second_moments) if n in state]  # amsgrad's maximum before v
-            if names:
-                # PaperAdam counts in its group; PaperRMSprop and RMSprop do not correct their v
-                k = group.get("k", state.get("step")) if row.field == "betas" else None
-                v = state[names[0]] if k is None else state[names[0]] / (1 - group["betas"][1] ** k)
-                yield p, (v.sqrt() + group["eps"]).reciprocal()
 
 
 class DualNoise:

@@ -34,15 +34,17 @@ from torch.distributed.tensor import DTensor
 from scaling_exps.noise import validity
 from scaling_exps.noise.estimators import Estimate, NoiseError, Value, two_batch
 from scaling_exps.noise.examples import ExampleNorms
-from scaling_exps.noise.metrics import METRICS, DualNoise, preconditioners
+from scaling_exps.noise.metrics import METRICS, DualNoise
+from scaling_exps.noise.state import block, first_moments, no_moments, preconditioners
 from scaling_exps.records import read_noise, write_aside
-from scaling_exps.rules.move import RuleError
-from scaling_exps.rules.optimizers import Optimizer, of
+from scaling_exps.rules.optimizers import of
 from scaling_exps.rules.scale import unwrapped
 
 METHODS = ("auto", "free", "examples", "moments")
 EVERY = 8  # steps from one that measures single examples to the next: they cost a share of a backward pass
-SMALL = 2**16  # numbers of a gradient that is kept until the end of its backward pass; else it would have to be copied
+SMALL = 2**12  # numbers of a gradient that is kept (and so copied) until its backward pass ends; the norm of a larger
+# one is taken at once, while it is in the cache
+LOW = (torch.bfloat16, torch.float16)
 COVERED = 0.5  # of the parameters: with fewer in layers that `examples` covers, `auto` takes the moments
 
 
@@ -96,7 +98,7 @@ class NoiseProbe:
             raise NoiseError("the optimizer has none of the model's parameters")
         sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
-        self.why_not = {"examples": _no_examples(model), "moments": _no_moments(self._optimizer)}
+        self.why_not = {"examples": _no_examples(model), "moments": no_moments(self._optimizer)}
         if why := self.why_not.get(method):
             raise NoiseError(f"method={method}: {why}")
         if metric and (why := self._no_metric(metric, method, scaler)):
@@ -194,12 +196,12 @@ class NoiseProbe:
         if self.listening:
             self._begin()
             small = grad.numel() < SMALL and not grad.is_sparse
-            self._grads.append(grad if small else _square([grad]).sqrt())
+            self._grads.append(grad if small else _norm(grad))
             if self._dual:
                 self._dual.hear(p, grad)
             elif self.metric:
                 self._scales = self._scales or dict(preconditioners(self._optimizer))
-                self._scaled.append(_square([self._preconditioned(p, grad)]).sqrt())
+                self._scaled.append(_norm(self._preconditioned(p, grad)))
 
     def _preconditioned(self, p: Tensor, grad: Any) -> Tensor:
         """P g; not a number before the first step."""
@@ -295,12 +297,12 @@ class NoiseProbe:
         return torch.stack([n * _square(tensors) for n, tensors in by_shards.items()]).sum()
 
     def _moments(self) -> None:
-        length, _ = _block(self._optimizer)
+        length, _ = block(self._optimizer)
         if len(self._squares) < length:
             return
         mean, self._squares = torch.stack(self._squares).mean(), []
         if self._steps > 2 * length:  # before, m remembers its start
-            known = {p: m for p, m in _first_moments(self._optimizer) if p in self._shards}
+            known = {p: m for p, m in first_moments(self._optimizer) if p in self._shards}
             m = self._total(list(known), list(known.values()))
             self._rows["moments"].append((1, torch.stack([mean, m]).unsqueeze(1)))
 
@@ -327,7 +329,7 @@ class NoiseProbe:
         if not len(own):
             return nothing
         if self.method == "moments":
-            length, q = _block(self._optimizer)
+            length, q = block(self._optimizer)
             return two_batch(own, q, self.batch, length)
         chunks = parts * self.world
         unit = self.batch / chunks
@@ -399,10 +401,16 @@ def _cut(batch: Any, rows: slice) -> Any:
     return type(batch)(_cut(v, rows) for v in batch) if isinstance(batch, tuple | list) else batch[rows]
 
 
+def _norm(x: Tensor) -> Tensor:
+    """|x| in float32 or better."""
+    x = x.coalesce().values() if x.is_sparse else x
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype in LOW else None)
+
+
 def _square(tensors: list[Tensor]) -> Tensor:
     """|x|² of all together, in float32 or better."""
     tensors = [x.coalesce().values() if x.is_sparse else x for x in tensors]
-    low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+    low = any(x.dtype in LOW for x in tensors)
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if low else None)).square().sum()
 
 
@@ -423,39 +431,3 @@ def _no_examples(model: nn.Module) -> str | None:
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         return "the model normalises over the batch: its examples have no gradients of their own"
     return None
-
-
-def _no_moments(optimizer: torch.optim.Optimizer) -> str | None:
-    try:
-        rows = [(of(optimizer, g), g) for g in optimizer.param_groups]
-    except RuleError as e:
-        return str(e)
-    if len({_beta(row, g) for row, g in rows}) > 1 or not 0 < _beta(*rows[0]) < 1:
-        return f"{type(optimizer).__name__} keeps no average of the gradient, or several"
-    if any(g.get("weight_decay") and not row.decoupled for row, g in rows):
-        return "weight decay inside the gradient is in the optimizer's moment"
-    return None
-
-
-def _beta(row: Optimizer, group: dict[str, Any]) -> float:
-    """β1 of a group, 0 where its optimizer keeps no average of the gradient."""
-    if row.family == "sgd":
-        return 0.0 if group.get("dampening") else float(group["momentum"])
-    return float(group[row.field][0]) if set(row.moments) & {"exp_avg"} else 0.0
-
-
-def _block(optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Steps of a block of `moments`, and q, the sum of m's squared weights."""
-    group = optimizer.param_groups[0]
-    beta = _beta(of(optimizer, group), group)
-    return round(2 / (1 - beta)), (1 - beta) / (1 + beta)
-
-
-def _first_moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its m)."""
-    for group in optimizer.param_groups:
-        sgd = of(optimizer, group).family == "sgd"
-        for p in group["params"]:
-            m = optimizer.state.get(p, {}).get("momentum_buffer" if sgd else "exp_avg")
-            if m is not None:
-                yield p, m * (1 - group["momentum"]) if sgd else m

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from scaling_exps import data, models
 from scaling_exps.noise import estimators
-from scaling_exps.noise.metrics import preconditioners
+from scaling_exps.noise.state import preconditioners
 from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks
 from scaling_exps.train.trainer import Trainer, build_net, mean_loss

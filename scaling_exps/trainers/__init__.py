@@ -38,9 +38,7 @@ class ScaledBy:
     def __post_init__(self) -> None:
         batch = self.base.get("batch") if isinstance(self.base, Mapping) else None
         if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
-            raise RuleError(
-                f"base={self.base!r} must be a dict of what was tuned: batch (>= 1), lr, ..."
-            )
+            raise RuleError(f"base={self.base!r} must be a dict of what was tuned: batch (>= 1), lr, ...")
 
     def plan(self, batch: int) -> dict[str, Any]:
         """Of the move to `batch`: rule, kappa, and the recipe at both ends; RuleError where the rule refuses."""
