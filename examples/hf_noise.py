@@ -1,7 +1,8 @@
 """Hugging Face's Trainer, from "how large may my batch be?" to a verdict: python examples/hf_noise.py [SAMPLES]
 
 Three seeds of a small GPT-2 at batch 8 with NoiseCallback: the critical batch, and how far a run at 32 should stray.
-Then the same at 32, by the rule and unscaled, and `scalerun import` and `report` on what the Trainer left.
+Then the same at 32, by the rule and unscaled, and `scalerun import` and `report` on what the Trainer left. Sequences
+are of 8 bytes, so that a batch holds few tokens and the critical batch lies above 32: there the rule should hold.
 """
 
 import argparse
@@ -21,7 +22,7 @@ from scaling_exps.trainers.hf import NoiseCallback
 transformers.logging.set_verbosity_error()
 samples = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
 text = b"".join(Path(module.__file__).read_bytes() for module in (argparse, ast, tempfile))  # of the standard library
-blocks = torch.tensor(list(text[: len(text) // 64 * 64])).view(-1, 64)
+blocks = torch.tensor(list(text[: len(text) // 8 * 8])).view(-1, 8)
 sequences = [{"input_ids": x, "labels": x} for x in blocks[torch.randperm(len(blocks), generator=torch.Generator())]]
 tuned = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 
@@ -29,7 +30,7 @@ tuned = {"lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.0}
 def run(folder: Path, seed: int, batch: int, rule: str) -> NoiseCallback:
     transformers.set_seed(seed)
     config = GPT2Config(
-        n_layer=1, n_head=2, n_embd=32, vocab_size=256, n_positions=64, bos_token_id=0, eos_token_id=0,
+        n_layer=1, n_head=2, n_embd=32, vocab_size=256, n_positions=8, bos_token_id=0, eos_token_id=0,
         attn_pdrop=0.0, embd_pdrop=0.0, resid_pdrop=0.0, loss_type="ForCausalLM",
     )  # fmt: skip
     arguments = TrainingArguments(
@@ -38,7 +39,7 @@ def run(folder: Path, seed: int, batch: int, rule: str) -> NoiseCallback:
         logging_steps=max(1, samples // batch // 16), eval_strategy="steps", eval_steps=samples // batch,
         save_strategy="no", report_to="none", use_cpu=True, disable_tqdm=True,
     )  # fmt: skip
-    trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=sequences[128:], eval_dataset=sequences[:128])
+    trainer = Trainer(GPT2LMHeadModel(config), arguments, train_dataset=sequences[512:], eval_dataset=sequences[:512])
     scaled = ScaledBy(rule, base={"batch": 8, "steps": samples // 8, **tuned})
     callback = NoiseCallback(trainer, batches=[32], scaled=scaled)
     trainer.add_callback(callback)
@@ -53,7 +54,7 @@ with tempfile.TemporaryDirectory() as root:
         for seed in (0, 1, 2):
             folders.append(out / f"{rule}-{batch}-{seed}")
             noise = run(folders[-1], seed, batch, rule)
-        if batch == 8:
-            print(noise.probe.sentence(32))
+            if batch == 8:
+                print(f"seed {seed}: {noise.probe.sentence(32)}")
     cli.main(["import", *map(str, folders), "--name", "gpt2", "--out", str(out / "runs")])
     cli.main(["report", str(out / "runs"), "--margin", "test_loss=0.2", "--out", str(out / "report")])

@@ -37,16 +37,17 @@ class DualNoise:
 
     def __init__(self, params: Iterable[Tensor], spectral: bool, world: int) -> None:
         self._spectral, self._world = spectral, world
-        self._step = {p: torch.zeros_like(p) for p in params if p.ndim > 1 or not spectral}
-        self._mean = {p: torch.zeros_like(p) for p in self._step}
-        self._spread = {p: torch.zeros_like(self._square(p)) for p in self._step}
+        params = [p for p in params if p.ndim > 1 or not spectral]
+        self._step = {p: torch.zeros_like(p, dtype=torch.promote_types(p.dtype, torch.float32)) for p in params}
+        self._mean = {p: torch.zeros_like(x) for p, x in self._step.items()}
+        self._spread = {p: torch.zeros_like(self._square(x)) for p, x in self._step.items()}
         self._direction: dict[Tensor, Tensor] = {}
 
     def hear(self, p: Tensor, h: Tensor) -> None:
         """One part of a step's gradient, a share of its sum."""
         if p in self._step:
             self._step[p] += h
-            self._spread[p] += self._square(h)
+            self._spread[p] += self._square(h.to(self._step[p].dtype))
 
     def after_step(self, parts: int) -> Tensor:
         """<D, ĝ> of a step of so many parts on this rank; 0 in the first window."""
@@ -98,7 +99,7 @@ class DualNoise:
     def _square(self, g: Tensor) -> Tensor:
         if not self._spectral:
             return g * g
-        m = g.detach().flatten(1)
+        m = g.flatten(1)
         return m @ m.mT if len(m) <= m.shape[1] else m.mT @ m
 
     def _root(self, square: Tensor) -> Tensor:

@@ -236,7 +236,7 @@ class NoiseProbe:
             grads = [p for p in params if p.grad is not None]
             if self._passes >= self._usual and grads:  # maybe the last of the step
                 totals = [self._total(grads, [p.grad for p in grads])]
-                if self._scales or self.metric == METRICS[0]:
+                if self.metric == METRICS[0]:
                     totals.append(self._total(grads, [self._preconditioned(p, p.grad) for p in grads]))
                 self._after[method] = torch.stack(totals)
 
@@ -244,11 +244,12 @@ class NoiseProbe:
     def _after_step(self, *_: object) -> None:
         for method, after in self._after.items():
             n, total = self._sums[method]
+            along = self._dual.after_step(n) if self._dual else None
             if n * self.world > 1:
                 scale = 1.0 if self.scaler is None else self.scaler.scale(torch.ones_like(after)) ** 2
                 row = torch.stack([torch.as_tensor(n * total, device=after.device).expand_as(after), after]) / scale
-                if self._dual:
-                    row = torch.cat([row, self._dual.after_step(n).to(row).expand(2, 1)], 1)
+                if along is not None:
+                    row = torch.cat([row, along.to(row).expand(2, 1)], 1)
                 self._rows[method].append((n, row))
         if self.method == "moments":
             grads = [p for p in self.params if p.grad is not None]
