@@ -7,7 +7,8 @@ Free: pairs of steps with and without it, taking turns; the ratio pair by pair, 
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
 --probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches, step by step (at
-most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%).
+most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%). `of_the_fastest` compares
+the fastest of each, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -71,7 +72,7 @@ def main() -> None:
     if options.probe:
         for method, micro, steps, bound in (("free", options.micro, 1, 0.02), ("examples", options.batch, EVERY, 0.1)):
             t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none", *options.words)
-            ratios = []
+            pairs = []
             for i in range(options.rounds + 1):  # the first warms up
                 took = {}
                 for probed in (i % 2, 1 - i % 2):
@@ -80,10 +81,13 @@ def main() -> None:
                     if probe:
                         probe.detach()
                         covered = probe.covered
-                ratios.append(took[1] / took[0] - 1)
+                pairs.append((took[0], took[1]))
             row |= {"probe": method, "micro_batch": micro, "covered": covered, "words": options.words}
             row["parameters"] = sum(p.numel() for p in t.net.parameters())
-            print(json.dumps({**row, "extra_share_of_step": quartiles(ratios[1:]), "bound": bound}), flush=True)
+            extra = quartiles([probed / bare - 1 for bare, probed in pairs[1:]])
+            bare, probed = map(min, zip(*pairs[1:], strict=True))
+            cost = {"extra_share_of_step": extra, "of_the_fastest": round(probed / bare - 1, 4), "bound": bound}
+            print(json.dumps({**row, **cost}), flush=True)
         return
 
     plain, free = (trainer(options.batch, f"measure.noise={kind}") for kind in ("none", "free"))

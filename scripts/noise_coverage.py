@@ -111,7 +111,8 @@ def networks(steps: int) -> None:
             for method, (e, covered) in agreement([*words, *rate], steps).items():
                 spans = (f"{v.value:.4g} [{v.low:.4g}, {v.high:.4g}]" for v in (e.trace, e.gradient_sq))
                 r = e.inverse
-                b = f"{1 / r.value:.4g} [{1 / r.high:.4g}, {1 / r.low:.4g}]" if r.low > 0 else f"above {1 / r.high:.4g}"
+                b = f"above {1 / r.high:.4g}" if r.high > 0 else "none: |∇f|² < 0"
+                b = f"{1 / r.value:.4g} [{1 / r.high:.4g}, {1 / r.low:.4g}]" if r.low > 0 else b
                 print(f"| {name} | {weights} | {method} | {covered:.1%} | {' | '.join(spans)} | {b} |", flush=True)
 
 

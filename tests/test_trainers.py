@@ -228,7 +228,8 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
         ("metrics.csv", "epoch,loss\n0,1\n", "has no column of steps"),
         ("x.csv", "_step,learning_rate\n1,1e-3\n", "no train loss among"),
         ("y.csv", "_step,loss\n1,1\n", "a batch is at least 1 example"),
-        ("z.csv", "_step,loss\n1,1\n", "unknown rule 'sqr'"),
+        ("w.csv", "_step,loss\n1,1\n", "no learning rate among _step, loss; log it, or add a column lr"),
+        ("z.csv", "_step,loss,lr\n1,1,1e-3\n", "unknown rule 'sqr'"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -238,7 +239,12 @@ def test_what_is_no_run_is_refused(
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
-    more = {"x.csv": "--batch 8", "y.csv": "--batch 0", "z.csv": "--batch 8 --base-batch 4 --rule sqr"}.get(name, "")
+    more = {
+        "x.csv": "--batch 8",
+        "w.csv": "--batch 8",
+        "y.csv": "--batch 0",
+        "z.csv": "--batch 8 --base-batch 4 --rule sqr",
+    }.get(name, "")
     assert cli.main(["import", str(file), *more.split(), "--out", str(tmp_path / "runs")]) == 2
     err = capsys.readouterr().err
     assert told in err and err.count("\n") == 1

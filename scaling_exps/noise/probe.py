@@ -99,10 +99,10 @@ class NoiseProbe:
         sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
         self.why_not = {"examples": _no_examples(model), "moments": no_moments(self._optimizer)}
-        if why := self.why_not.get(method):
-            raise NoiseError(f"method={method}: {why}")
         if metric and (why := self._no_metric(metric, method, scaler)):
             raise NoiseError(f"metric={metric}: {why}")
+        if why := self.why_not.get(method):
+            raise NoiseError(f"method={method}: {why}")
         method = "free" if metric else method
         self.method, self.batch, self.window, self.step, self.scaler = method, batch, window, step, scaler
         self.world = dist.get_world_size() if dist.is_initialized() else 1
