@@ -67,9 +67,9 @@ def test_processes_and_sharding_do_not_matter(tmp_path: Path) -> None:
     assert [len(x) for x in found[0]] == [2] * 5
     assert (free[0]["units"], examples[1]["units"], moments[1]["units"]) == (16, 2, 4)
     for other in found[1:]:
-        for mine, theirs in zip(found[0][:4], other, strict=False):  # sharded ones have no metric
+        for i, (mine, theirs) in enumerate(zip(found[0][:4], other, strict=False)):  # sharded ones have no metric
             for a, b in zip(mine, theirs, strict=True):
-                close(a, b, 1e-5)
+                close(a, b, 1e-4 if i == 3 else 1e-5)  # where v is nearly 0, P enlarges what rounding makes
     assert preconditioned[1]["preconditioned_trace_low"] > 0 and preconditioned[1]["trace"] == free[1]["trace"]
     ddp = found[1][4][1]  # a rank has fewer degrees of freedom, and so another estimate of the spread
     for name in ("sign_trace", "sign_gradient_sq"):
