@@ -290,7 +290,7 @@ class NoiseProbe:
         own = self._examples.params if self._examples else []
         return sum(p.numel() for p in own) / sum(p.numel() for p in self.params)
 
-    def _total(self, params: list[nn.Parameter], own: list[Any]) -> Tensor:
+    def _total(self, params: list[Any], own: list[Any]) -> Tensor:
         """|x|² over all parameters, of which each has its own x; sharded ones so that the mean over ranks is right."""
         by_shards: dict[int, list[Tensor]] = {}
         for p, x in zip(params, own, strict=True):
