@@ -20,7 +20,7 @@ from scaling_exps.trainers import ScaledBy
 from scaling_exps.trainers.hf import NoiseCallback
 
 transformers.logging.set_verbosity_error()
-samples = int(sys.argv[1]) if len(sys.argv) > 1 else 8192
+samples = int(sys.argv[1]) if len(sys.argv) > 1 else 4096
 text = b"".join(Path(module.__file__).read_bytes() for module in (argparse, ast, tempfile))  # of the standard library
 blocks = torch.tensor(list(text[: len(text) // 8 * 8])).view(-1, 8)
 sequences = [{"input_ids": x, "labels": x} for x in blocks[torch.randperm(len(blocks), generator=torch.Generator())]]
