@@ -1,12 +1,14 @@
 """What measuring the gradient noise costs.
 
-    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 15] [--examples 256] [--probe]
+    python bench/noise.py [--model resnet8] [--batch 128] [--micro 32] [--rounds 9] [--examples 256]
+    python bench/noise.py --probe [--model gpt] [--batch 16] [--micro 8] [--rounds 9] [model.width=128 ...]
 
 Free: pairs of steps with and without it, taking turns; the ratio pair by pair, so that a drifting machine cancels.
 It may cost at most 3% of a step. Full: one measurement of n examples against n / micro-batch steps of one
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
---probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches (at most 2%), and
-of single examples (at most 10%), where one step of `probe.EVERY` is measured.
+--probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches, step by step (at
+most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%). `of_the_fastest` compares
+the fastest of each, which other processes disturb least.
 """
 
 from __future__ import annotations
@@ -22,7 +24,6 @@ import torch
 from fixture import step
 
 from scaling_exps import NoiseProbe
-from scaling_exps.noise.examples import ExampleNorms
 from scaling_exps.noise.probe import EVERY
 from scaling_exps.train.measure import noise_records
 from scaling_exps.train.trainer import Trainer
@@ -55,9 +56,10 @@ def main() -> None:
     parser.add_argument("--model", default="resnet8")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--micro", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=15)
+    parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--examples", type=int, default=256)
     parser.add_argument("--probe", action="store_true")
+    parser.add_argument("words", nargs="*", help="with --probe: settings of the model, as model.width=128")
     options = parser.parse_args()
 
     def trainer(batch: int, *words: str) -> Trainer:
@@ -68,22 +70,24 @@ def main() -> None:
 
     inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
     if options.probe:
-        for owner, names in ((NoiseProbe, ("_hear", "_pass", "_after_step")), (ExampleNorms, ("_backward",))):
-            for name in names:
-                timed(owner, name, inside)
-        for method, micro, bound in (("free", options.micro, 0.02), ("examples", options.batch, 0.1)):
-            t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none")
-            ratios, shares = [], []
-            for _ in range(options.rounds + 1):  # the first warms up
-                inside[0] = 0.0
-                with NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) as probe:
-                    with_it = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
-                alone = seconds(lambda t=t: [step(t) for _ in range(EVERY)])
-                ratios.append(with_it / alone - 1)
-                shares.append(inside[0] / alone)
-            cost = {"extra_share_of_step": quartiles(ratios[1:]), "own_calls_share": quartiles(shares[1:])}
-            row |= {"probe": method, "micro_batch": micro, "covered": probe.covered}
-            print(json.dumps({**row, **cost, "bound": bound}), flush=True)
+        for method, micro, steps, bound in (("free", options.micro, 1, 0.02), ("examples", options.batch, EVERY, 0.1)):
+            t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none", *options.words)
+            pairs = []
+            for i in range(options.rounds + 1):  # the first warms up
+                took = {}
+                for probed in (i % 2, 1 - i % 2):
+                    probe = NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) if probed else None
+                    took[probed] = seconds(lambda t=t, steps=steps: [step(t) for _ in range(steps)])
+                    if probe:
+                        probe.detach()
+                        covered = probe.covered
+                pairs.append((took[0], took[1]))
+            row |= {"probe": method, "micro_batch": micro, "covered": covered, "words": options.words}
+            row["parameters"] = sum(p.numel() for p in t.net.parameters())
+            extra = quartiles([probed / bare - 1 for bare, probed in pairs[1:]])
+            bare, probed = map(min, zip(*pairs[1:], strict=True))
+            cost = {"extra_share_of_step": extra, "of_the_fastest": round(probed / bare - 1, 4), "bound": bound}
+            print(json.dumps({**row, **cost}), flush=True)
         return
 
     plain, free = (trainer(options.batch, f"measure.noise={kind}") for kind in ("none", "free"))

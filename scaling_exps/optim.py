@@ -174,21 +174,3 @@ def build(name: str, params: Iterable[Tensor], hyper: Hyper) -> torch.optim.Opti
         return (PaperAdam if name == "paper_adam" else InvariantAdam)(params, lr, betas, eps, decay)
     kind = torch.optim.AdamW if name == "adamw" else torch.optim.Adam
     return kind(params, lr, (betas[0], betas[1]), eps, decay, fused=True)
-
-
-@torch.no_grad()
-def preconditioner(optimizer: torch.optim.Optimizer) -> Tensor | None:
-    """P = 1 / (√v̂ + ε) of the coming step, flat over the trained parameters; None if there is none (SGD; no v yet)."""
-    parts = []
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            state = optimizer.state.get(p, {})
-            if "exp_avg_sq" in state:
-                v = state["exp_avg_sq"] / (1 - group["betas"][1] ** state["step"])
-            elif "v" in state:
-                k = group.get("k")  # PaperAdam corrects its v, PaperRMSprop does not
-                v = state["v"] if k is None else state["v"] / (1 - group["betas"][1] ** k)
-            else:
-                return None
-            parts.append((v.sqrt() + group["eps"]).reciprocal().flatten())
-    return torch.cat(parts)

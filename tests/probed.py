@@ -35,6 +35,8 @@ def main(kind: str, file: Path) -> None:
     )
     how = {"batch": BATCH, "window": WINDOW}
     probes = [NoiseProbe(net, optimizer, method=m, **how) for m in ("free", "examples", "moments")]
+    if kind != "fsdp":
+        probes += [NoiseProbe(net, optimizer, metric=m, **how) for m in ("preconditioned", "sign")]
     generator = torch.Generator().manual_seed(1)
     for _ in range(2 * WINDOW):
         tokens = torch.randint(11, (BATCH, 9), generator=generator).view(world, PARTS // world, -1, 9)[rank]

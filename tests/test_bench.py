@@ -69,15 +69,18 @@ def test_noise(tmp_path: Path) -> None:
     assert min(free["free_own_calls_share"]) > 0
     assert full["examples_a_gradient"] == 4 and min(full["full_over_2_steps"]) > 0
     assert single["examples_a_gradient"] == 1
-    probed = rows(run("bench/noise.py", *words, "--probe", cwd=tmp_path))
+    probed = rows(run("bench/noise.py", *words, "--probe", "model.width=8", cwd=tmp_path))
     assert [row["probe"] for row in probed] == ["free", "examples"] and probed[1]["covered"] == 1
+    assert all(len(row["extra_share_of_step"]) == 3 for row in probed)
 
 
 @pytest.mark.slow
 def test_noise_coverage(tmp_path: Path) -> None:
     """Each method at each B_noise and tail, and on both networks; with 10 repeats a share is no more than a number."""
-    printed = run("scripts/noise_coverage.py", "10", cwd=tmp_path)
-    assert printed.count("| moments |") == 5 and printed.count("| examples |") == 5
+    printed = run("scripts/noise_coverage.py", "known", "10", cwd=tmp_path)
+    assert printed.count("| moments |") == 3 and printed.count("| examples |") == 3
+    printed = run("scripts/noise_coverage.py", "networks", "3", cwd=tmp_path)
+    assert printed.count("| moments |") == 4 and printed.count("| examples |") == 4
 
 
 @pytest.mark.slow

@@ -18,17 +18,8 @@ from scaling_exps.records import RunDir
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
 from scaling_exps.train import checkpoint
 from scaling_exps.train import fork as module
-from scaling_exps.train.fork import (
-    Branch,
-    Difference,
-    ForkError,
-    _Branching,
-    _crossing,
-    _limit,
-    fork,
-    kept_at,
-    noise_scale,
-)
+from scaling_exps.train.branches import Branch, Difference, ForkError, _crossing, fork_test, limit_of
+from scaling_exps.train.fork import _Branching, fork, kept_at, noise_scale
 
 
 @pytest.fixture(scope="module")
@@ -201,7 +192,7 @@ def test_the_sentence_names_no_batch_where_nothing_is_decided() -> None:
     """Fails if the summary named the base batch, where the intervals of all branches hold the bound."""
 
     def made(*table: Branch) -> module.Fork:
-        limits = _limit(list(table), "equal", 0.02), _limit(list(table), "later", 0.0)
+        limits = limit_of(list(table), "equal", 0.02), limit_of(list(table), "later", 0.0)
         return module.Fork("0" * 12, "sqrt", 64, 0.5, 256, 160, 2, 0.02, table, *limits, None)
 
     open_ = made(branch(1, 0, 0, -0.1), branch(2, 0.01, 0.1), branch(4, 0.03, 0.1))
@@ -265,7 +256,7 @@ def test_a_loop_of_ones_own_is_forked() -> None:
         state["x"] -= 0.05 * state["batch"] * (state["x"] + noise)
         state["steps"] += 1
 
-    tested = module.fork_test(
+    tested = fork_test(
         make_state, step, lambda s: 1 + s["x"] ** 2 + 0 * s["steps"], base_batch=1, batches=[4, 64], samples=128,
         repeats=6, tolerance=0.5,
     )  # fmt: skip
@@ -273,5 +264,5 @@ def test_a_loop_of_ones_own_is_forked() -> None:
     assert [b.equal.verdict(0.5) for b in tested.branches] == ["within", "within", "beyond"]
     assert tested.by_tolerance.batch is not None and 4 <= tested.by_tolerance.low <= tested.by_tolerance.batch < 64
     assert all(x != y for b in tested.branches[:2] for x, y in zip(b.losses, b.later_losses, strict=True))
-    with pytest.raises(module.ForkError, match=r"samples=100 must be a multiple of every batch, and is none of \[64\]"):
-        module.fork_test(make_state, step, lambda s: 0.0, base_batch=1, batches=[4, 64], samples=100)
+    with pytest.raises(ForkError, match=r"samples=100 must be a multiple of every batch, and is none of \[64\]"):
+        fork_test(make_state, step, lambda s: 0.0, base_batch=1, batches=[4, 64], samples=100)

@@ -13,8 +13,9 @@ import pytest
 import torch
 from support import placed, prepare, rows, specs, take_steps, weights, work
 
-from scaling_exps import config, optim, plan, train
+from scaling_exps import config, plan, train
 from scaling_exps.noise import estimators, validity
+from scaling_exps.noise.state import preconditioners
 from scaling_exps.train import checkpoint, measure
 
 UNIT = 4
@@ -170,8 +171,7 @@ def test_units_are_the_gradients_that_training_computes() -> None:
     )  # fmt: skip
     torch.testing.assert_close(torch.cat(list(single)).mean(0), whole[0], rtol=1e-3, atol=1e-5)
     state = trainer.optimizer.state
-    p = optim.preconditioner(trainer.optimizer)
-    assert p is not None
+    p = torch.cat([scale.flatten() for _, scale in preconditioners(trainer.optimizer)])
     v = torch.cat([(state[q]["exp_avg_sq"] / (1 - trainer.science.hyper.betas[1])).flatten() for q in named.values()])
     torch.testing.assert_close(p, 1 / (v.sqrt() + 1e-8), rtol=1e-4, atol=0)
 

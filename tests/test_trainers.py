@@ -42,6 +42,22 @@ def test_the_rule_is_applied_once_and_checked() -> None:
         by.apply(adamw(), 128)
 
 
+def test_a_hurried_call_is_told_at_once() -> None:
+    """Not at the first record of a training. Fails if a callback found out in its loop."""
+    from scaling_exps.trainers import hf, lightning
+
+    for made, told in (
+        (lambda: ScaledBy("sqrt", {"lr": 1e-3}), r"base=\{'lr': 0.001\} must be a dict of what was tuned: batch"),
+        (lambda: ScaledBy("sqrt", 8), "base=8 must be a dict"),
+        (lambda: lightning.NoiseCallback(batches=1024), r"batches=1024 must be a list of whole numbers >= 1"),
+        (lambda: lightning.NoiseCallback(batches=[0.5]), r"batches=\[0.5\] must be a list"),
+        (lambda: lightning.NoiseCallback(scaled="sqrt"), r"scaled='sqrt' must be ScaledBy\(rule"),
+        (lambda: hf.NoiseCallback("model"), r"trainer='model' must be the Trainer"),
+    ):
+        with pytest.raises(ValueError, match=told):
+            made()
+
+
 def hugging_face(folder: Path, accumulation: int, steps: int, **how: Any) -> Any:
     from transformers import GPT2Config, GPT2LMHeadModel, Trainer, TrainingArguments, set_seed
 
@@ -164,7 +180,11 @@ def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str
     for seed, pair in enumerate(zip(folders[::2], folders[1::2], strict=True)):
         words = [str(f) for f in pair]
         assert cli.main(["import", *words, "--seed", str(seed), "--name", "regression", "--out", str(out)]) == 0
-    assert "unknown: optimizer, data, schedule, precision" in capsys.readouterr().out
+    assert ", unknown: data, schedule, precision" in capsys.readouterr().out
+    assert cli.main(["show", str(next(iter(out.iterdir())))]) == 0
+    assert "regression on another trainer's data, adamw, seed" in capsys.readouterr().out
+    assert cli.main(["plan", f"noise_from={next(iter(out.iterdir()))}"]) == 2
+    assert "is of another trainer; give the noise.jsonl that it wrote" in capsys.readouterr().err
     specs = [d.spec() for d in RunDir.under(out)]
     assert sorted((s.science.batch, s.science.seed, s.arms[0].role) for s in specs) == [
         *((8, i, "base") for i in range(3)), *((32, i, "rule") for i in range(3))
@@ -172,31 +192,31 @@ def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["report", str(out), "--json", "--margin", "test_loss=5"]) == 0
     rows = {r["batch"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
     assert rows[32]["verdict"] == "equivalent" and len(rows[32]["seeds"]) == 3
-    for words in (["show", str(next(iter(out.iterdir())))], ["status", str(out)]):
-        assert cli.main(words) == 0
+    assert cli.main(["status", str(out)]) == 0
 
 
 def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     """A run as `wandb` itself writes it. Fails if the plan in its config, or its history, were lost."""
     import wandb
 
-    from scaling_exps.trainers import tell_wandb
+    from scaling_exps.trainers import begin
 
     run = wandb.init(project="x", mode="offline", dir=tmp_path, reinit=True)
-    tell_wandb({"batch": 8, "seed": 3, "trainer": "mine"})
+    optimizer = torch.optim.Adagrad([torch.zeros(2, requires_grad=True)])
+    begin("mine", 8, optimizer, None, scheduler=None, steps=None, seed=3)
     for step in range(1, 5):
         run.log({"train/loss": 1 / step, "train/global_step": 10 * step, "train/learning_rate": 1e-3})
     run.log({"eval/loss": 0.5, "eval/accuracy": 0.25, "train/global_step": 40})
     run.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     found = read(folder)
-    assert found.known == {"batch": 8, "seed": 3, "trainer": "mine"}
+    assert found.known == {"batch": 8, "seed": 3, "trainer": "mine", "optimizer": "Adagrad"}
     assert [s for s, _ in found.rows] == [10, 20, 30, 40, 40]
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "runs")]) == 0
     (run_dir,) = RunDir.under(tmp_path / "runs")
     result = run_dir.result()
     assert result is not None and result["metrics"] == {"train_loss": 0.25, "test_loss": 0.5, "test_accuracy": 0.25}
-    assert run_dir.spec().notes[1].startswith("unknown: optimizer, betas, eps, data")
+    assert run_dir.spec().notes[1].startswith("unknown: betas, eps, data")
 
 
 @pytest.mark.parametrize(
@@ -208,6 +228,8 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
         ("metrics.csv", "epoch,loss\n0,1\n", "has no column of steps"),
         ("x.csv", "_step,learning_rate\n1,1e-3\n", "no train loss among"),
         ("y.csv", "_step,loss\n1,1\n", "a batch is at least 1 example"),
+        ("w.csv", "_step,loss\n1,1\n", "no learning rate among _step, loss; log it, or add a column lr"),
+        ("z.csv", "_step,loss,lr\n1,1,1e-3\n", "unknown rule 'sqr'"),
     ],
 )
 def test_what_is_no_run_is_refused(
@@ -217,7 +239,13 @@ def test_what_is_no_run_is_refused(
     file = tmp_path / name
     if content is not None:
         file.write_text(content)
-    batch = {"x.csv": ["--batch", "8"], "y.csv": ["--batch", "0"]}.get(name, [])
-    assert cli.main(["import", str(file), *batch, "--out", str(tmp_path / "runs")]) == 2
-    assert told in capsys.readouterr().err
+    more = {
+        "x.csv": "--batch 8",
+        "w.csv": "--batch 8",
+        "y.csv": "--batch 0",
+        "z.csv": "--batch 8 --base-batch 4 --rule sqr",
+    }.get(name, "")
+    assert cli.main(["import", str(file), *more.split(), "--out", str(tmp_path / "runs")]) == 2
+    err = capsys.readouterr().err
+    assert told in err and err.count("\n") == 1
     assert not (tmp_path / "runs").exists()

@@ -20,6 +20,7 @@ import json
 import math
 from collections import Counter
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,14 +34,17 @@ from torch.distributed.tensor import DTensor
 from scaling_exps.noise import validity
 from scaling_exps.noise.estimators import Estimate, NoiseError, Value, two_batch
 from scaling_exps.noise.examples import ExampleNorms
+from scaling_exps.noise.metrics import METRICS, DualNoise
+from scaling_exps.noise.state import block, first_moments, no_moments, preconditioners
 from scaling_exps.records import read_noise, write_aside
-from scaling_exps.rules.move import RuleError
-from scaling_exps.rules.optimizers import Optimizer, of
+from scaling_exps.rules.optimizers import of
 from scaling_exps.rules.scale import unwrapped
 
 METHODS = ("auto", "free", "examples", "moments")
 EVERY = 8  # steps from one that measures single examples to the next: they cost a share of a backward pass
-SMALL = 2**16  # numbers of a gradient that is kept until the end of its backward pass; else it would have to be copied
+SMALL = 2**12  # numbers of a gradient that is kept (and so copied) until its backward pass ends; the norm of a larger
+# one is taken at once, while it is in the cache
+LOW = (torch.bfloat16, torch.float16)
 COVERED = 0.5  # of the parameters: with fewer in layers that `examples` covers, `auto` takes the moments
 
 
@@ -53,6 +57,8 @@ class NoiseProbe:
         batch: examples of a step, over all devices and all accumulation.
         method: "auto" takes `free` where a step has several parts, else `examples` where most parameters are in layers
             it covers and nothing normalises over the batch, else `moments`.
+        metric: what a record tells beside the Euclidean noise, under its name: see `noise.metrics`. Of micro-batches
+            (`free`, `halves`), parameters that are whole on every rank, "sign" and "spectral" without a scaler.
         window: steps a record.
         file: a noise.jsonl that gets each record; `plan noise_from=` and `convert --noise-from` read it. Of one that is
             there, the records up to `step` are kept.
@@ -70,34 +76,49 @@ class NoiseProbe:
     """
 
     def __init__(
-        self, model: nn.Module, optimizer: Any, *, batch: int, method: str = "auto", window: int = 100,
-        file: Path | str | None = None, step: int = 0, scaler: Any = None,
+        self, model: nn.Module, optimizer: Any, *, batch: int, method: str = "auto", metric: str | None = None,
+        window: int = 100, file: Path | str | None = None, step: int = 0, scaler: Any = None,
     ) -> None:  # fmt: skip
-        if method not in METHODS:
-            raise NoiseError(f"method={method!r} must be one of {', '.join(METHODS)}")
-        for name, value in (("batch", batch), ("window", window)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise NoiseError(f"{name}={value!r} must be a whole number >= 1")
+        for name, choice, allowed in (("method", method, METHODS), ("metric", metric or METRICS[0], METRICS)):
+            if choice not in allowed:
+                raise NoiseError(f"{name}={choice!r} must be one of {', '.join(allowed)}")
+        for name, value, least in (("batch", batch, 1), ("window", window, 1), ("step", step, 0)):
+            if isinstance(value, bool) or not isinstance(value, int) or value < least:
+                raise NoiseError(f"{name}={value!r} must be a whole number >= {least}")
+        self._optimizer = unwrapped(optimizer)
+        if not isinstance(model, nn.Module) or not isinstance(self._optimizer, torch.optim.Optimizer):
+            given = f"{type(model).__name__}, {type(optimizer).__name__}"
+            raise NoiseError(f"NoiseProbe({given}) takes an nn.Module and its torch optimizer")
+        if file is not None and (Path(file).is_dir() or not Path(file).parent.is_dir()):
+            raise NoiseError(f"file={str(file)!r} must be a file, as noise.jsonl, in a folder that is there")
         self.params = [p for p in model.parameters() if p.requires_grad]
         if not self.params:
             raise NoiseError("the model has no parameter that requires a gradient")
+        if not set(self.params) & {p for group in self._optimizer.param_groups for p in group["params"]}:
+            raise NoiseError("the optimizer has none of the model's parameters")
         sharded: list[Any] = [m for m in model.modules() if isinstance(m, FSDPModule)]
         self._shards = {p: _shards(p, bool(sharded)) for p in self.params}
-        self._optimizer = unwrapped(optimizer)
-        self.why_not = {"examples": _no_examples(model), "moments": _no_moments(self._optimizer)}
+        self.why_not = {"examples": _no_examples(model), "moments": no_moments(self._optimizer)}
+        if metric and (why := self._no_metric(metric, method, scaler)):
+            raise NoiseError(f"metric={metric}: {why}")
         if why := self.why_not.get(method):
             raise NoiseError(f"method={method}: {why}")
+        method = "free" if metric else method
         self.method, self.batch, self.window, self.step, self.scaler = method, batch, window, step, scaler
         self.world = dist.get_world_size() if dist.is_initialized() else 1
+        self.metric, self._scales = metric, dict[Any, Tensor]()  # P of this step
+        self._dual = DualNoise(self.params, metric == "spectral", self.world) if metric in METRICS[1:] else None
         self.file, self.records = None if file is None else Path(file), list[dict[str, Any]]()
         if self.file is not None and step and self.file.exists():
             self.records = [r for r in read_noise(self.file) if r["step"] <= step]
         self.listening, self._halves = True, False
         self._begun, self._passes, self._usual = False, 0, 0  # passes of this step, and of the newest one that is done
         self._grads: list[Tensor] = []  # of this backward pass: small gradients, and the norms of large ones
-        self._sums: dict[str, tuple[int, Tensor | float]] = {}  # by method: parts of this step, Σ |h|²
-        self._after: dict[str, Tensor] = {}  # by method: |ĝ|²
-        self._rows: dict[str, list[tuple[int, Tensor]]] = {m: [] for m in METHODS[1:]}  # a step: parts, (2,)
+        self._scaled: list[Tensor] = []  # the norms of P h
+        # by method, (1,) or with `metric` (2,): parts of this step and Σ |h|²; |ĝ|²; of the steps both, (2, 1 or 2)
+        self._sums: dict[str, tuple[int, Tensor | float]] = {}
+        self._after: dict[str, Tensor] = {}
+        self._rows: dict[str, list[tuple[int, Tensor]]] = {m: [] for m in METHODS[1:]}
         self._squares: list[Tensor] = []  # |g|² of the steps of a block of `moments`
         self._steps = 0  # seen
         self._examples: ExampleNorms | None = None
@@ -144,6 +165,16 @@ class NoiseProbe:
 
     # ---- listening ----
 
+    def _no_metric(self, metric: str, method: str, scaler: Any) -> str | None:
+        if method not in ("auto", "free"):
+            return f"method={method} has no parts whose gradients it could be of; take free, and split or accumulate"
+        if any(isinstance(p, DTensor) for p in self.params):
+            return "parameters are sharded, and their parts' gradients are not"
+        if metric != METRICS[0]:
+            return "a scaler's units change" if scaler is not None else None
+        rows = [of(self._optimizer, group) for group in self._optimizer.param_groups]
+        return None if all(r.second_moments for r in rows) else f"{type(self._optimizer).__name__} has no second moment"
+
     def _unhook(self, method: str) -> None:
         for handle in self._hooks[method]:
             handle.remove()
@@ -151,21 +182,30 @@ class NoiseProbe:
 
     def _hear_parameters(self, sharded: list[Any]) -> None:
         hooks, known = self._hooks["free"], set(self.params)
-        hooks += [p.register_hook(self._hear) for p in self.params if not isinstance(p, DTensor)]
+        hooks += [p.register_hook(partial(self._hear, p)) for p in self.params if not isinstance(p, DTensor)]
 
         def gathered(module: nn.Module, _: Any) -> None:  # its own parameters are whole now; FSDP keeps these tensors
             for p in module.parameters():
                 if p.requires_grad and not isinstance(p, DTensor) and p not in known:
                     known.add(p)
-                    hooks.append(p.register_hook(self._hear))
+                    hooks.append(p.register_hook(partial(self._hear, p)))
 
         hooks += [m.register_forward_pre_hook(gathered) for m in sharded]  # behind FSDP's own, which gathers
 
-    def _hear(self, grad: Tensor) -> None:
+    def _hear(self, p: Tensor, grad: Tensor) -> None:
         if self.listening:
             self._begin()
             small = grad.numel() < SMALL and not grad.is_sparse
-            self._grads.append(grad if small else _square([grad]).sqrt())
+            self._grads.append(grad if small else _norm(grad))
+            if self._dual:
+                self._dual.hear(p, grad)
+            elif self.metric:
+                self._scales = self._scales or dict(preconditioners(self._optimizer))
+                self._scaled.append(_norm(self._preconditioned(p, grad)))
+
+    def _preconditioned(self, p: Tensor, grad: Any) -> Tensor:
+        """P g; not a number before the first step."""
+        return grad * self._scales.get(p, math.nan)
 
     def _begin(self) -> None:
         """In a backward pass: look at its end, behind what DDP and FSDP have queued to end their reduction."""
@@ -184,9 +224,10 @@ class NoiseProbe:
         self._passes += 1
         for method in self._active:
             if method == "free":
-                parts, norm = 1, _square(self._grads) if self._grads else None
-                params = self.params
+                norms = [_square(heard) for heard in (self._grads, self._scaled) if heard]
+                parts, norm, params = 1, torch.stack(norms) if norms else None, self.params
                 self._grads.clear()
+                self._scaled.clear()
             else:
                 parts, norm = self._examples.take() if self._examples else (0, None)
                 params = self._examples.params if self._examples else []
@@ -194,22 +235,28 @@ class NoiseProbe:
             self._sums[method] = n + parts, math.nan if norm is None else norm + total
             grads = [p for p in params if p.grad is not None]
             if self._passes >= self._usual and grads:  # maybe the last of the step
-                self._after[method] = self._total(grads, [p.grad for p in grads])
+                totals = [self._total(grads, [p.grad for p in grads])]
+                if self.metric == METRICS[0]:
+                    totals.append(self._total(grads, [self._preconditioned(p, p.grad) for p in grads]))
+                self._after[method] = torch.stack(totals)
 
     @torch.no_grad()
     def _after_step(self, *_: object) -> None:
         for method, after in self._after.items():
             n, total = self._sums[method]
+            along = self._dual.after_step(n) if self._dual else None
             if n * self.world > 1:
                 scale = 1.0 if self.scaler is None else self.scaler.scale(torch.ones_like(after)) ** 2
-                row = torch.stack([torch.as_tensor(n * total, device=after.device), after]) / scale
+                row = torch.stack([torch.as_tensor(n * total, device=after.device).expand_as(after), after]) / scale
+                if along is not None:
+                    row = torch.cat([row, along.to(row).expand(2, 1)], 1)
                 self._rows[method].append((n, row))
         if self.method == "moments":
             grads = [p for p in self.params if p.grad is not None]
             self._squares.append(self._total(grads, [p.grad for p in grads]))
         elif self._passes:
             self._usual = self._passes
-        self._sums, self._after, self._passes = {}, {}, 0
+        self._sums, self._after, self._scales, self._passes = {}, {}, {}, 0
         self.step += 1
         self._steps += 1
         if self.method == "auto":
@@ -243,7 +290,7 @@ class NoiseProbe:
         own = self._examples.params if self._examples else []
         return sum(p.numel() for p in own) / sum(p.numel() for p in self.params)
 
-    def _total(self, params: list[nn.Parameter], own: list[Any]) -> Tensor:
+    def _total(self, params: list[Any], own: list[Any]) -> Tensor:
         """|x|² over all parameters, of which each has its own x; sharded ones so that the mean over ranks is right."""
         by_shards: dict[int, list[Tensor]] = {}
         for p, x in zip(params, own, strict=True):
@@ -251,36 +298,46 @@ class NoiseProbe:
         return torch.stack([n * _square(tensors) for n, tensors in by_shards.items()]).sum()
 
     def _moments(self) -> None:
-        length, _ = _block(self._optimizer)
+        length, _ = block(self._optimizer)
         if len(self._squares) < length:
             return
         mean, self._squares = torch.stack(self._squares).mean(), []
         if self._steps > 2 * length:  # before, m remembers its start
-            known = {p: m for p, m in _first_moments(self._optimizer) if p in self._shards}
+            known = {p: m for p, m in first_moments(self._optimizer) if p in self._shards}
             m = self._total(list(known), list(known.values()))
-            self._rows["moments"].append((1, torch.stack([mean, m])))
+            self._rows["moments"].append((1, torch.stack([mean, m]).unsqueeze(1)))
 
     # ---- what it says ----
 
-    def estimate(self) -> Estimate:
-        """Of the steps since the last record; every rank calls it. With no measured step its intervals are infinite."""
+    def estimate(self, metric: bool = False) -> Estimate:
+        """Of the steps since the last record; every rank calls it. With no measured step its intervals are infinite.
+
+        Args:
+            metric: in the probe's metric, not the Euclidean one.
+        """
         rows = self._rows.get(self.method, [])
-        nothing = Value(math.nan, -math.inf, math.inf)
+        none = Value(math.nan, -math.inf, math.inf)
+        nothing = Estimate(none, none, none, 0, 0)
         if not rows:
-            return Estimate(nothing, nothing, nothing, 0, 0)
+            return nothing
         parts = Counter(n for n, _ in rows).most_common(1)[0][0]  # a step of another number is cut short
-        pairs = torch.stack([row for n, row in rows if n == parts]).double()
+        pairs = torch.stack([row for n, row in rows if n == parts]).double()  # (steps, 2, 1 or 2)
         if self.world > 1:
             dist.all_reduce(pairs)
         pairs = (pairs / self.world).cpu()
-        pairs = pairs[pairs.isfinite().all(1)]  # a scaler's overflow
-        if not len(pairs):
-            return Estimate(nothing, nothing, nothing, 0, 0)
+        own = pairs[:, :, -1 if metric and not self._dual else 0]
+        own = own[own.isfinite().all(1)]  # a scaler's overflow, a P that is not there yet
+        if not len(own):
+            return nothing
         if self.method == "moments":
-            length, q = _block(self._optimizer)
-            return two_batch(pairs, q, self.batch, length)
+            length, q = block(self._optimizer)
+            return two_batch(own, q, self.batch, length)
         chunks = parts * self.world
-        return two_batch(pairs, 1 / chunks, self.batch / chunks, chunks)
+        unit = self.batch / chunks
+        euclidean = two_batch(own, 1 / chunks, unit, chunks)
+        if metric and self._dual:
+            return self._dual.estimate(pairs[:, 1, 1], euclidean.trace, parts, unit) or nothing
+        return euclidean
 
     def record(self) -> dict[str, Any]:
         """The record of the steps since the last one, appended to `records` and the file; every rank calls it."""
@@ -290,6 +347,11 @@ class NoiseProbe:
         }
         row |= {"step": self.step, "samples": self.step * self.batch, "batch": self.batch, "covered": self.covered}
         row |= self.estimate().record(self.batch)
+        if self.metric:
+            own = self.estimate(metric=True).record(self.batch)
+            row |= {f"{self.metric}_{k}": v for k, v in own.items() if k not in ("units", "examples")}
+        if self._dual:
+            self._dual.renew()
         for rows in self._rows.values():
             rows.clear()
         self.records.append(row)
@@ -302,7 +364,10 @@ class NoiseProbe:
         return validity.assess(self.records, batch, self.batch)
 
     def log(self, *batches: int) -> dict[str, float]:
-        """For a tracker: noise/b_noise and its interval, noise/kappa_r, noise/deviation_BATCH; those there are."""
+        """For a tracker: noise/b_noise and its interval, noise/kappa_r, noise/deviation_BATCH; those there are.
+
+        With a metric, what the last record tells of it too: noise/METRIC_b_noise and so on.
+        """
         known = self.validity(self.batch)
         if known is None:
             return {}
@@ -314,6 +379,8 @@ class NoiseProbe:
             out |= {
                 f"noise/deviation_{b}{end}": getattr(v, f"{end[1:]}" or "deviation") for end in ("", "_low", "_high")
             }
+        if self.metric:
+            out |= {f"noise/{k}": v for k, v in self.records[-1].items() if k.startswith(f"{self.metric}_b_noise")}
         return {k: v for k, v in out.items() if v is not None and math.isfinite(v)}
 
     def sentence(self, *batches: int) -> str:
@@ -335,10 +402,16 @@ def _cut(batch: Any, rows: slice) -> Any:
     return type(batch)(_cut(v, rows) for v in batch) if isinstance(batch, tuple | list) else batch[rows]
 
 
+def _norm(x: Tensor) -> Tensor:
+    """|x| in float32 or better."""
+    x = x.coalesce().values() if x.is_sparse else x
+    return torch.linalg.vector_norm(x, dtype=torch.float32 if x.dtype in LOW else None)
+
+
 def _square(tensors: list[Tensor]) -> Tensor:
     """|x|² of all together, in float32 or better."""
     tensors = [x.coalesce().values() if x.is_sparse else x for x in tensors]
-    low = any(x.dtype in (torch.bfloat16, torch.float16) for x in tensors)
+    low = any(x.dtype in LOW for x in tensors)
     return torch.stack(torch._foreach_norm(tensors, 2, torch.float32 if low else None)).square().sum()
 
 
@@ -359,39 +432,3 @@ def _no_examples(model: nn.Module) -> str | None:
     if any(isinstance(m, nn.modules.batchnorm._BatchNorm) for m in modules):
         return "the model normalises over the batch: its examples have no gradients of their own"
     return None
-
-
-def _no_moments(optimizer: torch.optim.Optimizer) -> str | None:
-    try:
-        rows = [(of(optimizer, g), g) for g in optimizer.param_groups]
-    except RuleError as e:
-        return str(e)
-    if len({_beta(row, g) for row, g in rows}) > 1 or not 0 < _beta(*rows[0]) < 1:
-        return f"{type(optimizer).__name__} keeps no average of the gradient, or several"
-    if any(g.get("weight_decay") and not row.decoupled for row, g in rows):
-        return "weight decay inside the gradient is in the optimizer's moment"
-    return None
-
-
-def _beta(row: Optimizer, group: dict[str, Any]) -> float:
-    """β1 of a group, 0 where its optimizer keeps no average of the gradient."""
-    if row.family == "sgd":
-        return 0.0 if group.get("dampening") else float(group["momentum"])
-    return float(group[row.field][0]) if set(row.moments) & {"exp_avg"} else 0.0
-
-
-def _block(optimizer: torch.optim.Optimizer) -> tuple[int, float]:
-    """Steps of a block of `moments`, and q, the sum of m's squared weights."""
-    group = optimizer.param_groups[0]
-    beta = _beta(of(optimizer, group), group)
-    return round(2 / (1 - beta)), (1 - beta) / (1 + beta)
-
-
-def _first_moments(optimizer: torch.optim.Optimizer) -> Iterator[tuple[nn.Parameter, Tensor]]:
-    """(parameter, its m)."""
-    for group in optimizer.param_groups:
-        sgd = of(optimizer, group).family == "sgd"
-        for p in group["params"]:
-            m = optimizer.state.get(p, {}).get("momentum_buffer" if sgd else "exp_avg")
-            if m is not None:
-                yield p, m * (1 - group["momentum"]) if sgd else m

@@ -26,7 +26,7 @@ from typing import Any
 
 import msgspec
 
-from scaling_exps.plan import Arm, PlanError, RunSpec
+from scaling_exps.plan import Arm, Foreign, PlanError, RunSpec
 from scaling_exps.plan.margin import quantile
 from scaling_exps.records import RunDir, read_noise
 
@@ -323,6 +323,8 @@ def of_base(
             if given is not None:
                 raise
             continue
+        if isinstance(base.science.model, Foreign):
+            raise PlanError(f"noise_from={given}: {run_dir} is of another trainer; give the noise.jsonl that it wrote")
         has = {k: getattr(base.science, k) for k in (*_SHARED, "svag")} | msgspec.structs.asdict(base.science.numbers())
         if differing := [f"{k} {has[k]} instead of {v}" for k, v in recipe.items() if has[k] != v]:
             raise PlanError(f"noise_from={given}: {run_dir} is of another recipe: {'; '.join(differing)}")

@@ -146,7 +146,8 @@ class Science(_Value, frozen=True, omit_defaults=True, dict=True):
 
     @property
     def family(self) -> Family:
-        return OPTIMIZERS[self.optimizer].family
+        row = OPTIMIZERS.get(self.optimizer)
+        return row.family if row else "adaptive"  # of another trainer, and unknown
 
     @property
     def draws(self) -> int:

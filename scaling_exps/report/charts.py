@@ -278,15 +278,14 @@ def _gap(rows: list[Row]) -> list[Chart]:
 
 def _displacement(arms: list[Row]) -> Chart:
     """How much farther or less far from the start an arm ends than its base run, beside what the noise predicts."""
-    changes = [
-        r.measured and _error_bar(*(v - 1 for v in (r.measured.value, r.measured.low, r.measured.high))) for r in arms
-    ]
+    changes = [_error_bar(m.value - 1, m.low - 1, m.high - 1) if (m := r.measured) is not None else None for r in arms]
     chart = _against_batch("change of |θ - θ₀|", arms, changes, percent=True)
-    foretold = sorted((r.batch, r.predicted.deviation, r.predicted.low, r.predicted.high) for r in arms if r.predicted)
+    foretold = sorted(
+        (float(r.batch), p.deviation - 1, p.low - 1, p.high - 1) for r in arms if (p := r.predicted) is not None
+    )
     if not chart.traces or not chart.log_x or not foretold:
         return chart
-    x, y, low, high = (list(map(float, column)) for column in zip(*foretold, strict=True))
-    y, low, high = ([v - 1 for v in values] for values in (y, low, high))
+    x, y, low, high = (list(column) for column in zip(*foretold, strict=True))
     return replace(chart, traces=[Trace(CURVE, x, y, low, high), *chart.traces])
 
 

@@ -9,8 +9,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from scaling_exps import data, models, optim
+from scaling_exps import data, models
 from scaling_exps.noise import estimators
+from scaling_exps.noise.state import preconditioners
 from scaling_exps.plan import RunSpec
 from scaling_exps.train import ranks, shards
 from scaling_exps.train.trainer import Trainer, build_net, mean_loss
@@ -136,7 +137,8 @@ def full_noise(t: Trainer, number: int) -> dict[str, Any]:
 
         return estimators.unit_gradients(loss, list(named.values()), batch, units, losses)
 
-    scale = optim.preconditioner(t.optimizer)
+    scales = [p.flatten() for _, p in preconditioners(t.optimizer)]
+    scale = torch.cat(scales) if len(scales) == len(named) else None
     template = torch.cat([p.detach().flatten() for p in named.values()])  # (P,)
     if t.free is not None:
         t.free.listening = False

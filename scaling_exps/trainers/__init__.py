@@ -5,12 +5,14 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from scaling_exps.noise.estimators import NoiseError
+from scaling_exps.noise.probe import NoiseProbe
 from scaling_exps.rules.move import BetaMap, RuleError
-from scaling_exps.rules.optimizers import OPTIMIZERS
+from scaling_exps.rules.optimizers import OPTIMIZERS, of
 from scaling_exps.rules.scale import scale, unwrapped
 
 FIELDS = ("lr", *sorted({o.field for o in OPTIMIZERS.values()}), "eps", "weight_decay")  # of a parameter group
@@ -32,6 +34,11 @@ class ScaledBy:
     base: Mapping[str, Any]
     beta_map: BetaMap = "linear"
     noise_scale: float | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        batch = self.base.get("batch") if isinstance(self.base, Mapping) else None
+        if isinstance(batch, bool) or not isinstance(batch, int) or batch < 1:
+            raise RuleError(f"base={self.base!r} must be a dict of what was tuned: batch (>= 1), lr, ...")
 
     def plan(self, batch: int) -> dict[str, Any]:
         """Of the move to `batch`: rule, kappa, and the recipe at both ends; RuleError where the rule refuses."""
@@ -93,7 +100,36 @@ def apart(optimizer: Any, recipe: Mapping[str, Any]) -> list[str]:
     return wrong
 
 
-def tell_wandb(plan: dict[str, Any]) -> None:
-    """Put the plan into the config of the wandb run that this process logs to, where there is one."""
+class Asked:
+    """What both callbacks are asked for, checked at once and not when training has begun."""
+
+    def __init__(self, batches: Sequence[int], scaled: ScaledBy | None, window: int | None, method: str) -> None:
+        whole = isinstance(batches, Sequence) and all(isinstance(b, int) and b >= 1 for b in batches)
+        if not whole or isinstance(batches, str):
+            raise NoiseError(f"batches={batches!r} must be a list of whole numbers >= 1, as [1024]")
+        if scaled is not None and not isinstance(scaled, ScaledBy):
+            raise NoiseError(f"scaled={scaled!r} must be ScaledBy(rule, base={{...}})")
+        self.batches, self.scaled, self.window, self.method = batches, scaled, window, method
+        self.probe: NoiseProbe | None = None
+
+
+def begin(trainer: str, batch: int, optimizer: Any, scaled: ScaledBy | None, **how: Any) -> dict[str, Any]:
+    """What `scalerun import` is to know of a run that begins here, told to this process's wandb run if there is one.
+
+    Args:
+        batch: global.
+        scaled: the rule that is applied to the optimizer now.
+        how: `scheduler` and `steps` as in `apply`; the rest is kept as it is.
+    """
+    live = unwrapped(optimizer)
+    try:
+        name = of(live, live.param_groups[0]).name
+    except RuleError:
+        name = type(live).__name__
+    scheduler, steps = how.pop("scheduler"), how.pop("steps")
+    known = {"trainer": trainer, "batch": batch, "optimizer": name, **how}
+    if scaled is not None:
+        known |= scaled.apply(optimizer, batch, scheduler=scheduler, steps=steps)
     if (wandb := sys.modules.get("wandb")) is not None and wandb.run is not None:
-        wandb.config.update({"scalerun": plan}, allow_val_change=True)
+        wandb.config.update({"scalerun": known}, allow_val_change=True)
+    return known

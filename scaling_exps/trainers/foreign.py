@@ -169,27 +169,30 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     if not isinstance(known.get("batch"), int) or known["batch"] < 1:
         raise ImportRunError(f"{path}: the global batch is not told: give --batch N (over devices and accumulation)")
     train = _columns(history, "train")
-    if not train:
-        seen = ", ".join(sorted({n for _, row in history.rows for n in row})) or "nothing"
-        raise ImportRunError(f"{path}: no train loss among {seen}; it is to be called loss or train_loss")
-    batch, steps = known["batch"], max(s for s, _ in history.rows)
     scaled = known.get("scaled", {})
-    rates = [v for _, v in _columns(history, "lr")]
+    lr = scaled.get("lr", max((v for _, v in _columns(history, "lr")), default=None))
+    seen = ", ".join(sorted({n for _, row in history.rows for n in row})) or "nothing"
+    if not train:
+        raise ImportRunError(f"{path}: no train loss among {seen}; it is to be called loss or train_loss")
+    if not lr:
+        raise ImportRunError(f"{path}: no learning rate among {seen}; log it, or add a column lr")
+    batch, steps = known["batch"], max(s for s, _ in history.rows)
     field = next((o.field for o in OPTIMIZERS.values() if o.field in scaled), None)
-    told = scaled.get(field, ()) if field else ()
-    betas = tuple(told) if isinstance(told, list | tuple) else (told,)
+    beta = scaled.get(field, ()) if field else ()
+    betas = tuple(beta) if isinstance(beta, list | tuple) else (beta,)
     hyper = Hyper(
-        float(scaled.get("lr", max(rates, default=0.0))), betas,
-        float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
+        float(lr), betas, float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
     )  # fmt: skip
-    unknown = [n for n, there in (("optimizer", False), ("lr", hyper.lr), ("betas", betas), ("eps", "eps" in scaled),
-                                  ("seed", known.get("seed") is not None)) if not there]  # fmt: skip
+    seed = known.get("seed")
+    told = {"optimizer": "optimizer" in known, "betas": betas, "eps": "eps" in scaled, "seed": seed is not None}
+    unknown = [name for name, there in told.items() if not there]
     rule = known.get("rule") or "none"
     (default,) = plan.plan(config.compose(["logger=none"]))
     science = Science(
-        model=cast(Any, Foreign(name=name)), dataset=cast(Any, ForeignData(name="its own data")), content="",
-        optimizer="adamw", hyper=hyper, svag=1, batch=batch, micro_batch=batch, steps=steps, precision="unknown",
-        freeze_last=False, statistics_samples=0, seed=int(known.get("seed") or 0),
+        model=cast(Any, Foreign(name=name)), dataset=cast(Any, ForeignData(name="another trainer's data")), content="",
+        optimizer=str(known.get("optimizer", "unknown optimizer")),
+        hyper=hyper, svag=1, batch=batch, micro_batch=batch, steps=steps, precision="unknown",
+        freeze_last=False, statistics_samples=0, seed=int(seed or 0),
         schedule=Schedule(total_samples=steps * batch, warmup_samples=0.0, warmup="unknown", warmup_from=0.0,
                           decay="unknown", milestones=(), gamma=1.0),
     )  # fmt: skip

@@ -9,13 +9,14 @@ from typing import Any
 import transformers
 from transformers.trainer_callback import ExportableState, ProgressCallback
 
+from scaling_exps.noise.estimators import NoiseError
 from scaling_exps.noise.probe import NoiseProbe
 from scaling_exps.rules import RuleError
-from scaling_exps.trainers import ScaledBy, tell_wandb
+from scaling_exps.trainers import Asked, ScaledBy, begin
 from scaling_exps.trainers.ramp import Ramp
 
 
-class NoiseCallback(transformers.TrainerCallback):
+class NoiseCallback(Asked, transformers.TrainerCallback):
     """Measures the gradient noise and, where asked, scales the recipe at the start.
 
     Args:
@@ -35,23 +36,24 @@ class NoiseCallback(transformers.TrainerCallback):
         self, trainer: transformers.Trainer, *, batches: Sequence[int] = (), scaled: ScaledBy | None = None,
         window: int | None = None, method: str = "auto",
     ) -> None:  # fmt: skip
-        self.trainer, self.batches, self.scaled, self.window, self.method = trainer, batches, scaled, window, method
-        self.probe: NoiseProbe | None = None
+        super().__init__(batches, scaled, window, method)
+        if not isinstance(trainer, transformers.Trainer):
+            raise NoiseError(f"trainer={trainer!r} must be the Trainer: NoiseCallback(trainer)")
+        self.trainer = trainer
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         batch = args.train_batch_size * args.gradient_accumulation_steps * args.world_size
-        known: dict[str, Any] = {"trainer": "transformers", "batch": batch, "seed": args.seed}
-        if self.scaled is not None:
-            scheduler = kwargs["lr_scheduler"]
-            known |= self.scaled.apply(kwargs["optimizer"], batch, scheduler=scheduler, steps=state.max_steps)
+        known = begin(
+            "transformers", batch, kwargs["optimizer"], self.scaled, scheduler=kwargs["lr_scheduler"],
+            steps=state.max_steps, seed=args.seed,
+        )  # fmt: skip
         state.log_history.append({"step": state.global_step, "scalerun": known})
-        tell_wandb(known)
+        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
         self.probe = NoiseProbe(
             kwargs["model"], kwargs["optimizer"], batch=batch, method=self.method, step=state.global_step,
             window=self.window or max(10, state.max_steps // 20), file=Path(args.output_dir) / "noise.jsonl",
             scaler=getattr(self.trainer.accelerator, "scaler", None),
         )  # fmt: skip
-        Path(args.output_dir).mkdir(parents=True, exist_ok=True)
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         probe = self.probe

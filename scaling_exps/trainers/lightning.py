@@ -11,11 +11,11 @@ import lightning
 from scaling_exps.noise.estimators import NoiseError
 from scaling_exps.noise.probe import NoiseProbe
 from scaling_exps.rules import RuleError
-from scaling_exps.trainers import ScaledBy, tell_wandb
+from scaling_exps.trainers import Asked, ScaledBy, begin
 from scaling_exps.trainers.ramp import Ramp
 
 
-class NoiseCallback(lightning.Callback):
+class NoiseCallback(Asked, lightning.Callback):
     """Measures the gradient noise and, where asked, scales the recipe at the start.
 
     Args:
@@ -36,8 +36,8 @@ class NoiseCallback(lightning.Callback):
         self, *, batch: int | None = None, batches: Sequence[int] = (), scaled: ScaledBy | None = None,
         window: int | None = None, method: str = "auto",
     ) -> None:  # fmt: skip
-        self.batch, self.batches, self.scaled, self.window, self.method = batch, batches, scaled, window, method
-        self.probe: NoiseProbe | None = None
+        super().__init__(batches, scaled, window, method)
+        self.batch = batch
 
     def on_train_start(self, trainer: lightning.Trainer, pl_module: lightning.LightningModule) -> None:
         if len(trainer.optimizers) != 1:
@@ -47,13 +47,10 @@ class NoiseCallback(lightning.Callback):
             raise NoiseError("the loader has no batch_size: give NoiseCallback(batch=N), over devices and accumulation")
         batch = self.batch or own * trainer.accumulate_grad_batches * trainer.world_size
         optimizer, steps = trainer.optimizers[0], int(trainer.estimated_stepping_batches)
-        known: dict[str, Any] = {"trainer": "lightning", "batch": batch}
-        if self.scaled is not None:
-            schedulers = [c.scheduler for c in trainer.lr_scheduler_configs]
-            known |= self.scaled.apply(optimizer, batch, scheduler=next(iter(schedulers), None), steps=steps)
+        scheduler = next((c.scheduler for c in trainer.lr_scheduler_configs), None)
+        known = begin("lightning", batch, optimizer, self.scaled, scheduler=scheduler, steps=steps)
         for logger in trainer.loggers:
             logger.log_hyperparams({"scalerun": known})
-        tell_wandb(known)
         folder = Path(trainer.log_dir or trainer.default_root_dir)
         folder.mkdir(parents=True, exist_ok=True)
         self.probe = NoiseProbe(
