@@ -81,7 +81,8 @@ def command(words: list[str], cwd: Path) -> Ended:
 
 def works(words: list[str]) -> bool:
     """Whether it computes for long where it is legal."""
-    return words[:1] in (["fork"], ["theory"]) or "cost.probe=true" in words or "cost=probe" in words
+    trains = not (words and words[0] in cli.COMMANDS) and DRY[1] not in words
+    return trains or words[:1] in (["fork"], ["theory"]) or "cost.probe=true" in words or "cost=probe" in words
 
 
 def _child(words: list[str], cwd: Path, out: int, err: int) -> None:

@@ -185,8 +185,10 @@ class Trainer:
         weights: list[Tensor] = [*self.parameters]
         own = [p.clone() for p in weights]
         torch._foreach_copy_(weights, [*self.average.values()])
-        yield
-        torch._foreach_copy_(weights, own)
+        try:
+            yield
+        finally:
+            torch._foreach_copy_(weights, own)
 
     @contextlib.contextmanager
     def paused(self) -> Iterator[None]:
