@@ -318,12 +318,11 @@ def case(number: int, seed: int, folder: Path, place: str) -> dict[str, Any]:
             time.sleep(0.02)
         if kind in DAMAGE:
             names, spoil = DAMAGE[kind]
-            there = [
-                run_dir.path / n for n in names if (run_dir.path / n).exists() or n not in (NEWEST, PREVIOUS, RECORDS)
-            ]
+            contents = {n: (run_dir.path / n).read_bytes() if (run_dir.path / n).exists() else b"" for n in names}
+            there = {n: raw for n, raw in contents.items() if raw or n not in (NEWEST, PREVIOUS, RECORDS)}
             struck = struck and bool(there) and not busy() and run_dir.state() != "finished"
-            for file in there if struck else []:
-                file.write_bytes(spoil(file.read_bytes() if file.exists() else b"", chance))
+            for name, raw in there.items() if struck else ():
+                (run_dir.path / name).write_bytes(spoil(raw, chance))
         hit[kind] += struck
     ended = run_dir.state() == "finished"
     wrong = difference(run_dir, reference) if ended else f"{run_dir.state()}: {run_dir.reason()}"
@@ -344,7 +343,9 @@ def campaign(count: int, seed: int, out: Path, places: list[str], until: float) 
     import forked
 
     os.environ.update(ENVIRONMENT)
-    forked._SERVER.set_forkserver_preload(["torch._dynamo", "torch.distributed.run", "scaling_exps.cli", "submitit"])
+    forked._SERVER.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed.run", "scipy.special", "scaling_exps.cli"]
+    )
     before = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
     known, hits, good = {(r["seed"], r["case"]) for r in before}, sum(sum(r["hit"].values()) for r in before), True
     with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
