@@ -237,9 +237,10 @@ def test_an_elastic_run_goes_on_with_fewer_tasks(undisturbed: Path, tmp_path: Pa
     assert "cancelled 1 job" in scalerun("cancel", cwd=tmp_path).stdout
     until(lambda: not queued())
     hold.unlink()
-    text = submit(tmp_path, "launch.devices=1", "seed=0", "launch.dry_run=true")
+    one = ["launch.devices=1", "launch.devices_per_node=1", "seed=0"]
+    text = submit(tmp_path, *one, "launch.dry_run=true")
     assert "--nodes=2" in text
-    submit(tmp_path, "launch.devices=1", "seed=0", "launch.elastic=true")
+    submit(tmp_path, *one, "launch.elastic=true")
     assert "NumTasks=1" in command("scontrol", "show", "job", job(run_dir))
     until(lambda: finished(tmp_path))
     ((event,), found) = ([r for r in rows(run_dir) if (r["kind"] == "event") == said] for said in (True, False))
