@@ -32,11 +32,12 @@ docs: $(STAMP) ## the site, into site/; a broken link ends it
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	NO_MKDOCS_2_WARNING=1 $(PY) -m mkdocs build --strict --quiet
 
-dist: $(STAMP) ## wheel and sdist, checked
+dist: $(STAMP) ## wheel and sdist, checked; the Dockerfile, linted
 	$(PY) -m pip install --quiet --disable-pip-version-check -e '.[docs]'
 	rm -rf dist
 	$(PY) -m hatchling build
 	$(PY) -m twine check --strict dist/*
+	.venv/bin/hadolint Dockerfile
 
 bench: $(STAMP) ## our loop against bare loops, noise, start-up, planning, report
 	$(PY) bench/loop.py

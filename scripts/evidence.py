@@ -23,6 +23,7 @@ from scaling_exps.report.judge import METRICS
 from scaling_exps.report.verdict import Row
 
 DOCS = Path(__file__).resolve().parent.parent / "docs" / "evidence"
+SHOWN = ("curves", "noise", "svag")  # and the gaps, where there are several batches to draw them against
 MARKS = ("<!-- evidence: begin -->", "<!-- evidence: end -->")
 
 
@@ -42,7 +43,7 @@ def main() -> None:
         rows = report.compare(collection)
         head = _head(rows)
         sections.append(_section(name, head, rows, collection.missing))
-        summary += _summary(name, head.partition(". ")[0], rows)
+        summary += _summary(name, head.partition(". ")[0].rstrip("."), rows)
     _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *sections]))
     print(f"{len(sections)} sections")
 
@@ -80,7 +81,7 @@ def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing
     lines += [tables.as_markdown(rows), "\n".join(f"* {x.strip()}" for x in report.reading(rows))]
     lines += [f"* not in the table: {m}" for m in missing]
     with tempfile.TemporaryDirectory() as scratch:
-        shown = [c for c in charts.arrange(rows) if c.group in ("curves", "noise", "svag")]
+        shown = [c for c in charts.arrange(rows) if c.group in SHOWN or (c.group == "gap" and c.log_x)]
         for file in figures.draw(shown, Path(scratch)):
             (DOCS / f"{name}-{file.name}").write_bytes(file.read_bytes())
             lines.append(f"![{file.stem} of {name}]({name}-{file.name})")
@@ -89,7 +90,7 @@ def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing
 
 def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:
     """A line for each batch at which a rule was tested."""
-    lines = []
+    lines: list[str] = []
     for r in (r for r in rows if r.role == "rule"):
         judged = [t for t in r.tests if t.margin is not None]
         gaps = "; ".join(f"{METRICS[t.metric]} {' '.join(tables.gap(t))}" for t in judged)
@@ -97,7 +98,8 @@ def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:
         beside = [c for c in rows if (c.setting, c.batch, c.ramp, c.role) == (r.setting, r.batch, r.ramp, "control")]
         apart = ", ".join(f"`{c.rule}`" for c in beside if c.verdict == "different") or "no one"
         gaps = gaps.replace("|", "\\|")
-        lines.append(f"| {claim} | {what} | {gaps} | **{r.verdict}**; of the controls different: {apart} |")
+        told = "" if lines else claim  # once an experiment
+        lines.append(f"| {told} | {what} | {gaps} | **{r.verdict}**; of the controls different: {apart} |")
     return lines
 
 

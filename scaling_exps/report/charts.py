@@ -273,7 +273,21 @@ def _gap(rows: list[Row]) -> list[Chart]:
         band = None if margin is None else (0.0 if absolute else -margin, margin)
         title = name if absolute else f"Δ {name}"
         drawn.append(_against_batch(title, arms, values, percent=metric == "test_accuracy", band=band))
-    return drawn
+    return [*drawn, _displacement(arms)] if arms else []
+
+
+def _displacement(arms: list[Row]) -> Chart:
+    """How much farther or less far from the start an arm ends than its base run, beside what the noise predicts."""
+    changes = [
+        r.measured and _error_bar(*(v - 1 for v in (r.measured.value, r.measured.low, r.measured.high))) for r in arms
+    ]
+    chart = _against_batch("change of |θ - θ₀|", arms, changes, percent=True)
+    foretold = sorted((r.batch, r.predicted.deviation, r.predicted.low, r.predicted.high) for r in arms if r.predicted)
+    if not chart.traces or not chart.log_x or not foretold:
+        return chart
+    x, y, low, high = (list(map(float, column)) for column in zip(*foretold, strict=True))
+    y, low, high = ([v - 1 for v in values] for values in (y, low, high))
+    return replace(chart, traces=[Trace(CURVE, x, y, low, high), *chart.traces])
 
 
 def _hyper(rows: list[Row]) -> list[Chart]:
