@@ -159,7 +159,7 @@ def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, unt
 
 # ---- the campaign ----
 
-HANG = 300.0  # seconds in which a struck run must have ended
+HANG = 900.0  # seconds in which a struck run must have ended
 ORPHAN = 30.0  # seconds in which its processes must have gone
 NEWEST, PREVIOUS, RECORDS = "checkpoint.pt", "checkpoint.prev.pt", "records.jsonl"
 SHORT = [

@@ -1,0 +1,150 @@
+"""Where runs lie, and what else a machine has: disks, quotas, names, homes, clocks, many runs, many launchers."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import forked
+import gate
+import pytest
+import torch
+from support import ENVIRONMENT, ROOT, TINY, prepare, same_run, scalerun, small_disk, specs, work
+
+from scaling_exps import launch, train
+from scaling_exps.records import RunDir
+
+root = pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small tmpfs needs root")
+FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
+
+
+def remount(path: Path, how: str) -> None:
+    subprocess.run(["mount", "-o", f"remount,{how}", path], check=True)
+
+
+@root
+def test_a_disk_that_cannot_be_written_is_refused_and_costs_no_other_run(tmp_path: Path) -> None:
+    """Fails if a launch there were no refusal of one message, or if such a run ended the sweep."""
+    here, other = specs("seed=[0,1]")
+    (tmp_path / "file").touch()
+    with small_disk(tmp_path / "disk", "9m"):
+        run_dirs = [prepare(tmp_path / "disk/runs", here), prepare(tmp_path / "runs", other)]
+        remount(tmp_path / "disk", "ro")
+        for place in ("disk/new", "file", "disk/runs"):
+            done = scalerun(*TINY, "seed=2", f"runs_dir={place}", cwd=tmp_path)
+            assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+            assert "choose another with runs_dir=" in done.stderr
+        assert not train.run_all(run_dirs)
+        assert [d.state() for d in run_dirs] == ["waiting", "finished"]
+        remount(tmp_path / "disk", "rw")
+        assert train.run(run_dirs[0]) == "finished"
+
+
+@root
+def test_a_quota_that_is_reached_in_the_middle_of_a_record(tmp_path: Path) -> None:
+    """Fails if the run did not say so, or took the half record for one when it goes on."""
+    words = ["recipe.samples=4000", "measure.train_records=1000", "measure.noise=none", "checkpoint.minutes=1000"]
+    (spec,) = specs(*words)
+    whole = prepare(tmp_path / "whole", spec)
+    torch.set_num_threads(1)
+    assert train.run(whole) == "finished"
+    with small_disk(tmp_path / "disk", "64k"):
+        run_dir = prepare(tmp_path / "disk", spec)
+        assert train.run(run_dir) == "failed"
+        records = (run_dir.path / "records.jsonl").read_bytes()
+        assert len(records) > 9999 and not records.endswith(b"\n")
+        assert run_dir.state() == "failed" or not run_dir.result()  # there may have been no room to say it in
+        remount(tmp_path / "disk", "size=9m")
+        assert train.run(run_dir) == "finished"
+        same_run(run_dir, whole)
+
+
+def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
+    """Fails if a sweep, its report or its figures needed one."""
+    homeless = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", "MPLCONFIGDIR": ""}
+    for words in ([*TINY, "logger=[wandb,csv]"], ["report"], ["status"]):
+        done = scalerun(*words, cwd=tmp_path, **homeless)
+        assert done.returncode == 0, done.stderr
+    assert (tmp_path / "report/index.html").exists() and list((tmp_path / "report").glob("*.png"))
+
+
+@pytest.mark.slow
+def test_five_thousand_runs(tmp_path: Path) -> None:
+    """Fails if a command took minutes over them, one descriptor or one process each, or wrote a screen a run."""
+    for spec in specs(f"seed=[{','.join(map(str, range(5000)))}]", "logger=wandb"):
+        folder = tmp_path / "runs" / spec.run_id
+        folder.mkdir(parents=True)
+        (folder / "run.json").write_text(json.dumps(spec.to_json()))
+    rows = json.loads(scalerun("status", "--json", cwd=tmp_path).stdout)
+    assert len(rows) == 5000 and {r["state"] for r in rows} == {"waiting"}
+    for command, code in (("status", 0), ("cancel", 0), ("sync", 2), ("report", 2)):
+        done = scalerun(command, cwd=tmp_path)
+        assert done.returncode == code and "Traceback" not in done.stderr
+    assert "5000 waiting" in scalerun("status", cwd=tmp_path).stdout
+    (found,) = specs("seed=4999", "logger=wandb")
+    assert scalerun("rm", found.run_id[:8], "--yes", cwd=tmp_path).returncode == 0
+    assert len(launch.status(tmp_path / "runs")) == 4999
+
+
+def test_names_of_odd_letters(tmp_path: Path) -> None:
+    """Fails if a shell, Hydra, rich, a page or a format string read the name of a folder."""
+    where = tmp_path / 'it\'s "a" $(touch owned) `id` ${oc.env:HOME} [red] %s {x} é κ 😀 # ; & \\ \n *?'
+    where.mkdir()
+    sweep = [*TINY, "seed=[0,1]", "logger=csv", "measure.noise=none", "launch.parallel=2"]
+    for words in (sweep, ["status"], ["report"], ["report", "--markdown"], ["plan", *sweep]):
+        done = scalerun(*words, cwd=where)
+        assert done.returncode == 0, done.stderr
+    a, b = RunDir.under(where / "runs")
+    for words in (["show", str(a)], ["diff", str(a), str(b)], ["export", str(a), "--to", "safetensors"]):
+        done = scalerun(*words, cwd=where)
+        assert done.returncode == 0, done.stderr
+    assert not list(tmp_path.rglob("owned")) and (where / "report/index.html").exists()
+
+
+@pytest.mark.slow
+def test_two_identical_commands_in_the_same_second(tmp_path: Path) -> None:
+    """Fails if one ended in an error that is not "it is running", or if a run was trained by both."""
+    words = ["-m", "scaling_exps.cli", *TINY, "seed=[0,1,2]", "launch.parallel=2"]
+    commands = [forked.start(words, cwd=tmp_path) for _ in range(2)]
+    for command in commands:
+        command.join()
+    assert {c.exitcode for c in commands} <= {0, 1} and 0 in {c.exitcode for c in commands}
+    run_dirs = RunDir.under(tmp_path / "runs")
+    assert [d.state() for d in run_dirs] == ["finished"] * 3
+    assert [sum(e["event"] == "start" for e in d.events()) for d in run_dirs] == [1] * 3
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed here")
+def test_a_clock_that_is_set_back_in_the_middle(tmp_path: Path) -> None:
+    """By a year, for all that the process asks. Fails if the run hung, stopped saving, or took another course."""
+    (tmp_path / "hold").touch()
+    clock = tmp_path / "clock"
+    clock.write_text("+0")
+    fake = {
+        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
+    }  # fmt: skip
+    words = [*gate.SCIENCE, "checkpoint.minutes=1e-9"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=tmp_path, env={**ENVIRONMENT, **fake}
+    )
+    while not list(tmp_path.glob("held-*")):
+        assert process.poll() is None
+        time.sleep(0.1)
+    clock.write_text("-365d")
+    (tmp_path / "hold").unlink()
+    assert process.wait() == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    result, begun = run_dir.result() or {}, (run_dir.path / "lock").stat().st_mtime
+    assert result["ended"] < begun - 360 * 86400  # so it saw the clock go back
+    spec = run_dir.spec()
+    (tmp_path / "twin").mkdir()
+    twin = prepare(tmp_path / "twin", spec)
+    work(twin)
+    same_run(run_dir, twin)
