@@ -373,9 +373,9 @@ def cluster() -> Iterator[bool]:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/slurm"
         environment = {**os.environ, "PORT": "28817", "CPUS": "4"}
-        subprocess.run([ROOT / "tests/slurm/up.sh", directory], check=True, env=environment)
         os.environ["SLURM_CONF"] = ENVIRONMENT["SLURM_CONF"] = f"{directory}/slurm.conf"
         try:
+            subprocess.run([ROOT / "tests/slurm/up.sh", directory], check=True, env=environment)
             yield True
         finally:
             subprocess.run([ROOT / "tests/slurm/down.sh", directory], check=False)

@@ -44,6 +44,9 @@ RUNS = Path(os.environ.get("SCALERUN_RUNS", "runs"))  # where runs lie when nobo
 TAIL = 8192  # bytes of records or log that are read to see how far a run is
 
 
+_NUMBERS = ("seconds", "samples_per_second", "peak_memory_bytes", "ended", "test_examples")  # of a result
+
+
 class _Row(msgspec.Struct, tag_field="kind"):
     """What a record must hold to be one; most hold more."""
 
@@ -189,6 +192,7 @@ class RunDir:
         None: it has not ended, or the file says neither.
         """
         value = _object(self.path / "result.json") or {}
+        value = {k: v for k, v in value.items() if k not in _NUMBERS or (type(v) in (int, float) and _fits(v))}
         status, metrics = value.get("status"), value.get("metrics")
         numbers = isinstance(metrics, dict) and all(type(v) in (int, float) and _fits(v) for v in metrics.values())
         return value if status == "failed" or (status == "finished" and numbers) else None
