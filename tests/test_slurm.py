@@ -44,7 +44,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for environment in (os.environ, ENVIRONMENT):
             m.setitem(environment, "SLURM_CONF", str(folder / "slurm/slurm.conf"))
             m.setitem(environment, "PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-            m.setitem(environment, "HF_TOKEN", "planted-in-the-environment")
+            for secret in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+                m.setitem(environment, secret, "planted-in-the-environment")
         yield
         subprocess.run([ROOT / "tests/slurm/down.sh", folder / "slurm"], check=True)
 
