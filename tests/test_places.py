@@ -1,4 +1,4 @@
-"""Where runs lie, and what else a machine has: disks, quotas, names, homes, clocks, many runs, many launchers."""
+"""Where runs lie, and what else a machine has: disks, quotas, names, homes, many runs, many launchers."""
 
 from __future__ import annotations
 
@@ -6,21 +6,18 @@ import json
 import os
 import shutil
 import subprocess
-import sys
-import time
 from pathlib import Path
 
 import forked
-import gate
+import msgspec
 import pytest
 import torch
-from support import ENVIRONMENT, ROOT, TINY, prepare, same_run, scalerun, small_disk, specs, work
+from support import TINY, prepare, same_run, scalerun, small_disk, specs
 
 from scaling_exps import launch, train
 from scaling_exps.records import RunDir
 
 root = pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small tmpfs needs root")
-FAKETIME = next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"), None)
 
 
 def remount(path: Path, how: str) -> None:
@@ -74,9 +71,12 @@ def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+@pytest.mark.timeout(900)
 def test_five_thousand_runs(tmp_path: Path) -> None:
     """Fails if a command took minutes over them, one descriptor or one process each, or wrote a screen a run."""
-    for spec in specs(f"seed=[{','.join(map(str, range(5000)))}]", "logger=wandb"):
+    (first,) = specs("logger=wandb")
+    for seed in range(5000):
+        spec = msgspec.structs.replace(first, science=msgspec.structs.replace(first.science, seed=seed))
         folder = tmp_path / "runs" / spec.run_id
         folder.mkdir(parents=True)
         (folder / "run.json").write_text(json.dumps(spec.to_json()))
@@ -86,8 +86,7 @@ def test_five_thousand_runs(tmp_path: Path) -> None:
         done = scalerun(command, cwd=tmp_path)
         assert done.returncode == code and "Traceback" not in done.stderr
     assert "5000 waiting" in scalerun("status", cwd=tmp_path).stdout
-    (found,) = specs("seed=4999", "logger=wandb")
-    assert scalerun("rm", found.run_id[:8], "--yes", cwd=tmp_path).returncode == 0
+    assert scalerun("rm", spec.run_id, "--yes", cwd=tmp_path).returncode == 0
     assert len(launch.status(tmp_path / "runs")) == 4999
 
 
@@ -117,34 +116,3 @@ def test_two_identical_commands_in_the_same_second(tmp_path: Path) -> None:
     run_dirs = RunDir.under(tmp_path / "runs")
     assert [d.state() for d in run_dirs] == ["finished"] * 3
     assert [sum(e["event"] == "start" for e in d.events()) for d in run_dirs] == [1] * 3
-
-
-@pytest.mark.slow
-@pytest.mark.skipif(FAKETIME is None, reason="libfaketime is not installed here")
-def test_a_clock_that_is_set_back_in_the_middle(tmp_path: Path) -> None:
-    """By a year, for all that the process asks. Fails if the run hung, stopped saving, or took another course."""
-    (tmp_path / "hold").touch()
-    clock = tmp_path / "clock"
-    clock.write_text("+0")
-    fake = {
-        "LD_PRELOAD": str(FAKETIME), "FAKETIME_TIMESTAMP_FILE": str(clock), "FAKETIME_NO_CACHE": "1",
-        "FAKETIME_DONT_FAKE_MONOTONIC": "1", "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}",
-    }  # fmt: skip
-    words = [*gate.SCIENCE, "checkpoint.minutes=1e-9"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "scaling_exps.cli", *words], cwd=tmp_path, env={**ENVIRONMENT, **fake}
-    )
-    while not list(tmp_path.glob("held-*")):
-        assert process.poll() is None
-        time.sleep(0.1)
-    clock.write_text("-365d")
-    (tmp_path / "hold").unlink()
-    assert process.wait() == 0
-    (run_dir,) = RunDir.under(tmp_path / "runs")
-    result, begun = run_dir.result() or {}, (run_dir.path / "lock").stat().st_mtime
-    assert result["ended"] < begun - 360 * 86400  # so it saw the clock go back
-    spec = run_dir.spec()
-    (tmp_path / "twin").mkdir()
-    twin = prepare(tmp_path / "twin", spec)
-    work(twin)
-    same_run(run_dir, twin)
