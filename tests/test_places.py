@@ -16,6 +16,8 @@ from support import TINY, prepare, same_run, scalerun, small_disk, specs
 
 from scaling_exps import launch, train
 from scaling_exps.records import RunDir
+from scaling_exps.report import ReportError
+from scaling_exps.report.runs import folder
 
 root = pytest.mark.skipif(shutil.which("mount") is None or os.geteuid() != 0, reason="a small tmpfs needs root")
 
@@ -59,6 +61,25 @@ def test_a_quota_that_is_reached_in_the_middle_of_a_record(tmp_path: Path) -> No
         remount(tmp_path / "disk", "size=9m")
         assert train.run(run_dir) == "finished"
         same_run(run_dir, whole)
+
+
+def test_a_report_whose_folder_goes_while_it_is_written(tmp_path: Path) -> None:
+    def written() -> None:
+        with folder(tmp_path / "out"):
+            shutil.rmtree(tmp_path / "out")
+            (tmp_path / "out/index.html").touch()
+
+    with pytest.raises(ReportError, match="choose another with --out"):
+        written()
+
+
+def test_every_run_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    """Fails if a launch named the first alone."""
+    planned = specs("seed=[0,1]")
+    for spec in planned:
+        (tmp_path / "runs" / spec.run_id / "run.json").mkdir(parents=True)
+    done = scalerun(*TINY, "seed=[0,1]", cwd=tmp_path)
+    assert done.returncode == 2 and all(spec.run_id in done.stderr for spec in planned)
 
 
 def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
