@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import collections
 import contextlib
+import itertools
 import json
 import os
 import random
@@ -158,10 +159,13 @@ def kill_sweeps(place: str, kills: int, folder: Path, chance: random.Random, unt
 
 # ---- the campaign ----
 
-HANG = 300.0  # seconds
-SIGNALS = ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGSTOP"]
+HANG = 900.0  # seconds in which a struck run must have ended
+ORPHAN = 30.0  # seconds in which its processes must have gone
 NEWEST, PREVIOUS, RECORDS = "checkpoint.pt", "checkpoint.prev.pt", "records.jsonl"
-SHORT = [*SWEEP[3:8], "recipe.samples=2560", "recipe.batch=64", "measure.evaluations=2", "checkpoint.minutes=1e-9"]
+SHORT = [
+    *SWEEP[3:8], "recipe.samples=2560", "recipe.batch=64", "measure.evaluations=2", "measure.noise_records=2",
+    "checkpoint.minutes=1e-9",
+]  # fmt: skip
 
 
 def _flip(raw: bytes, chance: random.Random) -> bytes:
@@ -173,6 +177,7 @@ def _cut(raw: bytes, chance: random.Random) -> bytes:
     return raw[: chance.randrange(len(raw))]
 
 
+SIGNALS = ["SIGKILL", "SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2", "SIGSTOP"]
 DAMAGE: dict[str, tuple[list[str], Callable[[bytes, random.Random], bytes]]] = {  # done to a run that was killed
     "checkpoint cut": ([NEWEST], _cut),
     "a bit flipped in the checkpoint": ([NEWEST], _flip),
@@ -185,8 +190,24 @@ DAMAGE: dict[str, tuple[list[str], Callable[[bytes, random.Random], bytes]]] = {
     "lock overwritten": (["lock"], lambda raw, chance: chance.randbytes(99)),
     "result from nowhere": (["result.json"], lambda raw, chance: b'{"status": "failed", "reason": "?"}'),
 }
-LIMITS = {"files end at a size": "RLIMIT_FSIZE", "few open files": "RLIMIT_NOFILE"}  # of its process; then none
-KINDS = [*SIGNALS, *DAMAGE, *LIMITS, "two at once", "killed again and again"]
+LIMITS = {  # of its process, once; and from what to what
+    "files end at a size": ("RLIMIT_FSIZE", 200, 60_000),
+    "few open files": ("RLIMIT_NOFILE", 8, 40),
+    "little memory": ("RLIMIT_AS", 1 << 20, 300 << 20),  # more than it has at its start
+}
+TWICE = "two processes begin it at once"
+JOB_FAULTS = {  # what SLURM is told
+    "requeue": ["scontrol requeue JOB"],
+    "SIGUSR2 to the job": ["scancel --signal=USR2 JOB"],
+    "job cancelled": ["scancel JOB"],
+    "node lost": [f"scontrol update nodename=n1 state={s} reason=drill" for s in ("down", "resume")],
+}
+KINDS = {
+    "one process": [*SIGNALS, *DAMAGE, *LIMITS, TWICE],
+    "two processes": [*SIGNALS, *DAMAGE],
+    "SLURM, two nodes": [*JOB_FAULTS, *JOB_FAULTS, "SIGKILL", "SIGTERM", "SIGSTOP", *list(DAMAGE)[::3]],
+}
+SHARES = dict(zip(KINDS, (3, 2, 1), strict=True))  # of the cases
 
 
 def _limited(name: str, most: int, folder: str) -> None:
@@ -195,109 +216,152 @@ def _limited(name: str, most: int, folder: str) -> None:
 
     from scaling_exps.train.worker import work
 
+    if name == "RLIMIT_AS":
+        most += int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     limit = getattr(resource, name)
     resource.setrlimit(limit, (most, resource.getrlimit(limit)[1]))
     raise SystemExit(work([Path(folder)]))
 
 
-def inside(folder: Path) -> list[int]:
-    """The processes that work in `folder`."""
-    found = []
+def inside(folder: Path) -> dict[int, str]:
+    """The processes that work in `folder`, and their command lines."""
+    found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with contextlib.suppress(OSError):
             if os.readlink(process / "cwd") == str(folder):
-                found.append(int(process.name))
+                found[int(process.name)] = (process / "cmdline").read_text(errors="replace")
     return found
 
 
-def case(number: int, seed: int, folder: Path) -> dict[str, Any]:
-    """One fault, and what came of it."""
+def case(number: int, seed: int, folder: Path, place: str) -> dict[str, Any]:
+    """One run, struck up to four times, and what came of it."""
     import forked
     from support import worker
 
-    chance = random.Random(f"{seed} {number}")
-    kind, world = chance.choice(KINDS), chance.choice([1, 1, 2])
-    world = 1 if kind in LIMITS else world
-    words = [f"batch={chance.choice([64, 128])}", f"seed={chance.randrange(3)}", f"launch.devices={world}"]
-    (spec,) = plan.plan(config.compose([*SHORT, *words]))
-    begun = time.monotonic()
+    chance, slurm, begun = random.Random(f"{seed} {number}"), place.startswith("SLURM"), time.monotonic()
+    world = chance.choice([1, 2]) if slurm else 1 + (place == "two processes")
+    words = [*SHORT, f"batch={chance.choice([64, 128])}", f"seed={chance.randrange(3)}"]
+    wanted, hit = chance.choices(KINDS[place], k=4), collections.Counter[str]()
+    (spec,) = plan.plan(config.compose([*words, f"launch.devices={world}"]))
     reference = RunDir(folder / f"undisturbed-{world}" / spec.run_id)
     run_dir = RunDir(folder / f"case{number}" / spec.run_id)
-
-    def start(run_dir: RunDir, program: list[str] | None = None) -> Any:
-        run_dir.prepare(spec)
-        return forked.start(program or worker(run_dir, world), cwd=run_dir.path.parent, env=ENVIRONMENT)
+    home, workers = run_dir.path.parent, list[Any]()
 
     if reference.state() != "finished":
-        start(reference).join(HANG)
+        reference.prepare(spec)
+        forked.start(worker(reference, world), env=ENVIRONMENT).join(HANG)
         if reference.state() != "finished":
             raise SystemExit(f"the undisturbed run failed: {reference.reason()}")
-    usual = 2 * (reference.result() or {})["seconds"] + 0.5  # of training; it loads and saves, too
-    strikes = [k for k in SIGNALS if k == kind] or (["SIGKILL"] if kind in DAMAGE else [])
-    strikes = ["SIGKILL"] * 4 if kind == "killed again and again" else strikes
-    workers, starts, struck = [start(run_dir)] if kind not in LIMITS else [], 1, int(not strikes)
-    if kind == "two at once":
-        workers.append(start(run_dir))
-    if kind in LIMITS:
-        most = chance.randrange(200, 60_000) if kind == "files end at a size" else chance.randrange(8, 40)
-        code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.drill import _limited; "
-        workers.append(start(run_dir, ["-c", f"{code}_limited({LIMITS[kind]!r}, {most}, {str(run_dir)!r})"]))
-    while True:
-        if strikes:
-            while not run_dir.holder() and any(w.is_alive() for w in workers):
-                time.sleep(0.01)
+    usual = (reference.result() or {})["seconds"] + 0.3  # it loads and saves, too
+
+    def start(kind: str) -> None:
+        program = worker(run_dir, world)
+        if slurm:
+            options = [w for w in PLACES[place] if not w.startswith("launch.devices=")]
+            program = ["-m", "scaling_exps.cli", *words, *options, f"launch.devices={world}", "runs_dir=."]
+        elif kind in LIMITS:
+            name, *ends = LIMITS[kind]
+            code = f"import sys; sys.path.insert(0, {str(ROOT)!r}); from bench.drill import _limited; "
+            program = ["-c", f"{code}_limited({name!r}, {chance.randrange(*ends)}, {str(run_dir)!r})"]
+        run_dir.prepare(spec)
+        log = str(home / "log")
+        workers[:] = [forked.start(program, home, ENVIRONMENT, log, log) for _ in range(1 + (kind == TWICE))]
+        if slurm:
+            workers[0].join()
+
+    def job() -> str:
+        return str([e["job"] for e in run_dir.events() if e.get("job")][-1])
+
+    def busy() -> bool:
+        return job().encode() in in_queue() if slurm else any(w.is_alive() for w in workers)
+
+    def starts() -> int:
+        return sum(e.get("event") == "start" for e in run_dir.events())
+
+    def in_time() -> bool:
+        return time.monotonic() < begun + HANG
+
+    def strike(kind: str) -> bool:
+        told = JOB_FAULTS["job cancelled" if kind in DAMAGE else kind] if slurm and kind not in SIGNALS else []
+        for line in told:
+            if subprocess.run(line.replace("JOB", job()).split(), stderr=subprocess.DEVNULL).returncode:
+                return False
+        if told:
+            return True
+        lines = inside(home).items()
+        ranks = [p for p, line in lines if "core._submit" in line and not line.startswith("srun")]
+        if not slurm:
+            ranks = [p for p, _ in lines if world == 1 or p != workers[0].pid]  # which is torchrun
+        try:
+            os.kill(victim := chance.choice(ranks), getattr(signal, kind if kind in SIGNALS else "SIGKILL"))
+            if kind == "SIGSTOP":
+                time.sleep(chance.uniform(0, 2))
+                os.kill(victim, signal.SIGCONT)
+        except (ProcessLookupError, IndexError):
+            return False
+        return True
+
+    home.mkdir()
+    (home / "log").touch()
+    seen = 0
+    while run_dir.state() != "finished" and in_time():
+        kind = wanted.pop() if wanted else ""
+        if not (slurm and seen and busy()):
+            start(kind)
+        while starts() == seen and busy() and in_time():
+            time.sleep(0.01)
+        seen, struck = starts(), kind in LIMITS or kind == TWICE
+        if kind and not struck and busy():
             time.sleep(chance.uniform(0, usual))
-            victims = [p for p in inside(run_dir.path.parent) if world == 1 or p != workers[0].pid]
-            with contextlib.suppress(ProcessLookupError, IndexError):
-                number_of = getattr(signal, strikes.pop())
-                os.kill(victim := chance.choice(victims), number_of)
-                struck += 1
-                if number_of == signal.SIGSTOP:
-                    time.sleep(chance.uniform(0, 2))
-                    os.kill(victim, signal.SIGCONT)
-        for w in workers:
-            w.join(max(0.0, begun + HANG - time.monotonic()))
-        if time.monotonic() > begun + HANG or run_dir.state() == "finished":
-            break
-        names, spoil = DAMAGE.get(kind, ([], _cut))
-        for name in names if starts == 1 else []:
-            file = run_dir.path / name
-            raw = file.read_bytes() if file.exists() else b""
-            if raw or name not in (NEWEST, PREVIOUS, RECORDS):
-                file.write_bytes(spoil(raw, chance))
-                struck += 1
-        workers, starts = [start(run_dir)], starts + 1
-        if starts > 12:
-            break
+            struck = strike(kind)
+        while busy() and not (slurm and starts() > seen) and in_time():
+            time.sleep(0.02)
+        if kind in DAMAGE:
+            names, spoil = DAMAGE[kind]
+            contents = {n: (run_dir.path / n).read_bytes() if (run_dir.path / n).exists() else b"" for n in names}
+            there = {n: raw for n, raw in contents.items() if raw or n not in (NEWEST, PREVIOUS, RECORDS)}
+            struck = struck and bool(there) and not busy() and run_dir.state() != "finished"
+            for name, raw in there.items() if struck else ():
+                (run_dir.path / name).write_bytes(spoil(raw, chance))
+        hit[kind] += struck
     ended = run_dir.state() == "finished"
     wrong = difference(run_dir, reference) if ended else f"{run_dir.state()}: {run_dir.reason()}"
-    time.sleep(0.1)
-    left = inside(run_dir.path.parent)
+    end = time.monotonic() + ORPHAN
+    while (left := inside(home)) and time.monotonic() < end:
+        time.sleep(0.05)
     wrong = wrong or (f"left behind: {left}" if left else "")
     wrong = wrong or next((f"left behind: {p}" for p in run_dir.path.glob(".checkpoint*")), "")
     for pid in left:
         os.kill(pid, signal.SIGKILL)
-    shutil.rmtree(run_dir.path.parent)
-    return {
-        "seed": seed, "case": number, "kind": kind, "processes": world, "struck": struck, "starts": starts,
-        "seconds": round(time.monotonic() - begun, 1), "wrong": wrong,
-    }  # fmt: skip
+    row = {"seed": seed, "case": number, "place": place, "processes": world, "hit": dict(+hit), "starts": starts()}
+    shutil.rmtree(home)
+    return {**row, "seconds": round(time.monotonic() - begun, 1), "wrong": wrong}
 
 
-def campaign(count: int, seed: int, out: Path, until: float) -> bool:
-    """Cases 0 to `count` of a seed that `out` does not hold yet, a line each, until the time is over."""
+def campaign(count: int, seed: int, out: Path, places: list[str], until: float) -> bool:
+    """Cases of a seed that `out` does not hold yet, a line each, until `count` faults have hit, or the time is over."""
+    import forked
+
+    os.environ.update(ENVIRONMENT)
+    forked._SERVER.set_forkserver_preload(
+        ["torch._dynamo", "torch.distributed.run", "scipy.special", "scaling_exps.cli"]
+    )
     before = [json.loads(line) for line in out.read_text().splitlines()] if out.exists() else []
-    known, good = {(row["seed"], row["case"]) for row in before}, True
-    with tempfile.TemporaryDirectory() as folder, open(out, "a") as f:
-        for number in range(count):
-            if (seed, number) in known or time.monotonic() > until:
-                continue
-            row = case(number, seed, Path(folder))
-            good &= not row["wrong"]
-            f.write(json.dumps(row) + "\n")
-            f.flush()
-            print(*row.values(), flush=True)
-    return good
+    known, hits, good = {(r["seed"], r["case"]) for r in before}, sum(sum(r["hit"].values()) for r in before), True
+    with tempfile.TemporaryDirectory() as folder, contextlib.ExitStack() as stack:
+        if "SLURM, two nodes" in places and not stack.enter_context(cluster()):
+            places = [p for p in places if not p.startswith("SLURM")]
+        for number in itertools.count():
+            if hits >= count or time.monotonic() > until or not places:
+                return good
+            (place,) = random.Random(f"place {seed} {number}").choices([*SHARES], [*SHARES.values()])
+            if place in places and (seed, number) not in known:
+                row = case(number, seed, Path(folder), place)
+                hits, good = hits + sum(row["hit"].values()), good and not row["wrong"]
+                with open(out, "a") as f:
+                    f.write(json.dumps(row) + "\n")
+                print(*row.values(), flush=True)
+    raise AssertionError
 
 
 @contextlib.contextmanager
@@ -309,9 +373,9 @@ def cluster() -> Iterator[bool]:
     with tempfile.TemporaryDirectory() as folder:
         directory = f"{folder}/slurm"
         environment = {**os.environ, "PORT": "28817", "CPUS": "4"}
-        subprocess.run([ROOT / "tests/slurm/up.sh", directory], check=True, env=environment)
         os.environ["SLURM_CONF"] = ENVIRONMENT["SLURM_CONF"] = f"{directory}/slurm.conf"
         try:
+            subprocess.run([ROOT / "tests/slurm/up.sh", directory], check=True, env=environment)
             yield True
         finally:
             subprocess.run([ROOT / "tests/slurm/down.sh", directory], check=False)
@@ -321,13 +385,20 @@ def render(counted: Path, page: Path) -> None:
     """Put the counts of the JSON lines `counted` between the marks of `page`."""
     rows = [json.loads(line) for line in counted.read_text().splitlines()]
     if "case" in rows[0]:
-        kinds = sorted({row["kind"] for row in rows})
-        table = [["kind", "one process", "two processes", "faults that hit", "starts", "wrong"], ["---"] * 6]
-        for kind in [*kinds, "all"]:
-            of = [row for row in rows if kind in (row["kind"], "all")]
-            cases = [sum(row["processes"] == n for row in of) for n in (1, 2)]
-            sums = [sum(row[k] for row in of) for k in ("struck", "starts")]
-            table.append([kind, *cases, *sums, sum(bool(row["wrong"]) for row in of)])
+        table = [["fault", *KINDS, "in all"], ["---"] * (len(KINDS) + 2)]
+        hits = {
+            p: sum((collections.Counter(r["hit"]) for r in rows if r["place"] == p), collections.Counter())
+            for p in KINDS
+        }
+        for kind in sorted(set().union(*hits.values())):
+            counts = [hits[p][kind] for p in KINDS]
+            table.append([kind, *counts, sum(counts)])
+        for name, number in {
+            "**faults**": lambda r: sum(r["hit"].values()), "runs struck": lambda r: 1, "starts": lambda r: r["starts"],
+            "**wrong**": lambda r: bool(r["wrong"]),
+        }.items():  # fmt: skip
+            counts = [sum(number(r) for r in rows if r["place"] == p) for p in KINDS]
+            table.append([name, *counts, sum(counts)])
         _put(table, page, "faults")
         return
     kinds = sorted({kind for row in rows for kind in row["counts"]})
@@ -364,7 +435,7 @@ def main() -> int:
         return 0
     until = time.monotonic() + 60 * options.minutes
     if options.faults:
-        return int(not campaign(options.faults, options.seed, options.out, until))
+        return int(not campaign(options.faults, options.seed, options.out, options.places, until))
     SWEEP.append(f"recipe.samples={options.samples}")
     if options.ramp:
         SWEEP[:3] = ["ramp=[[0,64],[0.2,128],[0.4,64],[0.6,128],[0.8,256]]", "base=none", "seed=[0,1,2,3,4,5]"]

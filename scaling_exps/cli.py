@@ -6,6 +6,7 @@ message says what was given, what is allowed and what to do; 130 Ctrl-C.
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
 import os
@@ -36,6 +37,11 @@ def main(argv: list[str] | None = None) -> int:
     except BrokenPipeError:  # `scalerun plan | head`
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0
+    except OSError as e:
+        if e.errno != errno.ENAMETOOLONG:
+            raise
+        print(f"scalerun: {str(e.filename)[:60]!r}... is longer than a file's name can be", file=sys.stderr)
+        return 2
     except ValueError as e:
         if not type(e).__module__.startswith("scaling_exps"):  # only our own errors are refusals
             raise

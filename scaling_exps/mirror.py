@@ -264,7 +264,7 @@ def _follow(run_dir: RunDir, how: str, folder: str, over: threading.Event, patie
 
 def _files(run_dir: RunDir, over: threading.Event) -> int:
     """Write metrics.csv and the events of TensorBoard, each anew, and go on with them until the run is over."""
-    spec, known, ended = run_dir.spec(), 0, False
+    spec, known, ended, columns = run_dir.spec(), 0, False, list[str]()
     try:
         board = _board(run_dir, spec) if "tensorboard" in spec.loggers else None
         while not ended:
@@ -273,12 +273,17 @@ def _files(run_dir: RunDir, over: threading.Event) -> int:
             for record in rows[known:]:
                 if board is not None:
                     board(record)
-            if "csv" in spec.loggers and (ended or len(rows) != known):
+            if "csv" in spec.loggers and len(rows) != known:
+                columns, before = list(dict.fromkeys(k for r in rows for k in r)), columns
                 text = io.StringIO()
-                table = csv.DictWriter(text, list(dict.fromkeys(k for r in rows for k in r)), lineterminator="\n")
-                table.writeheader()
-                table.writerows(rows)
-                run_dir.write_text("metrics.csv", text.getvalue())
+                table = csv.DictWriter(text, columns, lineterminator="\n")
+                if columns == before:
+                    table.writerows(rows[known:])
+                    run_dir.append_text("metrics.csv", text.getvalue())
+                else:
+                    table.writeheader()
+                    table.writerows(rows)
+                    run_dir.write_text("metrics.csv", text.getvalue())
             known = len(rows)
         return 0
     except (OSError, ImportError) as e:

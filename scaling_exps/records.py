@@ -44,6 +44,9 @@ RUNS = Path(os.environ.get("SCALERUN_RUNS", "runs"))  # where runs lie when nobo
 TAIL = 8192  # bytes of records or log that are read to see how far a run is
 
 
+_NUMBERS = ("seconds", "samples_per_second", "peak_memory_bytes", "ended", "test_examples")  # of a result
+
+
 class _Row(msgspec.Struct, tag_field="kind"):
     """What a record must hold to be one; most hold more."""
 
@@ -190,6 +193,7 @@ class RunDir:
         None: it has not ended, or the file says neither.
         """
         value = _object(self.path / "result.json") or {}
+        value = {k: v for k, v in value.items() if k not in _NUMBERS or (type(v) in (int, float) and _fits(v))}
         status, metrics = value.get("status"), value.get("metrics")
         numbers = isinstance(metrics, dict) and all(type(v) in (int, float) and _fits(v) for v in metrics.values())
         return value if status == "failed" or (status == "finished" and numbers) else None
@@ -270,9 +274,7 @@ class RunDir:
 
     def append_event(self, event: dict[str, Any]) -> None:
         """Add a line to jobs.jsonl: one write, so that lines of several processes do not mix."""
-        line = json.dumps({**event, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
-        with open(_open(self.path / "jobs.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
-            f.write(line.encode())
+        _append(self.path / "jobs.jsonl", event)
 
     def events(self) -> list[dict[str, Any]]:
         """The lines of jobs.jsonl; what cannot be read is left out."""
@@ -281,6 +283,11 @@ class RunDir:
     def write_text(self, name: str, text: str) -> None:
         """A file for people and other programs, which nothing here reads; a reader sees the old one or the new one."""
         write_aside(self.path / name, text)
+
+    def append_text(self, name: str, text: str) -> None:
+        """More of such a file."""
+        with os.fdopen(_open(self.path / name, os.O_WRONLY | os.O_APPEND), "w") as f:
+            f.write(text)
 
     def write_patch(self, patch: str) -> None:
         with os.fdopen(_open(self.path / "code.patch", os.O_WRONLY | os.O_CREAT | os.O_TRUNC), "w") as f:
@@ -401,8 +408,12 @@ def looks(root: Path) -> list[dict[str, Any]]:
 
 def append_look(root: Path, look: dict[str, Any]) -> None:
     """Add a line to looks.jsonl: one write, so that lines of several processes do not mix."""
-    line = json.dumps({**look, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
-    with open(_open(root / "looks.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
+    _append(root / "looks.jsonl", look)
+
+
+def _append(path: Path, value: dict[str, Any]) -> None:
+    line = json.dumps({**value, "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())}) + "\n"
+    with open(_open(path, os.O_WRONLY | os.O_APPEND | os.O_CREAT), "ab", buffering=0) as f:
         f.write(line.encode())
 
 

@@ -62,10 +62,10 @@ class Ended:
     err: str
 
 
-def command(words: list[str], cwd: Path) -> Ended:
+def command(words: list[str], cwd: Path, patience: float = PATIENCE) -> Ended:
     """What a user gets who types `scalerun WORDS` in `cwd`, at no terminal."""
     with tempfile.TemporaryFile() as out, tempfile.TemporaryFile() as err:
-        end = time.monotonic() + (LIMIT if works(words) else PATIENCE)
+        end = time.monotonic() + patience
         if not (pid := os.fork()):
             _child(words, cwd, out.fileno(), err.fileno())
         done = 0
@@ -81,7 +81,8 @@ def command(words: list[str], cwd: Path) -> Ended:
 
 def works(words: list[str]) -> bool:
     """Whether it computes for long where it is legal."""
-    return words[:1] in (["fork"], ["theory"]) or "cost.probe=true" in words or "cost=probe" in words
+    trains = not (words and words[0] in cli.COMMANDS) and DRY[1] not in words
+    return trains or words[:1] in (["fork"], ["theory"]) or "cost.probe=true" in words or "cost=probe" in words
 
 
 def _child(words: list[str], cwd: Path, out: int, err: int) -> None:
@@ -105,7 +106,7 @@ def _child(words: list[str], cwd: Path, out: int, err: int) -> None:
 def sweep(folder: Path) -> None:
     """A finished sweep under `folder`/runs, and files that the command lines name."""
     folder.mkdir()
-    done = command(SWEEP, folder)
+    done = command(SWEEP, folder, 3 * PATIENCE)
     assert done.code == 0, done
     (folder / "recipe.yaml").write_text("learning_rate: 1e-3\nper_device_train_batch_size: 8\nadam_beta2: 0.99\n")
     (folder / "notes.txt").write_text("words\n" * 99)
@@ -266,7 +267,7 @@ def try_lines(seed: int, count: int, folder: Path) -> tuple[collections.Counter[
             shutil.rmtree(place, ignore_errors=True)
             shutil.copytree(folder / "sweep", place)
             before = content(place)
-        ended = command(words, place)
+        ended = command(words, place, LIMIT if works(words) else PATIENCE)
         after = content(place)
         written = sorted(f for f in {*before, *after} if before.get(f) != after.get(f))
         ends[f"{'cut off' if ended.code is None else f'code {ended.code}'}"] += 1

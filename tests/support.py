@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import subprocess
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -76,6 +78,23 @@ def work(run_dir: RunDir, processes: int = 1) -> None:
     done = forked.run(worker(run_dir, processes))
     log = run_dir.log.read_text() if run_dir.log.exists() else ""
     assert done.returncode == 0, (done.stdout, done.stderr, log)
+
+
+@contextlib.contextmanager
+def small_disk(path: Path, size: str) -> Iterator[None]:
+    """A file system of its own; whoever cannot mount one skips the test."""
+    import pytest
+
+    path.mkdir()
+    mounted = subprocess.run(
+        ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", path], capture_output=True, text=True
+    )
+    if mounted.returncode:
+        pytest.skip(f"cannot mount a small tmpfs here: {mounted.stderr.strip()}")
+    try:
+        yield
+    finally:
+        subprocess.run(["umount", path], check=True)
 
 
 def rows(run_dir: RunDir) -> list[dict[str, Any]]:

@@ -19,7 +19,7 @@ from typing import Any
 import forked
 import pytest
 import wandb_server
-from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, specs, worker
+from support import ENVIRONMENT, ROOT, prepare, rows, scalerun, small_disk, specs, worker
 
 from scaling_exps import cli, mirror
 from scaling_exps.plan import RunSpec
@@ -156,12 +156,14 @@ def test_no_secret_is_in_a_file(trained: tuple[wandb_server.Server, list[tuple[R
     """Runs (one failed), home and the temporary folder. Fails if wandb's own files, which may hold its settings, lay
     there, or if a run kept its environment."""
     server, runs = trained
+    root = runs[0][0].path.parent
+    done = scalerun("report", ".", "--out", "report", cwd=root, WANDB_API_KEY=KEY, MY_PASSWORD=PLANTED)
+    assert done.returncode == 0, done.stderr
     assert any(server.keys - {""})  # the key was used
     assert PLANTED not in repr([vars(run) for run in server.runs.values()])
-    for folder in (run_dir.path.parent for run_dir, _ in runs):
-        files = [p for p in folder.rglob("*") if p.is_file()]
-        assert len(files) > 12 and not [p for p in files if re.search(f"{KEY}|{PLANTED}".encode(), p.read_bytes())]
-        assert "wandb" not in [p.name for p in files]
+    files = [p for p in root.rglob("*") if p.is_file()]
+    assert len(files) > 12 and not [p for p in files if re.search(f"{KEY}|{PLANTED}".encode(), p.read_bytes())]
+    assert "wandb" not in [p.name for p in files] and root / "report/index.html" in files
 
 
 def test_noise_that_is_measured_later_arrives(
@@ -440,13 +442,28 @@ def test_whatever_the_server_does_the_run_goes_on(
     assert said.count("\n") == 1 and "`scalerun sync` uploads what is missing" in said
 
 
+def test_a_full_disk_below_wandb_s_files(
+    tmp_path: Path, server: wandb_server.Server, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if the run ended with it, or if more than one message said so."""
+    with small_disk(tmp_path / "disk", "64k"):
+        with contextlib.suppress(OSError):
+            (tmp_path / "disk/full").write_bytes(bytes(99_999))
+
+        def begin() -> None:
+            monkeypatch.setenv("TMPDIR", str(tmp_path / "disk"))
+
+        hostile(tmp_path / "runs", server, begin, lambda: monkeypatch.delenv("TMPDIR"))
+    assert capsys.readouterr().err.count("\n") <= 1
+
+
 @pytest.mark.slow
 def test_a_busy_server_is_tried_again(tmp_path: Path, server: wandb_server.Server) -> None:
     """429 from the start, for longer than one attempt takes. Fails if the mirror had given up by then."""
     run_dir, spec = begun(tmp_path, lines=LINES[:10])
     server.mode = "busy"
     with run_dir.lock(), mirror.live(run_dir, spec):
-        time.sleep(mirror.CONNECT + 10)
+        time.sleep(60)
         server.mode = "well"
         wait(lambda: server.runs)
         write(run_dir, LINES[10:])

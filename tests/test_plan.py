@@ -432,6 +432,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("just-a-word", ["neither key=value nor a command"]),
     ("batch=256,512", ["a list is written batch=[256,512]; or sweep with -m"]),
     ("--", ["'--' stands for nothing"]),
+    ("batch=4 :", ["':' is neither key=value nor a command"]),
     ("-- batch=16", ["'--' stands for nothing"]),
     ("--experimental-rerun job.pickle", ["'--experimental-rerun' is not supported"]),
     ("--exp=job.pickle", ["is not supported"]),

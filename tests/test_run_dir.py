@@ -147,6 +147,17 @@ def test_a_result_that_says_nothing_is_none(content: dict[str, Any], beside: tup
     assert before is not None and after is not None and after["metrics"] == before["metrics"]
 
 
+def test_a_number_of_a_result_that_is_none_is_left_out(
+    beside: tuple[Path, RunDir], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails by a traceback: it was formatted as a number."""
+    root, run_dir = beside
+    content = json.loads((run_dir.path / "result.json").read_text())
+    (run_dir.path / "result.json").write_text(json.dumps({**content, "samples_per_second": "fast", "seconds": []}))
+    launch.print_status(launch.status(root))
+    assert "2 finished" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize(
     "line",
     [

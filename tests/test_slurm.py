@@ -23,7 +23,7 @@ from support import ENVIRONMENT, ROOT, rows, scalerun
 
 from scaling_exps.records import RunDir
 
-NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare")
+NEEDED = ("slurmctld", "slurmd", "slurmdbd", "munged", "mariadbd", "sbatch", "unshare", "bwrap")
 ABSENT = [name for name in NEEDED if shutil.which(name) is None]
 pytestmark = [
     pytest.mark.slurm,
@@ -44,7 +44,8 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
         for environment in (os.environ, ENVIRONMENT):
             m.setitem(environment, "SLURM_CONF", str(folder / "slurm/slurm.conf"))
             m.setitem(environment, "PYTHONPATH", f"{ROOT}:{ROOT / 'tests'}")
-            m.setitem(environment, "HF_TOKEN", "planted-in-the-environment")
+            for secret in ("HF_TOKEN", "WANDB_API_KEY", "AWS_SECRET_ACCESS_KEY"):
+                m.setitem(environment, secret, "planted-in-the-environment")
         yield
         subprocess.run([ROOT / "tests/slurm/down.sh", folder / "slurm"], check=True)
 
@@ -231,6 +232,58 @@ def test_a_ramp_requeued_around_its_switches(tmp_path: Path, hold: Path) -> None
     until(lambda: finished(tmp_path))
     assert starts(run_dir) == 3
     same(run_dir, twin(run_dir, alone))
+
+
+def container(tmp_path: Path) -> list[str]:
+    """Words of bubblewrap for a root of its own, in which this code and this python's folder lie elsewhere."""
+    shown = {ROOT: "/opt/code", Path(sys.prefix): "/opt/venv", Path(sys.base_prefix): sys.base_prefix}
+    words = ["bwrap", "--ro-bind", "/usr", "/usr", "--ro-bind", "/etc", "/etc", "--dev", "/dev", "--proc", "/proc"]
+    for name in ("bin", "lib", "lib64"):
+        words += ["--symlink", f"usr/{name}", f"/{name}"]
+    for here, there in shown.items():
+        words += ["--ro-bind", str(here), str(there)]
+    return [*words, "--bind", str(tmp_path), str(tmp_path), "--setenv", "PYTHONPATH", "/opt/code:/opt/code/tests"]
+
+
+@pytest.mark.slow
+def test_a_container_in_which_every_path_is_another(undisturbed: Path, tmp_path: Path, hold: Path) -> None:
+    """Fails if a job names the python or the code of the machine that submits, or if the signal ahead of a time limit
+    ends the program in front of python, which loses what was not saved and spends a restart."""
+    words = ["launch.container=[" + ",".join(f"'{w}'" for w in container(tmp_path)) + "]"]
+    submit(tmp_path, *TWO_NODES, "seed=0", OFTEN, *words, "launch.python=/opt/venv/bin/python")
+    (run_dir,) = run_dirs(tmp_path)
+    until(lambda: held(tmp_path))
+    command("scancel", "--signal=USR2", job(run_dir))
+    until(lambda: starts(run_dir) == 2)
+    hold.unlink()
+    until(lambda: finished(tmp_path))
+    assert "saved and stopped" in run_dir.log.read_text() and not list(tmp_path.glob("runs/.slurm/kills*"))
+    same(run_dir, twin(run_dir, undisturbed))
+
+
+@pytest.mark.slow
+def test_an_elastic_run_goes_on_with_fewer_tasks(undisturbed: Path, tmp_path: Path, hold: Path) -> None:
+    """Cancelled in the middle, then submitted for one task. Fails if that came unasked, was not said, or moved a record
+    by more than the order of the sums does."""
+    submit(tmp_path, *TWO_NODES, "seed=0", OFTEN)
+    (run_dir,) = run_dirs(tmp_path)
+    until(lambda: held(tmp_path))
+    assert "cancelled 1 job" in scalerun("cancel", cwd=tmp_path).stdout
+    until(lambda: not queued())
+    hold.unlink()
+    one = ["launch.devices=1", "launch.devices_per_node=1", "seed=0"]
+    text = submit(tmp_path, *one, "launch.dry_run=true")
+    assert "--nodes=2" in text
+    submit(tmp_path, *one, "launch.elastic=true")
+    assert "NumTasks=1" in command("scontrol", "show", "job", job(run_dir))
+    until(lambda: finished(tmp_path))
+    ((event,), found) = ([r for r in rows(run_dir) if (r["kind"] == "event") == said] for said in (True, False))
+    assert (event["before"], event["after"]) == (2, 1)
+    whole = rows(twin(run_dir, undisturbed))
+    assert [r["step"] for r in found] == [r["step"] for r in whole]
+    for mine, theirs in zip(found, whole, strict=True):
+        for key in mine.keys() & {"samples", "loss", "window", "accuracy", "weight_norm"}:
+            assert mine[key] == pytest.approx(theirs[key], rel=1e-5), key
 
 
 def test_a_killed_rank_is_requeued_and_a_broken_run_is_not(undisturbed: Path, tmp_path: Path, hold: Path) -> None:

@@ -225,7 +225,10 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
-    if lone := re.search(r"Error parsing override '([^=]*)'$", first):
+    lone = re.search(r"Error parsing override '([^=]*)'$", first) or re.search(
+        r"mismatched input '([^=']*)' exp", first
+    )
+    if lone and lone[1] in argv:
         return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
     for word in argv:
         try:

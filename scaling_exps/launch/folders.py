@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
-from scaling_exps.plan import RunSpec
+from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import RunDir
 
 
@@ -21,14 +21,19 @@ def under(root: Path) -> list[RunDir]:
 
 
 def unfinished(specs: list[RunSpec], root: Path) -> list[RunSpec]:
-    """The runs that have training left, or noise to be measured; PlanError for a run.json that cannot be read."""
-    todo = []
+    """The runs that have training left, or noise to be measured; PlanError names each run.json that cannot be read."""
+    todo, faults = [], []
     for spec in specs:
         run_dir = RunDir(root / spec.run_id)
-        if run_dir.exists:
-            run_dir.spec()
+        try:
+            if run_dir.exists:
+                run_dir.spec()
+        except PlanError as e:
+            faults.append(str(e))
         if run_dir.state() != "finished" or run_dir.lacks_noise(spec):
             todo.append(spec)
+    if faults:
+        raise PlanError("\n".join(faults))
     return todo
 
 

@@ -16,6 +16,8 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from msgspec.structs import replace
+
 from scaling_exps.config import SlurmLaunch
 from scaling_exps.launch import folders, overview, queue
 from scaling_exps.launch.folders import LaunchError
@@ -70,7 +72,7 @@ def launch(specs: list[RunSpec], root: Path, settings: SlurmLaunch) -> bool:
         print("no SLURM answers: whether it takes such jobs, and which are queued, is not known", file=sys.stderr)
         return True
     todo = folders.unfinished(specs, root)
-    missing = [s for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
+    missing = [_as_begun(s, root, settings) for s in todo if not _in_hand(RunDir(root / s.run_id), queued)]
     for shape in {_shape(s.placement.world_size, settings) for s in missing}:
         _room(_parameters(shape, settings), 1)
     if settings.dry_run:
@@ -123,6 +125,12 @@ def cancel(root: Path) -> list[str]:
 def _in_hand(run_dir: RunDir, queued: dict[str, queue.Entry]) -> bool:
     job = queue.last_job(run_dir)
     return (job is not None and job.id in queued) or run_dir.holder() is not None
+
+
+def _as_begun(spec: RunSpec, root: Path, settings: SlurmLaunch) -> RunSpec:
+    """The run with the processes that it began with, which it keeps unless it is elastic."""
+    run_dir = RunDir(root / spec.run_id)
+    return replace(spec, placement=run_dir.spec().placement) if run_dir.begun and not settings.elastic else spec
 
 
 def _shape(world: int, settings: SlurmLaunch) -> tuple[int, int]:
@@ -236,7 +244,9 @@ def _executor(shape: tuple[int, int], root: Path, settings: SlurmLaunch, python:
     """submitit's executor for runs of one shape."""
     import submitit
 
-    command = shlex.join([*settings.container, python])
+    # a container's program that stays in front of python must not die of a signal that is python's
+    deaf = ["sh", "-c", "trap '' TERM USR1 USR2; exec \"$@\"", "sh"] if settings.container else []
+    command = shlex.join([*deaf, *settings.container, python])
     reachable = f"command -v {shlex.quote(settings.container[0] if settings.container else python)} >/dev/null"
     quotable = re.sub(r"[^\w ./-]", "?", command)  # between double quotes of a shell
     guard = f'{reachable} || {{ echo "this node cannot reach the code: {quotable}" >&2; exit 2; }}'

@@ -18,7 +18,7 @@ from scaling_exps.records import RUNS, append_look, looks
 from scaling_exps.report import charts, pace, tables
 from scaling_exps.report.answer import answer
 from scaling_exps.report.judge import judge
-from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, make_folder
+from scaling_exps.report.runs import Collection, Missing, ReportError, Run, collect, folder
 from scaling_exps.report.verdict import Row, compare, reading
 from scaling_exps.words import Parser
 
@@ -75,17 +75,15 @@ def main(words: list[str]) -> int:
         elif options.form:
             print(FORMS[options.form](rows, first))
         else:
-            make_folder(options.out)
-            if options.watch and sys.stdout.isatty():
-                print("\033[2J\033[H", end="")
-            tables.say([*first, ""])
-            tables.show(rows)
-            if margins:
-                tables.say(
-                    ["the margins were given with --margin, not fixed before the runs: read the verdicts accordingly"]
-                )
-            tables.say([*reading(rows), *pace.paragraphs(rows)])
-            _draw(rows, collection.missing, options, more, first)
+            with folder(options.out):
+                if options.watch and sys.stdout.isatty():
+                    print("\033[2J\033[H", end="")
+                tables.say([*first, ""])
+                tables.show(rows)
+                if margins:
+                    tables.say(["the margins were given with --margin, not fixed before the runs: read accordingly"])
+                tables.say([*reading(rows), *pace.paragraphs(rows)])
+                _draw(rows, collection.missing, options, more, first)
         for absent in collection.missing:
             print(f"not in the table: {absent}", file=sys.stderr)
         if not more:

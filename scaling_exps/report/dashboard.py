@@ -15,7 +15,7 @@ from scaling_exps.report import tables, verdict
 from scaling_exps.report.answer import answer
 from scaling_exps.report.charts import test_metric
 from scaling_exps.report.judge import METRICS
-from scaling_exps.report.runs import ReportError, collect, make_folder
+from scaling_exps.report.runs import ReportError, collect, folder
 from scaling_exps.words import Parser
 
 HOW = "log in with `wandb login`, upload the runs with `scalerun sync`, and type `scalerun dashboard` again"
@@ -44,7 +44,6 @@ def main(words: list[str]) -> int:
         raise ReportError(f"no finished run under {', '.join(map(str, options.dirs))}: a dashboard of nothing")
     for absent in collection.missing:
         print(f"not in it: {absent}", file=sys.stderr)
-    make_folder(options.out)
     offline = options.offline or os.environ.get("WANDB_MODE") == "offline" or not mirror.logged_in()
     entity = options.entity or ("ENTITY" if offline else _asked(_default_entity))
     try:
@@ -54,7 +53,8 @@ def main(words: list[str]) -> int:
     parts = {"workspace": workspace, "report": article}
     as_json = {k: json.loads(v._to_model().model_dump_json(by_alias=True, exclude_none=True)) for k, v in parts.items()}
     path = options.out / "wandb.json"
-    path.write_text(json.dumps(as_json, indent=1) + "\n")
+    with folder(options.out):
+        path.write_text(json.dumps(as_json, indent=1) + "\n")
     print(f"specification: {path}")
     if offline:
         print(f"nothing was published (offline); to publish: {HOW}")

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -61,10 +62,14 @@ class Collection:
     missing: list[Missing] = field(default_factory=list)
 
 
-def make_folder(out: Path) -> None:
-    """Make the folder that a report is written to; ReportError where that cannot be."""
+@contextmanager
+def folder(out: Path) -> Iterator[None]:
+    """Make the folder that a report is written to; ReportError where it cannot be, or is gone in the middle."""
     try:
         make_writable(out)
+        yield
+    except BrokenPipeError:
+        raise
     except OSError as e:
         raise ReportError(
             f"cannot write to the folder {out}: {e.strerror} ({e.filename}); choose another with --out"

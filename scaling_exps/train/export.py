@@ -50,7 +50,10 @@ def export(run_dir: RunDir, form: str, out: Path) -> str:
             "timm (vit, vit_small, model=timm). --to safetensors takes every network"
         )
     states = (checkpoint.load(path, torch.device("cpu")) for path in (run_dir.newest, run_dir.previous))
-    state = next(filter(None, states), None)
+    try:
+        state = next(filter(None, states), None)
+    except OSError as e:
+        raise ExportError(f"a checkpoint of {run_dir} cannot be read: {e.strerror} ({e.filename})") from e
     if state is None or state.get("run_id") != spec.run_id:
         raise ExportError(f"{run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
     step, total = state["step"], spec.science.steps

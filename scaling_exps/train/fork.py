@@ -114,7 +114,10 @@ def fork(
         )
     device = ranks.device()
     whole = (checkpoint.load(path, device) for path in ([at] if at else [run_dir.newest, run_dir.previous]))
-    state = next(filter(None, whole), None)
+    try:
+        state = next(filter(None, whole), None)
+    except OSError as e:
+        raise ForkError(f"a checkpoint of {run_dir} cannot be read: {e.strerror} ({e.filename})") from e
     if state is None or state.get("run_id") != spec.run_id:
         raise ForkError(f"{at or run_dir} has no checkpoint of run {spec.run_id}: train it first, or let it write one")
     branches = {k: _Branching(spec, state, batches[k], samples, rule, beta_map) for k in kappas}

@@ -49,8 +49,6 @@ def fit(spec: RunSpec, run_dir: RunDir, signalled: Callable[[], bool]) -> dict[s
     provenance.reset_peak_memory()
     trainer = Trainer(spec)
     size = checkpoint.restore(trainer, run_dir)
-    if trainer.rank == 0:  # a slower rank could remove what rank 0 writes at the end
-        run_dir.clear_result()
     poll = _Poll(trainer, 60 * spec.checkpoint.minutes)
     with contextlib.ExitStack() as opened:
         recorder = _Recorder(trainer, run_dir, size, opened)

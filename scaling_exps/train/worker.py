@@ -71,6 +71,7 @@ def run(run_dir: RunDir, until: float = float("inf"), since: float = float("inf"
                 result = loop.measure_kept(spec, run_dir)
             else:
                 if rank == 0:
+                    run_dir.clear_result()  # at once: a job that is requeued now is not one whose run failed
                     event = {"event": "start", "job": provenance.job(), "host": platform.node()}
                     run_dir.append_event({**event, **provenance.code(run_dir)})
                 result = loop.fit(spec, run_dir, lambda: bool(_signals) or time.monotonic() > until)

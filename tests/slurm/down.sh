@@ -23,8 +23,6 @@ tac "$dir/run/started" | while read -r pid name; do
     sleep 0.1
   done
 done
-if grep -q '# scalerun-test$' /etc/hosts; then
-  rest=$(grep -v '# scalerun-test$' /etc/hosts)
-  printf '%s\n' "$rest" > /etc/hosts # in place: it may be a bind mount
-fi
+rest=$(grep -vF "# scalerun-test $dir" /etc/hosts) # of another cluster, too
+printf '%s\n' "$rest" > /etc/hosts                   # in place: it may be a bind mount
 rm -rf "$dir"

@@ -28,7 +28,7 @@ until_ok() {
 }
 
 for i in $(seq "$nodes"); do
-  grep -qE "[[:space:]]n$i([[:space:]]|\$)" /etc/hosts || echo "127.0.0.1 n$i # scalerun-test" >> /etc/hosts
+  echo "127.0.0.1 n$i # scalerun-test $dir" >> /etc/hosts
 done
 (umask 077 && head -c 1024 /dev/urandom > "$dir/munge.key")
 start munged munged --foreground --force --key-file="$dir/munge.key" --socket="$dir/run/munge.sock" \
