@@ -10,6 +10,7 @@ import errno
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -46,7 +47,8 @@ def main(argv: list[str] | None = None) -> int:
         if not type(e).__module__.startswith("scaling_exps"):  # only our own errors are refusals
             raise
         for line in str(e).splitlines():
-            print(f"scalerun: {line}", file=sys.stderr)
+            said = re.sub(r"\S{1000,}", lambda word: word[0][:60] + "...", line)
+            print(f"scalerun: {said}", file=sys.stderr)
         return 2
 
 
