@@ -1,6 +1,6 @@
 """Hugging Face's Trainer, from "how large may my batch be?" to a verdict: python examples/hf_noise.py [SAMPLES]
 
-Three seeds of a small GPT-2 at batch 4 with NoiseCallback: the critical batch, and how far a run at 16 should stray.
+Five seeds of a small GPT-2 at batch 4 with NoiseCallback: the critical batch, and how far a run at 16 should stray.
 Then the same at 16, by the rule and unscaled, and `scalerun import` and `report` on what the Trainer left. Sequences
 are of 8 bytes, so that a batch holds few tokens and the critical batch lies above 16: there the rule should hold.
 """
@@ -51,7 +51,7 @@ def run(folder: Path, seed: int, batch: int, rule: str) -> NoiseCallback:
 with tempfile.TemporaryDirectory() as root:
     out, folders = Path(root), []
     for batch, rule in ((4, "adamw_sde"), (16, "adamw_sde"), (16, "none")):
-        for seed in (0, 1, 2):
+        for seed in range(5):
             folders.append(out / f"{rule}-{batch}-{seed}")
             noise = run(folders[-1], seed, batch, rule)
             if batch == 4:

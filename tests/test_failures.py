@@ -244,6 +244,7 @@ def two_ranks(root: Path, *words: str) -> RunDir:
     return prepare(root, placed(spec, 2))
 
 
+@pytest.mark.slow
 def test_all_ranks_leave_a_run_that_somebody_took_in_the_last_instant(tmp_path: Path) -> None:
     """A shared lock does not show as a running run, and is in the way: what another launcher does between the look and
     the lock. Fails by a deadlock if rank 0 alone goes on to the next run."""

@@ -310,6 +310,7 @@ def test_an_interrupted_copy_leaves_nothing(
         assert list(small.iterdir()) == []
 
 
+@pytest.mark.slow
 def test_cifar10_as_it_is(
     cifar10: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

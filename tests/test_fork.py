@@ -71,6 +71,7 @@ def test_fork(run_dir: RunDir, capsys: pytest.CaptureFixture[str]) -> None:
     assert "largest batch: " in text and "B_noise" in text
 
 
+@pytest.mark.slow
 def test_the_fork_sees_a_missing_rule(run_dir: RunDir) -> None:
     """This early the loss still falls: eight times the batch on an unscaled rate has moved far less."""
     late = {

@@ -276,6 +276,7 @@ def test_initial_loss_is_that_of_a_guess(text: str) -> None:
         assert ("bits_per_byte" in metrics) == (mask == 0)
 
 
+@pytest.mark.slow
 def test_a_run_learns_and_says_what_people_look_at(text: str, tmp_path: Path) -> None:
     done = scalerun(
         "model=gpt", "dataset=text", f"dataset.path={text}", "dataset.context=16", "recipe.samples=1024",

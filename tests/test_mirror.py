@@ -118,6 +118,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[wandb_server.Serv
     return server, list(zip(run_dirs, planned, strict=True))
 
 
+@pytest.mark.slow
 def test_runs_of_one_process_are_runs_of_their_own(
     trained: tuple[wandb_server.Server, list[tuple[RunDir, RunSpec]]],
 ) -> None:
@@ -285,6 +286,7 @@ def test_two_at_once(tmp_path: Path, server: wandb_server.Server) -> None:
     assert codes == [0, 0] and mirrored(run) == LINES and run.sent == list(range(len(LINES)))
 
 
+@pytest.mark.slow
 def test_records_that_the_server_refuses_are_told_and_sent_later(
     tmp_path: Path, server: wandb_server.Server, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -184,7 +184,7 @@ def frozen_in_place(*words: str, steps: int) -> tuple[dict[str, Any], dict[str, 
     return free, whole
 
 
-@pytest.mark.parametrize("svag", [1, 4])
+@pytest.mark.parametrize("svag", [1, pytest.param(4, marks=pytest.mark.slow)])
 def test_full_and_free_agree(svag: int) -> None:
     """At one θ: the difference lies within its own 99.9% interval (both intervals in quadrature, x 1.7). Fails by many
     intervals if the weight w_i were not divided out, or a trace were per unit instead of per example."""
@@ -199,6 +199,7 @@ def test_full_and_free_agree(svag: int) -> None:
     assert free["trace_low"] > 0.5 * free["trace"]
 
 
+@pytest.mark.slow
 def test_one_process_and_two_ranks_agree(tmp_path: Path) -> None:
     """The same 4 micro-batches a draw on 1 x 4 and 2 x 2, SVAG, free and full: the same records to rounding. Fails if
     norms after the reduction were of the local gradient, or ranks measured the same examples."""

@@ -19,7 +19,8 @@ HARD = {
     "msgspec", "rich", "plotly", "jinja2",
 }  # fmt: skip
 HEAVY = ("torch", "wandb", "plotly", "matplotlib", "transformers", "numba", "datasets", "scipy", "numpy")
-COMPARED = {"torchsde", "diffrax", "jax"}  # bench/theory.py times them where they are installed
+# bench/theory.py times the three where they are installed; the fourth is the trainer that an example is for
+COMPARED = {"torchsde", "diffrax", "jax", "torchtitan"}
 
 
 def canonical(requirement: str) -> str:

@@ -44,6 +44,7 @@ def test_a_disk_that_cannot_be_written_is_refused_and_costs_no_other_run(tmp_pat
         assert train.run(run_dirs[0]) == "finished"
 
 
+@pytest.mark.slow
 @root
 def test_a_quota_that_is_reached_in_the_middle_of_a_record(tmp_path: Path) -> None:
     """Fails if the run did not say so, or took the half record for one when it goes on."""
@@ -82,6 +83,7 @@ def test_every_run_that_cannot_be_read_is_named(tmp_path: Path) -> None:
     assert done.returncode == 2 and all(spec.run_id in done.stderr for spec in planned)
 
 
+@pytest.mark.slow
 def test_a_home_that_cannot_be_written(tmp_path: Path) -> None:
     """Fails if a sweep, its report or its figures needed one."""
     homeless = {"HOME": "/proc/nowhere", "XDG_CACHE_HOME": "", "XDG_CONFIG_HOME": "", "MPLCONFIGDIR": ""}
@@ -111,6 +113,7 @@ def test_five_thousand_runs(tmp_path: Path) -> None:
     assert len(launch.status(tmp_path / "runs")) == 4999
 
 
+@pytest.mark.slow
 def test_names_of_odd_letters(tmp_path: Path) -> None:
     """Fails if a shell, Hydra, rich, a page or a format string read the name of a folder."""
     where = tmp_path / 'it\'s "a" $(touch owned) `id` ${oc.env:HOME} [red] %s {x} é κ 😀 # ; & \\ \n *?'

@@ -89,6 +89,7 @@ def shown(browser: Any, selector: str) -> int:
     return sum(e.is_displayed() for e in browser.find_elements("css selector", selector))
 
 
+@pytest.mark.slow
 def test_charts_toggles_and_filters(browser: Any, path: Path) -> None:
     screen(browser, path, 1280, 900)
     draw_all(browser)

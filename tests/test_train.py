@@ -126,7 +126,8 @@ def test_evaluation_statistics_do_not_depend_on_the_batch() -> None:
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
 def test_killed_and_resumed_to_the_same_bits(tmp_path: Path, processes: int) -> None:
     """SIGKILL of the whole group at random instants, until the run ends by itself: weights and records are those of an
     undisturbed run. Fails if any state were missing from the checkpoint, the average of the weights too, or records

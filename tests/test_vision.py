@@ -362,7 +362,10 @@ REFUSED = [
     (["model=timm", "model.name=vit_tiny_patch16_224", "model.norm=layer", "DIGITS"], ["cannot take inputs of shape"]),
     (["model=timm", "model.options={no_such_word:1}", "DIGITS"], ["timm cannot make 'resnet18'", "no_such_word"]),
     (["model=timm", "model.norm=layer", "DIGITS"], ["normalises over the batch", "Use model.norm=batch"]),
-    (["model=timm", "model.norm=bach", "DIGITS"], ["model.norm='bach' must be one of batch, group, layer, none"]),
+    (
+        ["model=timm", "model.norm=bach", "DIGITS"],
+        ["model.norm='bach' (did you mean batch?) must be one of batch, group, layer, none"],
+    ),
     (["model=custom"], ["model.factory=None must be package.module:function"]),
     (["model=custom", "model.factory=nets"], ["model.factory='nets' must be package.module:function"]),
     (["model=custom", "model.factory=nowhere:f"], ["No module named 'nowhere'"]),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import shutil
 import sys
@@ -154,7 +155,8 @@ def count(rows: list[dict[str, Any]]) -> str:
 
 def print_status(rows: list[dict[str, Any]]) -> None:
     """A table, how many stand how, and the reasons of those that stand badly, each once."""
-    length = next(n for n in range(8, 99) if len({r["run_id"][:n] for r in rows}) == len(rows))  # so many tell them
+    ids = {r["run_id"] for r in rows}  # a copied folder has its run's
+    length = next(n for n in itertools.count(8) if len({i[:n] for i in ids}) == len(ids))  # so many letters tell them
     shared = {r.get("metric") for r in rows} - {None}
     one = next(iter(shared)) if len(shared) == 1 else None
     cells, reasons = [], dict[str, list[str]]()
