@@ -242,6 +242,7 @@ def test_a_login_is_what_wandb_takes_for_one(case: str, tmp_path: Path, monkeypa
 # ---- sync ----
 
 
+@pytest.mark.slow
 def test_offline_then_online(tmp_path: Path, server: wandb_server.Server, capsys: pytest.CaptureFixture[str]) -> None:
     """`scalerun sync` of a run that was never mirrored, while it is written, when it is done, and again. Fails if a
     record were lost or sent twice, or a run that still trains were closed as failed."""

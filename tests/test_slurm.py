@@ -409,7 +409,7 @@ def test_a_sweep_submitted_from_inside_a_job(undisturbed: Path, tmp_path: Path) 
     same(run_dir, twin(run_dir, undisturbed))
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_two_tasks_of_srun_are_two_launchers(parallel: int, tmp_path: Path) -> None:
     """Fails by a hang, or a world of two, if the workers of a local launch take the ranks of the step around it."""
     words = [*gate.SCIENCE, "seed=[0,1]", "launch=local", f"launch.parallel={parallel}"]

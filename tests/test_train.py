@@ -51,6 +51,7 @@ def averages(run_dir: RunDir) -> dict[str, torch.Tensor]:
     return state
 
 
+@pytest.mark.slow
 def test_world_size_and_accumulation_do_not_matter(tmp_path: Path) -> None:
     """20 steps of 4 micro-batches with BN: (1 process x 4), (2 x 2), (4 x 1). Fails if BN's evaluation statistics were
     per rank, if ranks took the same slice, if accumulation summed instead of averaged, if a rank clipped its own
@@ -344,7 +345,7 @@ def test_a_directory_of_another_version_is_refused(tmp_path: Path) -> None:
     assert [p.name for p in run_dir.path.iterdir()] == ["run.json"]
 
 
-@pytest.mark.parametrize("parallel", [1, 2])
+@pytest.mark.parametrize("parallel", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_ctrl_c_saves_and_the_same_command_goes_on(parallel: int, tmp_path: Path) -> None:
     words = [*TINY, "batch=4", "seed=[0,1]", "recipe.samples=40000", f"launch.parallel={parallel}"]
     process = subprocess.Popen(
