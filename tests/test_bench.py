@@ -130,15 +130,22 @@ def test_drill(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_a_campaign_of_faults(tmp_path: Path) -> None:
     """Fails if a case went wrong, if the second command repeated one, or if a number stood for another fault."""
-    out, page = tmp_path / "faults.jsonl", tmp_path / "page.md"
-    for count in ("1", "2"):
-        run("bench/drill.py", "--faults", count, "--out", str(out), cwd=tmp_path)
+    out, page, hits = tmp_path / "faults.jsonl", tmp_path / "page.md", 0
+    for _ in range(2):
+        words = ["--faults", str(hits + 1), "--places", "one process", "--out", str(out)]
+        run("bench/drill.py", *words, cwd=tmp_path)
+        hits = sum(sum(row["hit"].values()) for row in rows(out.read_text()))
     first, second = rows(out.read_text())
-    assert [first["case"], second["case"]] == [0, 1] and not first["wrong"] and not second["wrong"]
-    assert (first["kind"], second["kind"]) == ("records cut", "SIGUSR1")
+    assert [first["case"], second["case"]] == [0, 3] and not first["wrong"] and not second["wrong"]
+    assert {*first["hit"]} <= {"checkpoint empty", "SIGHUP"} and {*second["hit"]} <= {
+        "both checkpoints cut",
+        "lock overwritten",
+        "SIGKILL",
+    }
     page.write_text("<!-- faults -->\n<!-- end -->\n")
     run("bench/drill.py", "--render", str(out), str(page), cwd=tmp_path)
-    assert "| all | 1 | 1 |" in page.read_text()
+    assert f"| **faults** | {hits} | 0 | 0 | {hits} |" in page.read_text()
+    assert "| **wrong** | 0 | 0 | 0 | 0 |" in page.read_text()
 
 
 def test_evidence(tmp_path: Path) -> None:
