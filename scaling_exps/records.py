@@ -170,7 +170,8 @@ class RunDir:
                 measure, had = spec.measure, known.measure
                 full = measure.noise == "full" and known.noise != "full"  # it is measured from kept checkpoints
                 measure = replace(measure, evaluations=had.evaluations, train_records=had.train_records)
-                spec = replace(known, measure=measure if full else had)
+                whole = replace(known.placement, shard=False)  # full noise is not to be had of cut weights
+                spec = replace(known, measure=measure, placement=whole) if full else replace(known, measure=had)
             elif self.begun:
                 spec = spec.from_step(self._reached()) if elastic else replace(spec, placement=known.placement)
                 spec = replace(spec, measure=known.measure)

@@ -368,6 +368,20 @@ def test_whatever_a_network_raises_the_sweep_goes_on(tmp_path: Path, dying: str)
     assert all("dying.py" in trace and name in trace for name, trace in failed.items())
 
 
+def test_a_failed_run_that_is_tried_again_is_failed_no_more(spec: plan.RunSpec, tmp_path: Path) -> None:
+    """Fails if its old result stood while it loads: a job that is requeued then would stay failed."""
+    run_dir, seen = prepare(tmp_path, spec), []
+
+    def fit(spec: plan.RunSpec, run_dir: RunDir, signalled: object) -> dict[str, object]:
+        seen.append(run_dir.result())
+        raise train.TrainError("out of luck")
+
+    with pytest.MonkeyPatch.context() as m:
+        m.setattr(loop_module, "fit", fit)
+        assert [train.run(run_dir), train.run(run_dir)] == ["failed", "failed"]
+    assert seen == [None, None] and run_dir.reason() == "out of luck"
+
+
 @pytest.mark.slow
 def test_a_sweep_of_two_devices_goes_past_a_run_that_fails_and_says_why(tmp_path: Path, dying: str) -> None:
     """The network dies in its fourth training step on both ranks, of one run only."""

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import csv
+import threading
 import time
 from pathlib import Path
 
 import pytest
 from support import prepare, specs
 
+from scaling_exps import mirror
 from scaling_exps.plan import RunSpec
 from scaling_exps.records import RunDir
 from scaling_exps.train import worker as work
@@ -44,6 +46,27 @@ def test_files_hold_every_record_once_after_a_kill(tmp_path: Path, monkeypatch: 
     assert shown["train/loss"] == wanted and len({s for s, _ in wanted}) == len(wanted) > 8
     assert shown["eval/accuracy"] == [(r["samples"], pytest.approx(r["accuracy"])) for r in rows if r["kind"] == "eval"]
     assert len(list(run_dir.path.glob("events.out.tfevents.*"))) == 1
+
+
+def test_a_table_grows_and_gains_columns(tmp_path: Path) -> None:
+    """Three rounds: train records, more of them, an evaluation. Fails if a row stood there twice or lacked its head."""
+    (spec,) = specs("logger=[csv]")
+    run_dir = prepare(tmp_path, spec)
+    kinds = iter(["train", "train", "eval"])
+
+    class Rounds(threading.Event):
+        def wait(self, timeout: float | None = None) -> bool:
+            kind = next(kinds)
+            more = {"window": 4} if kind == "train" else {"accuracy": 0.5}
+            size = len(run_dir.records().rows)
+            with run_dir.writer() as writer:
+                writer.write({"kind": kind, "step": size + 1, "samples": 4, "t": 0.5, "loss": 2.0, **more})
+            return kind == "eval"
+
+    assert mirror._files(run_dir, Rounds()) == 0
+    with open(run_dir.path / "metrics.csv", newline="") as f:
+        written = list(csv.DictReader(f))
+    assert [w["step"] for w in written] == ["1", "2", "3"] and written[2]["accuracy"] == "0.5"
 
 
 def test_a_logger_that_cannot_write_does_not_end_the_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -29,7 +29,8 @@ def refusal(*words: str) -> str:
 
 def test_clipping_and_averaging_are_torchs_to_the_bit() -> None:
     """A bare loop with clip_grad_norm_ and AveragedModel. Fails if the threshold were applied to each parameter or
-    after the step, if the average began elsewhere, or if evaluations saw the weights themselves."""
+    after the step, if the average began elsewhere, if evaluations saw the weights themselves, or if one that raises
+    left the average in their place."""
     torch.set_num_threads(1)
     (spec,) = specs("batch=16", "recipe.micro_batch=16", *BOTH, "recipe.samples=320")
     s, ours = spec.science, train.Trainer(spec)
@@ -60,6 +61,9 @@ def test_clipping_and_averaging_are_torchs_to_the_bit() -> None:
         x, y = stream.test_batch(0, stream.test_size)
         loss = torch.nn.functional.cross_entropy(average.module.eval()(x), y)
     assert row["loss"] == pytest.approx(float(loss), rel=1e-6)
+    with pytest.raises(KeyError), ours.averaged():
+        raise KeyError
+    assert all(torch.equal(own[name], v) for name, v in theirs.items())
 
 
 # ---- by the rule ----

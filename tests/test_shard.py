@@ -49,6 +49,11 @@ def test_a_sharded_run_is_the_plain_one_and_goes_on(tmp_path: Path) -> None:
     sharded = prepare(tmp_path / "two", cut)
     work(sharded, 2)
     close(sharded, one)
+    (noisy,) = specs(*[w for w in WORDS if not w.startswith("measure.noise")], "measure.noise=full")
+    measured = RunDir(shutil.copytree(sharded.path, tmp_path / "measured" / sharded.path.name))
+    measured.prepare(noisy)
+    work(measured, 2)
+    assert not measured.lacks_noise(noisy)
     for begun, same in ((sharded, same_run), (one, close)):  # from a sharded checkpoint, and from a plain one
         again = RunDir(shutil.copytree(begun.path, tmp_path / begun.path.parent.name / "again" / begun.path.name))
         for file in (again.newest, again.previous, again.path / "result.json"):
