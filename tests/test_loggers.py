@@ -49,7 +49,7 @@ def test_files_hold_every_record_once_after_a_kill(tmp_path: Path, monkeypatch: 
 
 
 def test_a_table_grows_and_gains_columns(tmp_path: Path) -> None:
-    """Three rounds: a train record, an evaluation, a train record. Fails if a row stood there twice or lacked its head."""
+    """Three rounds: train, evaluation, train. Fails if a row stood there twice or lacked its head."""
     (spec,) = specs("logger=[csv]")
     run_dir = prepare(tmp_path, spec)
     kinds = ["train", "eval", "train"]
