@@ -4,7 +4,8 @@
 
 The two take turns, one step each, and the ratio is taken pair by pair, so a drifting machine cancels.
 Also: the share of a step that goes into making its batch; and, with --memory, the peak resident memory of one step
-at the batch and at 16 times the batch, each in a process of its own.
+at the batch and at 16 times the batch, each in a process of its own. And, with --allocator, what a worker gains by
+keeping the memory it frees: processes in turn, the median step of each.
 """
 
 from __future__ import annotations
@@ -54,6 +55,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--precision", default="float32")
     parser.add_argument("--memory", action="store_true", help="peak memory of one step, also at 16 times the batch")
+    parser.add_argument("--allocator", action="store_true", help="what it saves to keep freed memory")
+    parser.add_argument("--median-step", choices=["kept", "returned"], help=argparse.SUPPRESS)
     parser.add_argument("--one-step", type=int, metavar="BATCH", help=argparse.SUPPRESS)
     options = parser.parse_args()
     for name in options.models.split(","):
@@ -62,6 +65,14 @@ def main() -> None:
             print(provenance.peak_memory(ranks.device()))
         elif options.memory:
             memory(name, options)
+        elif options.median_step:
+            if options.median_step == "kept":
+                ranks.configure_process()
+            ours = trainer(name, options.batch, options.batch, f"precision={options.precision}")
+            step(ours)
+            print(statistics.median(seconds(lambda t=ours: step(t)) for _ in range(20)))
+        elif options.allocator:
+            allocator(name, options)
         else:
             measure(name, options)
 
@@ -76,6 +87,18 @@ def memory(name: str, options: argparse.Namespace) -> None:
     small, large = peaks.values()
     mib = {batch: round(peak / 2**20) for batch, peak in peaks.items()}
     print(json.dumps({"model": name, "micro_batch": options.batch, "peak_mib": mib, "ratio": round(large / small, 3)}))
+
+
+def allocator(name: str, options: argparse.Namespace) -> None:
+    """Print how much longer a step takes where freed memory goes back to the system."""
+    words = ["--models", name, "--batch", str(options.batch), "--precision", options.precision, "--median-step"]
+    ratios = []
+    for _ in range(options.rounds):
+        kept, returned = (
+            float(subprocess.check_output([sys.executable, __file__, *words, way])) for way in ("kept", "returned")
+        )
+        ratios.append(round(returned / kept, 3))
+    print(json.dumps({"model": name, "batch": options.batch, "returned_over_kept": statistics.quantiles(ratios, n=4)}))
 
 
 def measure(name: str, options: argparse.Namespace) -> None:

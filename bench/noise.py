@@ -8,7 +8,7 @@ It may cost at most 3% of a step. Full: one measurement of n examples against n 
 micro-batch each, alternating with them; at most 1. And the same per example by vmap, which has no such bound.
 --probe: instead, what a NoiseProbe costs, in turns with as many steps without one: of micro-batches, step by step (at
 most 2%), and of single examples, where one step of `probe.EVERY` is measured (at most 10%). `of_the_fastest` compares
-the fastest of each, which other processes disturb least.
+the fastest of each, which other processes disturb least; `own_calls_share` times the probe's calls alone.
 """
 
 from __future__ import annotations
@@ -70,23 +70,33 @@ def main() -> None:
 
     inside = [0.0]  # what the estimator's own calls take, told apart from the machine's noise
     if options.probe:
-        for method, micro, steps, bound in (("free", options.micro, 1, 0.02), ("examples", options.batch, EVERY, 0.1)):
+        for name in ("_hear", "_pass", "_after_step"):  # on the class, before any probe hangs its hooks on them
+            timed(NoiseProbe, name, inside)
+        for method, micro, steps, bound in (("free", options.micro, 2, 0.02), ("examples", options.batch, EVERY, 0.1)):
             t = fixture.trainer(options.model, options.batch, micro, "measure.noise=none", *options.words)
-            pairs = []
+            pairs, shares = [], []
             for i in range(options.rounds + 1):  # the first warms up
                 took = {}
                 for probed in (i % 2, 1 - i % 2):
                     probe = NoiseProbe(t.net, t.optimizer, batch=options.batch, method=method) if probed else None
+                    if method == "free":
+                        step(t)  # a probe learns from its first step how many parts one has
+                    inside[0] = 0.0
                     took[probed] = seconds(lambda t=t, steps=steps: [step(t) for _ in range(steps)])
                     if probe:
                         probe.detach()
                         covered = probe.covered
+                        shares.append(inside[0] / took[True])
                 pairs.append((took[0], took[1]))
             row |= {"probe": method, "micro_batch": micro, "covered": covered, "words": options.words}
             row["parameters"] = sum(p.numel() for p in t.net.parameters())
-            extra = quartiles([probed / bare - 1 for bare, probed in pairs[1:]])
+            extra = [probed / bare - 1 for bare, probed in pairs[1:]]
+            spread = statistics.stdev(extra) / len(extra) ** 0.5
             bare, probed = map(min, zip(*pairs[1:], strict=True))
-            cost = {"extra_share_of_step": extra, "of_the_fastest": round(probed / bare - 1, 4), "bound": bound}
+            cost = {"extra_share_of_step": quartiles(extra), "mean": round(statistics.mean(extra), 4)}
+            cost |= {"standard_error": round(spread, 4), "of_the_fastest": round(probed / bare - 1, 4), "bound": bound}
+            if method == "free":  # hooks on layers are no calls of the probe's own
+                cost["own_calls_share"] = quartiles(shares[1:])
             print(json.dumps({**row, **cost}), flush=True)
         return
 

@@ -33,6 +33,9 @@ def test_loop(tmp_path: Path) -> None:
     assert all(len(row["ratio_to_bare"]) == 3 and min(row["ratio_to_bare"]) > 0 for row in printed)
     (memory,) = rows(run("bench/loop.py", "--models", "resnet8", "--batch", "2", "--memory", cwd=tmp_path))
     assert list(memory["peak_mib"]) == ["2", "32"]
+    words = ["--models", "resnet8", "--batch", "2", "--rounds", "2", "--allocator"]
+    (gain,) = rows(run("bench/loop.py", *words, cwd=tmp_path))
+    assert len(gain["returned_over_kept"]) == 3
 
 
 @pytest.mark.slow

@@ -186,3 +186,27 @@ def test_nohup_outlives_the_terminal(words: list[str], tmp_path: Path) -> None:
     (tmp_path / "hold").unlink()
     assert launcher.wait() == 0
     assert [d.state() for d in RunDir.under(tmp_path / "runs")] == ["finished"]
+
+
+def test_a_worker_keeps_the_memory_that_it_frees() -> None:
+    """90 MB in three pieces, twelve times: a process that hands them back asks for each page anew."""
+    program = """
+import resource, sys, torch
+from scaling_exps.train import ranks
+if sys.argv[1] == "kept":
+    ranks.configure_process()
+def step():
+    for x in [torch.empty(7_500_000) for _ in range(3)]:
+        x.fill_(1.0)
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(9):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+    kept, returned = (
+        int(subprocess.run([sys.executable, "-c", program, way], capture_output=True, text=True, check=True).stdout)
+        for way in ("kept", "returned")
+    )
+    assert 10 * kept < returned

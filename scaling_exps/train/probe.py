@@ -20,7 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from scaling_exps.data import TokenStream
 from scaling_exps.plan import RunSpec
-from scaling_exps.train import loop, measure, provenance
+from scaling_exps.train import loop, measure, provenance, ranks
 from scaling_exps.train.trainer import Trainer, mean_loss
 
 SECONDS = 2.0  # of steps at each number of micro-batches
@@ -109,8 +109,7 @@ def flops(t: Trainer) -> float | None:
 
 def main() -> None:
     spec = RunSpec.from_json(json.load(sys.stdin))
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks.configure_process()
     started = time.monotonic()
     with open(os.dup(1), "w") as out:
         os.dup2(2, 1)  # what a network prints does not stand among the numbers

@@ -15,8 +15,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
-import torch
-
 from scaling_exps import mirror
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
@@ -250,8 +248,7 @@ def work(
     """
     _signals.extend(earlier or [])
     in_job = provenance.job() is not None and not attached  # a task of the run's own job
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks.configure_process()
     if attached:
         threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     status: list[int] = []
