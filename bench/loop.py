@@ -67,7 +67,7 @@ def main() -> None:
             memory(name, options)
         elif options.median_step:
             if options.median_step == "kept":
-                ranks.configure_process()
+                ranks.keep_memory()
             ours = trainer(name, options.batch, options.batch, f"precision={options.precision}")
             step(ours)
             print(statistics.median(seconds(lambda t=ours: step(t)) for _ in range(20)))

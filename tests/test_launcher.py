@@ -194,7 +194,7 @@ def test_a_worker_keeps_the_memory_that_it_frees() -> None:
 import resource, sys, torch
 from scaling_exps.train import ranks
 if sys.argv[1] == "kept":
-    ranks.configure_process()
+    ranks.keep_memory()
 def step():
     for x in [torch.empty(7_500_000) for _ in range(3)]:
         x.fill_(1.0)

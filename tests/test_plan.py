@@ -570,6 +570,7 @@ def test_hydras_own_words(tmp_path: Path) -> None:
     shown = scalerun("--cfg", "job", "batch=16", cwd=tmp_path)
     assert shown.returncode == 0 and "batch: 16" in shown.stdout
     assert scalerun("--info", "defaults", cwd=tmp_path).returncode == 0
+    assert "Config search path" in scalerun("--info", cwd=tmp_path).stdout  # which takes no word of ours as its value
     swept = plan_json("-m", "model=resnet56,vgg16", "batch=[256,8192]", cwd=tmp_path)
     assert len(swept) == 4
     assert list(tmp_path.iterdir()) == []

@@ -147,7 +147,7 @@ def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
         overrides = [*overrides, "hydra/help=scalerun"]
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
-        sys.argv = ["scalerun", *argv, *folders, *overrides]
+        sys.argv = ["scalerun", *argv, "--", *folders, *overrides]  # a flag takes none of these as its value
         try:
             main = hydra.main(version_base="1.3", config_path=str(CONF), config_name="config")
             main(lambda cfg: collect(cfg, HydraConfig.get()))()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import glob
 import itertools
 import math
@@ -387,6 +388,7 @@ def _most_processes(launch: LocalLaunch | SlurmLaunch) -> int:
     return launch.max_devices if isinstance(launch, SlurmLaunch) else max(1, _gpus())
 
 
+@functools.cache
 def _gpus() -> int:
     """GPUs that a worker will see, without importing torch: none where torch is a build for CPUs."""
     visible = os.environ.get("CUDA_VISIBLE_DEVICES")

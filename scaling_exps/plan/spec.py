@@ -7,7 +7,7 @@ where it runs, what is measured, and which recipe led to it.
 import hashlib
 import json
 import math
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 import msgspec
@@ -336,6 +336,11 @@ def processes(shares: int, most: int) -> int:
 def run_id(science: Science) -> str:
     """Hash of the science: 12 hexadecimal digits. Floats count to 12 significant digits, so that two ways to
     the same hyperparameters (kappa = 4, or 2 twice) are one run."""
-    rounded = json.loads(msgspec.json.encode(science), parse_float=lambda digits: float(f"{float(digits):.12g}"))
+    return _digest(msgspec.json.encode(science))
+
+
+@lru_cache(maxsize=1024)  # a sweep asks several times for each run, and for its base run
+def _digest(science: bytes) -> str:
+    rounded = json.loads(science, parse_float=lambda digits: float(f"{float(digits):.12g}"))
     text = json.dumps(rounded, sort_keys=True, separators=(",", ":"))
     return hashlib.sha256(text.encode()).hexdigest()[:12]

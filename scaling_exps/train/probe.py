@@ -109,7 +109,9 @@ def flops(t: Trainer) -> float | None:
 
 def main() -> None:
     spec = RunSpec.from_json(json.load(sys.stdin))
-    ranks.configure_process()
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+    ranks.keep_memory()
     started = time.monotonic()
     with open(os.dup(1), "w") as out:
         os.dup2(2, 1)  # what a network prints does not stand among the numbers

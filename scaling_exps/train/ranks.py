@@ -29,14 +29,12 @@ def world() -> tuple[int, int]:
     return (dist.get_world_size(), dist.get_rank()) if dist.is_initialized() else (1, 0)
 
 
-def configure_process() -> None:
-    """Threads as the launcher says, and freed memory stays with the process.
+def keep_memory() -> None:
+    """Freed memory stays with this process, as far as the C library is glibc.
 
-    glibc hands the top of its heap back to the system and asks for it again at the next step, page by page. A step of
-    VGG-16 or a wide ResNet-8 takes a tenth longer by that (`bench/loop.py --allocator`). Another libc is left alone.
+    It hands the top of its heap back to the system and asks for it again at the next step, page by page. A step of
+    VGG-16 or a wide ResNet-8 takes a tenth longer by that (`bench/loop.py --allocator`).
     """
-    if "OMP_NUM_THREADS" in os.environ:
-        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
         libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)

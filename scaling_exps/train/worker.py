@@ -15,6 +15,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
+import torch
+
 from scaling_exps import mirror
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import BusyError, RunDir
@@ -128,6 +130,7 @@ def run_all(
         Whether every run that was done here finished.
     """
     good = True
+    ranks.keep_memory()
     with _handlers():
         for run_dir in run_dirs:
             first, work_left, until_there = ranks.world()[1] == 0, False, time.monotonic() + patience
@@ -248,7 +251,8 @@ def work(
     """
     _signals.extend(earlier or [])
     in_job = provenance.job() is not None and not attached  # a task of the run's own job
-    ranks.configure_process()
+    if "OMP_NUM_THREADS" in os.environ:
+        torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     if attached:
         threading.Thread(target=_stop_at_end_of_input, daemon=True).start()
     status: list[int] = []
