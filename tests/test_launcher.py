@@ -189,14 +189,14 @@ def test_nohup_outlives_the_terminal(words: list[str], tmp_path: Path) -> None:
 
 
 def test_a_worker_keeps_the_memory_that_it_frees() -> None:
-    """90 MB in three pieces, twelve times: a process that hands them back asks for each page anew."""
+    """160 MB in twenty pieces, twelve times: a process that hands them back asks for each page anew."""
     program = """
 import resource, sys, torch
 from scaling_exps.train import ranks
 if sys.argv[1] == "kept":
     ranks.keep_memory()
 def step():
-    for x in [torch.empty(7_500_000) for _ in range(3)]:
+    for x in [torch.empty(2_000_000) for _ in range(20)]:
         x.fill_(1.0)
 for _ in range(3):
     step()

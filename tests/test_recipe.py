@@ -162,7 +162,10 @@ def test_a_warm_start(tmp_path: Path) -> None:
             ["model.width=8", f"recipe.start_from={first}"],
             "of another shape: conv.weight (4, 1, 3, 3) in the file, (8, 1",
         ),
-        (["model=resnet20", "recipe=digits-small", f"recipe.start_from={first}"], "not in the file: "),
+        (
+            ["model=resnet20", "dataset=digits", "recipe=digits-small", f"recipe.start_from={first}"],
+            "not in the file: ",
+        ),
         ([f"recipe.start_from={tmp_path / 'noise.pt'}"], "holds no weights that can be read"),
     ):
         with pytest.raises(models.ModelError) as refused:
