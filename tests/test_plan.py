@@ -169,6 +169,9 @@ def test_run_json_gives_back_any_spec(lr: float, eps: float, epochs: float, seed
         ({"arms": []}, "names no arm"),
         ({"extra": 1}, "not one that this scalerun wrote"),
         ({"science": None}, "not one that this scalerun wrote"),
+        ({"arms.0.duration": 1e308}, "not one that this scalerun wrote"),
+        ({"margin": {"test_loss": math.nan}}, "not one that this scalerun wrote"),
+        ({"margin": {"test_loss": math.inf}}, "not one that this scalerun wrote"),
     ],
 )
 def test_another_or_an_edited_run_json_is_refused(change: dict[str, Any], says: str) -> None:
@@ -177,7 +180,7 @@ def test_another_or_an_edited_run_json_is_refused(change: dict[str, Any], says: 
         *groups, last = path.split(".")
         node = raw
         for group in groups:
-            node = node[group]
+            node = node[int(group) if group.isdigit() else group]
         node[last] = value
     with pytest.raises(plan.PlanError, match=says):
         plan.RunSpec.from_json(raw)

@@ -199,14 +199,17 @@ class Numbers(_Value, frozen=True, omit_defaults=True):
     start: str | None = None
 
 
+Factor = Annotated[float, msgspec.Meta(gt=0, le=10**12)]
+
+
 class Arm(_Value, frozen=True, omit_defaults=True):
     """How a recipe led to this run. At kappa = 1 a run is the base of every arm."""
 
     rule: str
     goal: Goal  # of the rule, for this family of optimizers
     role: Role  # in a comparison: base, rule under test, control
-    kappa: float  # of a ramp: of the stage that is furthest from the base
-    duration: float  # budget over the base's
+    kappa: Factor  # of a ramp: of the stage that is furthest from the base
+    duration: Factor  # budget over the base's
     base: Numbers
     base_run_id: str
     beta_map: BetaMap = "linear"
@@ -317,6 +320,7 @@ class RunSpec(_Value, frozen=True, dict=True):
                 "use the scalerun that wrote it, or another runs_dir"
             )
         try:
+            json.dumps(fields, allow_nan=False)  # Python reads NaN and 1e999; no plan holds such a number
             spec = msgspec.convert(fields, RunSpec)
             described = spec.run_id
         except (ValueError, RecursionError) as e:
