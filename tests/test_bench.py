@@ -79,9 +79,14 @@ def test_noise(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 def test_noise_coverage(tmp_path: Path) -> None:
-    """Each method at each B_noise and tail, and on both networks; with 10 repeats a share is no more than a number."""
+    """Each method at each B_noise and tail; with 10 repeats a share is no more than a number."""
     printed = run("scripts/noise_coverage.py", "known", "10", cwd=tmp_path)
     assert printed.count("| moments |") == 3 and printed.count("| examples |") == 3
+
+
+@pytest.mark.slow
+def test_noise_on_two_networks(tmp_path: Path, cifar10: str) -> None:
+    """All methods on the GPT and on the ResNet, which trains on the real CIFAR-10."""
     printed = run("scripts/noise_coverage.py", "networks", "3", cwd=tmp_path)
     assert printed.count("| moments |") == 4 and printed.count("| examples |") == 4
 
