@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import resource
 import statistics
 import subprocess
 import sys
@@ -70,7 +71,11 @@ def main() -> None:
                 ranks.keep_memory()
             ours = trainer(name, options.batch, options.batch, f"precision={options.precision}")
             step(ours)
-            print(statistics.median(seconds(lambda t=ours: step(t)) for _ in range(20)))
+            pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+            took = statistics.median(seconds(lambda t=ours: step(t)) for _ in range(20))
+            pages = resource.getrusage(resource.RUSAGE_SELF).ru_minflt - pages
+            peak = provenance.peak_memory(ours.device) >> 20
+            print(json.dumps({"seconds": took, "pages_a_step": pages // 20, "peak_mib": peak}))
         elif options.allocator:
             allocator(name, options)
         else:
@@ -92,13 +97,15 @@ def memory(name: str, options: argparse.Namespace) -> None:
 def allocator(name: str, options: argparse.Namespace) -> None:
     """Print how much longer a step takes where freed memory goes back to the system."""
     words = ["--models", name, "--batch", str(options.batch), "--precision", options.precision, "--median-step"]
-    ratios = []
-    for _ in range(options.rounds):
-        kept, returned = (
-            float(subprocess.check_output([sys.executable, __file__, *words, way])) for way in ("kept", "returned")
-        )
-        ratios.append(round(returned / kept, 3))
-    print(json.dumps({"model": name, "batch": options.batch, "returned_over_kept": statistics.quantiles(ratios, n=4)}))
+    turns = [
+        {w: json.loads(subprocess.check_output([sys.executable, __file__, *words, w])) for w in ("kept", "returned")}
+        for _ in range(options.rounds)
+    ]
+    ratios = statistics.quantiles((t["returned"]["seconds"] / t["kept"]["seconds"] for t in turns), n=4)
+    row = {"model": name, "batch": options.batch, "returned_over_kept": [round(r, 3) for r in ratios]}
+    for what in ("pages_a_step", "peak_mib"):
+        row[what] = {way: round(statistics.median(t[way][what] for t in turns)) for way in ("kept", "returned")}
+    print(json.dumps(row))
 
 
 def measure(name: str, options: argparse.Namespace) -> None:
