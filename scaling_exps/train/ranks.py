@@ -33,7 +33,7 @@ def keep_memory() -> None:
     """Freed memory stays with this process, as far as the C library is glibc.
 
     It hands the top of its heap back to the system and asks for it again at the next step, page by page. A step of
-    VGG-16 takes 7% longer by that, of a wide ResNet-8 21% (`bench/loop.py --allocator`).
+    VGG-16 takes 4-7% longer by that, of a wide ResNet-8 14-21% (`bench/loop.py --allocator`).
     """
     libc = ctypes.CDLL(None)
     if hasattr(libc, "gnu_get_libc_version"):
