@@ -6,6 +6,7 @@ import json
 import math
 import os
 import shlex
+import shutil
 import subprocess
 import sys
 from functools import cache
@@ -570,6 +571,15 @@ def test_limits_keep_every_number_finite() -> None:
 def test_hydras_own_words(tmp_path: Path) -> None:
     helped = scalerun("--help", cwd=tmp_path)
     assert helped.returncode == 0 and "scalerun plan" in helped.stdout and "resnet50" in helped.stdout
+    own = tmp_path / "it's mine, all" / "model"
+    own.mkdir(parents=True)
+    (own / "wide.yaml").write_text("kind: resnet\n")
+    chosen = scalerun("batch=16", "--help", "--config-dir", str(own.parent), cwd=tmp_path).stdout
+    assert "batch: 16\n" in chosen and ", vit_small, wide\n" in chosen and "hydra/" not in chosen
+    for words, wrong in ([["modl=x"], "unknown key 'modl'"], [["--config-dir", "nowhere"], "nowhere' not found"]):
+        refused = scalerun("--help", *words, cwd=tmp_path)
+        assert refused.returncode == 2 and wrong in refused.stderr
+    shutil.rmtree(own.parent)
     shown = scalerun("--cfg", "job", "batch=16", cwd=tmp_path)
     assert shown.returncode == 0 and "batch: 16" in shown.stdout
     assert scalerun("--info", "defaults", cwd=tmp_path).returncode == 0

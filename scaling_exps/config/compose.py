@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable
 from pathlib import Path
+from string import Template
 from typing import Any, NoReturn
 
 from scaling_exps.config import schema
@@ -141,10 +143,11 @@ def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
 
     saved = sys.argv
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
-    overrides = _parse(argv).overrides
+    typed = _parse(argv)
+    if typed.help:
+        return print(_help(typed))
+    overrides = typed.overrides
     argv = [word for word in argv if word not in overrides]  # flags first: Hydra takes none behind an override
-    if {"--help", "-h"} & set(argv):
-        overrides = [*overrides, "hydra/help=scalerun"]
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead
         folders = [f"hydra.run.dir={scratch}", f"hydra.sweep.dir={scratch}"]
         sys.argv = ["scalerun", *argv, "--", *folders, *overrides]  # a flag takes none of these as its value
@@ -153,6 +156,28 @@ def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
             main(lambda cfg: collect(cfg, HydraConfig.get()))()
         finally:
             sys.argv = saved
+
+
+def _help(typed: Any) -> str:
+    """conf/hydra/help/scalerun.yaml, filled in. Hydra's own way to list the groups takes longer than all the rest."""
+    import hydra
+    from omegaconf import OmegaConf
+
+    own = [Path(typed.config_dir).absolute()] if typed.config_dir else []
+    if not all(folder.is_dir() for folder in own):
+        raise ConfigError(f"Additional config directory '{own[0]}' not found")
+    search = [f"hydra.searchpath=[{', '.join(json.dumps(f'file://{folder}') for folder in own)}]"]
+    overrides = [*typed.overrides, *search, "hydra/help=scalerun"]
+    with hydra.initialize_config_dir(str(CONF), version_base="1.3"):
+        cfg = hydra.compose("config", overrides=overrides, return_hydra_config=True)
+    template = cfg.hydra.help.template  # before it leaves the configuration that it refers to
+    OmegaConf.set_struct(cfg, False)
+    cfg.pop("hydra")
+    files = [file.relative_to(folder) for folder in (CONF, *own) for file in folder.rglob("*.yaml")]
+    groups = {file.parent.as_posix() for file in files} - {".", "hydra/help"}
+    options = {group: sorted({file.stem for file in files if file.parent.as_posix() == group}) for group in groups}
+    listed = "".join(f"{group}: {', '.join(options[group])}\n" for group in sorted(groups))
+    return Template(template).substitute(GROUPS=listed, KEYS=OmegaConf.to_yaml(cfg, resolve=typed.resolve))
 
 
 def _parse(argv: list[str]) -> Any:
