@@ -317,6 +317,17 @@ def test_runs_that_disagree_on_the_margin_get_the_smallest(tmp_path: Path) -> No
     assert any("different margins" in x for x in got.remarks)
 
 
+def test_margins_are_known_before_the_runs_end(tmp_path: Path) -> None:
+    """A sweep whose base runs alone have finished. Fails if it says that no margin was fixed."""
+    for spec in fabricate(tmp_path, [*DEMO, "looks=[3,6]"], batches=(4, 16)):
+        if spec.science.batch == 16:
+            (tmp_path / spec.run_id / "result.json").unlink()
+    got = row(rows_of(tmp_path), "sqrt", 16)
+    assert got.verdict == "no result" and got.gaps["train_loss"].margin and got.looks == (3, 6)
+    (said,) = report.answer(rows_of(tmp_path))
+    assert "at ±" in said and "16 has no result" in said
+
+
 def test_machines_and_papers_can_read_it(sweep: Path) -> None:
     rows = rows_of(sweep)
     table = json.loads(tables.as_json(rows, []))

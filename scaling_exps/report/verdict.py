@@ -204,13 +204,14 @@ def _row(
         pairs = [(r, finished[a.base_run_id]) for r, a in members if a.base_run_id in finished]
         unpaired = [(r.spec.science.seed, a.base_run_id in failed) for r, a in members if a.base_run_id not in finished]
         remarks += [f"seed {seed}: base run {'failed' if bad else 'not found'}, not compared" for seed, bad in unpaired]
-        allowed, disputed = _margin(runs, margins)
+        planned = [spec for _, spec, _ in cell]  # of runs that are waiting, too
+        allowed, disputed = _margin(planned, margins)
         if disputed:
             remarks.append("its runs were made with different margins: the smallest counts")
         differences = {m: [_gap(r, b, m) for r, b in pairs] for m in METRICS if m == "trajectory" or m in metrics}
         family = max(1, sum(m in allowed for m in differences))
-        looks = max((r.spec.looks for r in runs), key=lambda x: (len(x), x), default=())
-        if any(r.spec.looks != looks for r in runs):
+        looks = max((spec.looks for spec in planned), key=lambda x: (len(x), x))
+        if any(spec.looks != looks for spec in planned):
             remarks.append("its runs were made with different looks: the most of them count")
         alpha = spent(looks, len(pairs)) if allowed else ALPHA
         tests = [judge(m, d, allowed.get(m), family, alpha or ALPHA) for m, d in differences.items()]
@@ -247,11 +248,11 @@ def _gap(run: Run, base: Run, metric: str) -> float:
     return run.metrics.get(metric, math.nan) - base.metrics.get(metric, math.nan)
 
 
-def _margin(runs: tuple[Run, ...], given: dict[str, float] | None) -> tuple[dict[str, float], bool]:
+def _margin(specs: list[RunSpec], given: dict[str, float] | None) -> tuple[dict[str, float], bool]:
     """The margins that hold for an arm, and whether its runs disagree on them."""
     if given:
         return dict(given), False
-    carried = [{k: v for k, v in r.spec.margin.items() if k in METRICS} for r in runs]
+    carried = [{k: v for k, v in spec.margin.items() if k in METRICS} for spec in specs]
     merged: dict[str, float] = {}
     for margin in carried:
         for name, value in margin.items():
