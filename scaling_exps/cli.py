@@ -69,9 +69,11 @@ def _train(words: list[str]) -> int:
     specs = plan.plan(configs)
     added = plan.lacking(configs, specs)
     plan.print_lines(plan.added(added))
-    from scaling_exps import launch
+    from scaling_exps import cost, launch
 
-    return 0 if launch.launch(added + specs, configs[0]) else 1
+    specs, said = cost.compiled(added + specs, configs[0])
+    plan.print_lines(said)
+    return 0 if launch.launch(specs, configs[0]) else 1
 
 
 def _plan(words: list[str]) -> int:
@@ -98,7 +100,8 @@ def _plan(words: list[str]) -> int:
     configs, said = ramp.resolve(configs)
     asked = plan.plan(configs)
     added = plan.lacking(configs, asked)
-    specs, where = added + asked, (Path(configs[0].runs_dir), configs[0].noise_from)
+    specs, decided = cost.compiled(added + asked, configs[0])
+    where = (Path(configs[0].runs_dir), configs[0].noise_from)
     margins: list[str] = []
     if configs[0].margin.auto:
         proposal = launch.proposed(specs, where[0])
@@ -113,7 +116,7 @@ def _plan(words: list[str]) -> int:
     else:
         plan.print_plan(specs, costs, predicted, full=options.full)
         missing = [row["text"] for row in predicted.values() if row["source"] is None]
-        said += [*cost.lines(costs, configs[0]), *missing, *remarks, *margins]
+        said += [*cost.lines(costs, configs[0]), *decided, *missing, *remarks, *margins]
         plan.print_lines(dict.fromkeys([*plan.added(added), *said, *(tradeoff.paragraph(t, batches) for t in trades)]))
     if options.figure is not None:
         try:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -22,7 +23,7 @@ from typing import Any
 import msgspec
 
 from scaling_exps import plan
-from scaling_exps.config import GPT, Config, Cost, Roberta, SlurmLaunch, TokenDataset
+from scaling_exps.config import GPT, Config, Cost, LocalLaunch, Roberta, SlurmLaunch, TokenDataset
 from scaling_exps.plan import PlanError, RunSpec
 from scaling_exps.records import RunDir
 
@@ -39,6 +40,8 @@ CARDS: dict[str, tuple[float, float | None]] = {
     "t4": (8.1e12, None),
     "v100": (15.7e12, None),
 }
+WORTH = 0.05  # of a run's time; less than that two probes on a machine that others use do not tell apart
+START = 15.0  # seconds; torch.compile takes at least that long, so a run that is no longer is not probed
 OTHER = ", of another micro-batch: cost=probe measures this one"  # no gain follows from it
 PROBE_SECONDS = 600  # after which a probe is given up
 
@@ -82,7 +85,7 @@ def estimate(specs: list[RunSpec], configs: list[Config]) -> dict[str, dict[str,
         bases = plan.base_runs(configs)
     known: dict[str, dict[str, Any]] = {}  # by science without the seed
     of: dict[str, dict[str, Any]] = {}
-    here, probes = plan.device(), _Probes(config.cost.probe)
+    here = plan.device()
     finished: dict[str, list[_Finished]] = {}
     for spec in (*bases, *specs):
         key = repr((msgspec.structs.replace(spec.science, seed=0), spec.placement))
@@ -90,7 +93,7 @@ def estimate(specs: list[RunSpec], configs: list[Config]) -> dict[str, dict[str,
             shape = repr(_shape(spec))
             if shape not in finished:
                 finished[shape] = list(_finished(spec, Path(config.runs_dir), config, here))
-            known[key] = _one(spec, finished[shape], probes, config, here)
+            known[key] = _one(spec, finished[shape], config, here)
         of[spec.run_id] = known[key]
     out = {}
     for spec in specs:
@@ -101,10 +104,10 @@ def estimate(specs: list[RunSpec], configs: list[Config]) -> dict[str, dict[str,
     return out
 
 
-def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Config, here: str) -> dict[str, Any]:
+def _one(spec: RunSpec, finished: list[_Finished], config: Config, here: str) -> dict[str, Any]:
     s, world, cost = spec.science, spec.placement.world_size, config.cost
     samples = s.samples(s.steps)
-    probe = probes.of(spec)
+    probe = _probed(spec, config) if cost.probe else None
     near = [r for r in finished if probe is None or _same_step(r.spec, spec)]
     run = min(near, key=lambda r: _distance(r.spec, spec), default=None)
     per_example, flops_from = flops(spec), "counted from the network's size (6 a parameter and token, and attention)"
@@ -118,7 +121,7 @@ def _one(spec: RunSpec, finished: list[_Finished], probes: _Probes, config: Conf
         other = "" if run.spec.science.micro_batch == s.micro_batch else OTHER
         time_from, memory, memory_from = run.text() + scaled + other, run.memory, run.text() + other
     elif probe is not None and (cost.device is None or _is_card(cost.device, here)):
-        seconds = s.steps * probe["update_seconds"] + samples / s.micro_batch / world * probe["micro_seconds"]
+        seconds = _seconds(spec, probe)
         time_from = memory_from = f"a probe on this machine ({probe['device']}, {probe['threads']} thread(s))"
         memory = probe["memory_bytes"]
         if world > 1:
@@ -221,32 +224,40 @@ def _distance(one: RunSpec, other: RunSpec) -> tuple[float, ...]:
 # ---- the probe ----
 
 
-class _Probes:
-    """One probe for each network, micro-batch and way to accumulate; none where they are not asked for."""
-
-    def __init__(self, wanted: bool) -> None:
-        self.wanted = wanted
-        self.done: dict[str, dict[str, Any]] = {}
-
-    def of(self, spec: RunSpec) -> dict[str, Any] | None:
-        if not self.wanted:
-            return None
-        s = spec.science
-        several = spec.placement.accumulation > s.draws
-        key = repr((_shape(spec), s.optimizer, s.micro_batch, several, spec.noise, s.svag > 1, s.freeze_last))
-        if key not in self.done:
-            self.done[key] = _probe(spec)
-        return self.done[key]
+_PROBED: dict[str, dict[str, Any]] = {}  # by `_step`, as long as this process lives
 
 
-def _probe(spec: RunSpec) -> dict[str, Any]:
+def _step(spec: RunSpec) -> str:
+    """What a probe's answer depends on: network, micro-batch, optimizer, what is measured, the way to accumulate."""
     s = spec.science
-    print(f"probe: {s.model.name}, micro-batch {s.micro_batch} ...", file=sys.stderr, flush=True)
+    several = spec.placement.accumulation > s.draws
+    return repr((_shape(spec), s.optimizer, s.micro_batch, several, spec.noise, s.svag > 1, s.freeze_last))
+
+
+def _probed(spec: RunSpec, config: Config) -> dict[str, Any]:
+    key = _step(spec)
+    if key not in _PROBED:
+        side_by_side = config.launch.parallel if isinstance(config.launch, LocalLaunch) else 1
+        _PROBED[key] = _probe(spec, plan.threads(side_by_side * spec.placement.world_size))
+    return _PROBED[key]
+
+
+def _seconds(spec: RunSpec, probe: dict[str, Any]) -> float:
+    """Of training a run as fast as the probe."""
+    s = spec.science
+    micro_batches = s.samples(s.steps) / s.micro_batch / spec.placement.world_size
+    return float(s.steps * probe["update_seconds"] + micro_batches * probe["micro_seconds"])
+
+
+def _probe(spec: RunSpec, threads: str) -> dict[str, Any]:
+    s, how = spec.science, ", compiled" if spec.placement.compile else ""
+    print(f"probe: {s.model.name}, micro-batch {s.micro_batch}{how} ...", file=sys.stderr, flush=True)
     command = [sys.executable, "-m", "scaling_exps.train.probe"]
     try:
         done = subprocess.run(
-            command, input=json.dumps(spec.to_json()), capture_output=True, text=True, timeout=PROBE_SECONDS
-        )
+            command, input=json.dumps(spec.to_json()), env={**os.environ, "OMP_NUM_THREADS": threads},
+            capture_output=True, text=True, timeout=PROBE_SECONDS,
+        )  # fmt: skip
     except subprocess.TimeoutExpired as e:
         raise CostError(f"the probe of {s.model.name} took over {PROBE_SECONDS} s: plan without cost=probe") from e
     last = (done.stdout.strip().splitlines() or [""])[-1]
@@ -260,6 +271,69 @@ def _probe(spec: RunSpec) -> dict[str, Any]:
     if "refused" in told:
         raise CostError(told["refused"])
     return told
+
+
+# ---- launch.compile=auto ----
+
+
+def compiled(specs: list[RunSpec], config: Config) -> tuple[list[RunSpec], list[str]]:
+    """The specs, each with `launch.compile=auto` decided, and how that came about.
+
+    A run is compiled where two probes on this machine, one of them compiled, say that it ends sooner, its start
+    included. What was decided for a run that has begun in `runs_dir` holds for all that are like it.
+
+    Raises:
+        CostError: the probe without torch.compile was refused what the launch would be, or failed.
+    """
+    if config.launch.compile != "auto":
+        return specs, []
+    decided: dict[str, bool] = {}  # by `_alike`
+    for run_dir in RunDir.under(Path(config.runs_dir)):
+        with contextlib.suppress(PlanError):
+            if run_dir.state() != "waiting":
+                begun = run_dir.spec()
+                decided.setdefault(_alike(begun), begun.placement.compile)
+    out, lines = [], dict.fromkeys(
+        f"launch.compile=auto: {_named(s)}: {'on' if decided[_alike(s)] else 'off'}, as for those that have begun"
+        for s in specs if _alike(s) in decided
+    )  # fmt: skip
+    for spec in specs:
+        key = _alike(spec)
+        if key not in decided:
+            decided[key], why = _decide(spec, config)
+            lines[f"launch.compile=auto: {_named(spec)}: {'on' if decided[key] else 'off'}: {why}"] = None
+        out.append(_placed(spec, decided[key]))
+    return out, list(lines)
+
+
+def _decide(spec: RunSpec, config: Config) -> tuple[bool, str]:
+    """Whether a run is to be compiled, and why."""
+    eager = _seconds(spec, _probed(spec, config))
+    took = plan.amount(eager, "seconds")
+    if eager < START:
+        return False, f"without it the run takes {took}, and to start alone takes longer"
+    try:
+        probe = _probed(_placed(spec, True), config)
+    except CostError as e:
+        return False, f"it does not work here ({e})"
+    with_it, start = _seconds(spec, probe), probe["start_seconds"]
+    why = f"{took} without it, {plan.amount(with_it, 'seconds')} with it and {plan.amount(start, 'seconds')} to start"
+    if with_it < eager:
+        samples = spec.science.samples(spec.science.steps)
+        why += f", so it pays from {start / (eager - with_it) * samples:,.0f} samples on"
+    return with_it + start < (1 - WORTH) * eager, f"{why} (probes on this machine, {probe['threads']} thread(s))"
+
+
+def _alike(spec: RunSpec) -> str:
+    return f"{_step(_placed(spec, False))} {spec.science.steps} {spec.placement.world_size}"
+
+
+def _named(spec: RunSpec) -> str:
+    return f"{spec.science.model.name}, batch {spec.science.batch:,}"
+
+
+def _placed(spec: RunSpec, compile_it: bool) -> RunSpec:
+    return msgspec.structs.replace(spec, placement=msgspec.structs.replace(spec.placement, compile=compile_it))
 
 
 # ---- FLOPs ----

@@ -66,6 +66,13 @@ def test_peers(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
+def test_stacked(tmp_path: Path) -> None:
+    words = ["--models", "resnet8", "--batches", "2", "--seeds", "2", "--rounds", "2"]
+    (row,) = rows(run("bench/stacked.py", *words, cwd=tmp_path))
+    assert row["seeds"] == 2 and min(row["in_turn_ms"], row["stacked_ms"], *row["stacked_is_faster_by"]) > 0
+
+
+@pytest.mark.slow
 def test_noise(tmp_path: Path) -> None:
     words = ["--batch", "8", "--micro", "4", "--rounds", "2", "--examples", "8"]
     free, full, single = rows(run("bench/noise.py", *words, cwd=tmp_path))

@@ -181,6 +181,76 @@ def test_a_probe_refuses_what_the_launch_refuses_in_the_same_words(words: list[s
     assert unchecked.returncode == 0 and "unchecked: " in unchecked.stdout
 
 
+# ---- launch.compile=auto ----
+
+
+def probed(spec: plan.RunSpec, seconds: float, start: float, compile_it: bool) -> None:
+    """As if a probe had found that the run takes so long."""
+    micro = seconds / spec.science.steps / spec.placement.accumulation
+    found = {"micro_seconds": micro, "update_seconds": 0.0, "start_seconds": start, "threads": 1}
+    cost._PROBED[cost._step(cost._placed(spec, compile_it))] = found
+
+
+@pytest.mark.parametrize(
+    ("eager", "compiled", "start", "on", "says"),
+    [
+        (100, 60, 30, True, "1.67 min without it, 1 min with it and 30 s to start, so it pays from 960 samples on"),
+        (100, 60, 36, False, "so it pays from 1,152 samples on"),  # 4% of its time
+        (100, 120, 0.1, False, "1.67 min without it, 2 min with it and 0.1 s to start (probes"),
+        (14, 1, 0.1, False, "without it the run takes 14 s, and to start alone takes longer"),
+    ],
+)
+def test_a_run_is_compiled_where_it_then_ends_sooner(
+    eager: float, compiled: float, start: float, on: bool, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cost, "_PROBED", {})
+    words = [*TINY, "launch.compile=auto", "batch=16", "seed=[0,1]", "recipe.samples=1280", f"runs_dir={tmp_path}"]
+    runs, (one, *_) = specs(*words), config.compose(words)
+    probed(runs[0], eager, 1.0, False)
+    probed(runs[0], compiled, start, True)
+    decided, (line,) = cost.compiled(runs, one)
+    assert [s.placement.compile for s in decided] == [on, on] and says in line
+    assert f"resnet8, batch 16: {'on' if on else 'off'}: " in line
+    assert [s.run_id for s in decided] == [s.run_id for s in runs]  # no other runs
+
+
+def test_a_run_that_has_begun_settles_it_for_those_that_are_like_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """More seeds, more batches. Fails if a later probe split the seeds of one arm."""
+    monkeypatch.setattr(cost, "_PROBED", {})
+    words = [*TINY, "launch.compile=auto", "batch=[16,32]", "seed=[0,1]", f"runs_dir={tmp_path}"]
+    runs, (one, *_) = specs(*words), config.compose(words)
+    begun = next(s for s in runs if s.science.batch == 16)
+    finished(tmp_path, cost._placed(begun, True), 100.0)
+    for spec in runs:
+        probed(spec, 100.0, 1.0, False)
+        probed(spec, 200.0, 1.0, True)
+    decided, lines = cost.compiled(runs, one)
+    assert {s.science.batch: s.placement.compile for s in decided} == {16: True, 32: False}
+    assert len(lines) == 2 and "batch 16: on, as for those that have begun" in lines[0]
+    assert cost.compiled(runs, composed(f"runs_dir={tmp_path}", "launch.compile=true")) == (runs, [])
+
+
+@pytest.mark.slow
+def test_both_ways_are_probed_and_planned(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The real probes; at that length either may win. Fails if the compiled one did not compile: it starts slowly."""
+    words = [*TINY, "batch=16", "launch.compile=auto", "recipe.samples=10000000", f"runs_dir={tmp_path / 'runs'}"]
+    runs, (one,) = specs(*words), config.compose(words)
+    (spec,), (line,) = cost.compiled(runs, one)
+    eager, compiled = (cost._probed(cost._placed(spec, c), one) for c in (False, True))
+    assert compiled["start_seconds"] > 2 * eager["start_seconds"] and "to start" in line
+    shorter = cost._seconds(spec, compiled) + compiled["start_seconds"] < 0.95 * cost._seconds(spec, eager)
+    assert spec.placement.compile is shorter and not list(tmp_path.iterdir())
+
+
+def test_what_is_short_is_not_compiled_and_a_cluster_is_not_probed(tmp_path: Path) -> None:
+    (row,) = plan_json(*TINY, "batch=16", "launch.compile=auto", cwd=tmp_path)
+    assert row["placement"]["compile"] is False
+    refused = scalerun("plan", *TINY, "batch=16", "launch=slurm", "launch.compile=auto", cwd=tmp_path)
+    assert refused.returncode == 2 and "launch.compile" in refused.stderr and "true or false" in refused.stderr
+
+
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
     (spec,) = specs("batch=16")
     finished(tmp_path / "runs", spec, 100.0)

@@ -294,7 +294,10 @@ class LocalLaunch(Group, frozen=True, kw_only=True, tag_field="name", tag="local
     devices: Devices
     elastic: Elastic
     parallel: Annotated[Positive, _is("runs of a sweep side by side")]
-    compile: Annotated[bool, _is("torch.compile the network")]
+    compile: Annotated[
+        bool | Literal["auto"],
+        _is("torch.compile the network; auto: where two probes on this machine say that a run then ends sooner"),
+    ]
     shard: Shard
     minutes: Annotated[Minutes | None, _is("after so long runs save and stop; null: no limit", "minutes")]
 

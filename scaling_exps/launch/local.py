@@ -13,7 +13,7 @@ from pathlib import Path
 from scaling_exps.config import LocalLaunch
 from scaling_exps.launch import folders
 from scaling_exps.launch.folders import LaunchError
-from scaling_exps.plan import RunSpec
+from scaling_exps.plan import RunSpec, threads
 from scaling_exps.records import RunDir
 
 
@@ -74,8 +74,7 @@ def _workers(run_dirs: list[RunDir], world: int, parallel: int, cards: list[str]
     queue = [run_dirs] * count if world == 1 else [[d] for d in run_dirs]
     start = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={world}"] if world > 1 else []
     command = [sys.executable, *start, "-m", "scaling_exps.train", "--attached", f"--since={time.time()}"]
-    threads = str(max(1, (os.cpu_count() or 1) // (count * world)))
-    environment = {**os.environ, "OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", threads)}
+    environment = {**os.environ, "OMP_NUM_THREADS": threads(count * world)}
     environment.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")  # torchrun kills after 30 s: a disk may be slower
     environment["WORLD_SIZE"] = "1"  # the tasks of an srun around this process are no group; torchrun sets its own
     workers: dict[int, subprocess.Popen[bytes]] = {}  # by the share of the cards that they have

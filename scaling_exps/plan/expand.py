@@ -222,7 +222,7 @@ def _one(config: Config, held: str, given: int | Ramped, rule_name: str | None, 
     placement = Placement(
         world_size=world,
         accumulation=accumulation,
-        compile=config.launch.compile,
+        compile=config.launch.compile is True,  # auto is decided by `cost.compiled`
         shard=config.launch.shard,
         most=most if grows else None,
     )
@@ -409,6 +409,11 @@ def device() -> str:
     told = [Path(p).read_text() for p in sorted(glob.glob("/proc/driver/nvidia/gpus/*/information"))]
     models = [m[1].strip() for text in told if (m := re.search(r"^Model:(.*)$", text, re.MULTILINE))]
     return models[0] if models else UNNAMED_GPU
+
+
+def threads(processes: int) -> str:
+    """What OMP_NUM_THREADS says, or the share of this machine's cores that each of so many processes gets."""
+    return os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
 
 
 def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science, scaled: Hyper) -> list[str]:

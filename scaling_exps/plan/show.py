@@ -55,6 +55,7 @@ def describe(spec: RunSpec) -> list[dict[str, Any]]:
                 "world_size": spec.placement.world_size,
                 "micro_batch": science.micro_batch,
                 "accumulation": spec.placement.accumulation,
+                "compile": spec.placement.compile,
             },
             "notes": list(spec.notes),
         }

@@ -1,8 +1,8 @@
 """python -m scaling_exps.train.probe: a few real steps of the planned run on standard input; no record is left.
 
 A step of n micro-batches takes update + n · micro; both are measured where the run accumulates much. Prints one
-object: those two in seconds, the peak of memory, FLOPs of one example, the device; or `refused`, in the words of a
-launch.
+object: those two in seconds, the seconds that the first steps took longer, the peak of memory, FLOPs of one example,
+the device; or `refused`, in the words of a launch.
 """
 
 from __future__ import annotations
@@ -38,11 +38,11 @@ def probe(spec: RunSpec) -> dict[str, Any]:
     draws = spec.science.draws
     own = spec.placement.accumulation // draws  # micro-batches a draw
     most = min(own, MOST)
-    trainer, longer, steps = _steps(spec, most)
+    trainer, longer, steps, start = _steps(spec, most)
     micro, update = longer / most / draws, 0.0
     if own > most:  # what a step takes once is spread over more of them
         del trainer
-        trainer, shorter, more = _steps(spec, most // 2)
+        trainer, shorter, more, _ = _steps(spec, most // 2)
         steps += more
         micro = max(0.0, longer - shorter) / (most - most // 2) / draws
         update = max(0.0, longer - micro * most * draws)
@@ -51,6 +51,7 @@ def probe(spec: RunSpec) -> dict[str, Any]:
     return {
         "micro_seconds": micro,
         "update_seconds": update,
+        "start_seconds": start,
         "steps": steps,
         "memory_bytes": memory,
         "flops": flops(trainer),
@@ -59,8 +60,9 @@ def probe(spec: RunSpec) -> dict[str, Any]:
     }
 
 
-def _steps(spec: RunSpec, micro_batches: int) -> tuple[Trainer, float, int]:
-    """A trainer after some steps of so many micro-batches a draw, seconds a step, and how many were timed."""
+def _steps(spec: RunSpec, micro_batches: int) -> tuple[Trainer, float, int, float]:
+    """A trainer after some steps of so many micro-batches a draw, seconds a step, how many were timed, and the seconds
+    that the first two took longer than two."""
     s = spec.science
     provenance.reset_peak_memory()
     science = msgspec.structs.replace(s, batch=micro_batches * s.micro_batch, steps=10**9)
@@ -74,7 +76,8 @@ def _steps(spec: RunSpec, micro_batches: int) -> tuple[Trainer, float, int]:
         trainer.train_step()
         with trainer.paused():
             trainer.check_finite()
-    return trainer, (trainer.seconds - before) / (trainer.step - begun), trainer.step - begun
+    each = (trainer.seconds - before) / (trainer.step - begun)
+    return trainer, each, trainer.step - begun, max(0.0, before - begun * each)
 
 
 def _measurements(t: Trainer, spec: RunSpec, micro_seconds: float) -> int:
