@@ -92,6 +92,27 @@ def test_what_decides_numbers_is_in_the_run_id() -> None:
     assert len(ids | {run_id("batch=16")}) == len(words) + 1
 
 
+@pytest.mark.parametrize(
+    ("flags", "precision", "says"),
+    [
+        ("flags\t: fpu avx512f avx512_bf16 amx_tile", "bfloat16", "bfloat16, this CPU has avx512_bf16"),
+        ("flags\t: fpu avx2", "float32", "float32, this CPU has no instructions for bfloat16"),
+    ],
+)
+def test_precision_auto_is_what_the_cpu_has_instructions_for(
+    flags: str, precision: str, says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The run is the one that names the precision. Fails if `auto` stood in its science, or were not told."""
+    (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
+    monkeypatch.setattr(plan.expand, "CPU", tmp_path / "cpuinfo")
+    monkeypatch.setattr(plan.expand, "_gpus", lambda: 0)
+    (found,) = specs("batch=16", "precision=auto")
+    assert found.run_id == run_id("batch=16", f"precision={precision}")
+    assert any(f"precision=auto: {says}" == note for note in found.notes)
+    with pytest.raises(plan.PlanError, match="the jobs run on others: give float32 or bfloat16"):
+        specs("precision=auto", "launch=slurm")
+
+
 def test_content_is_identity_and_its_place_is_not(tmp_path: Path) -> None:
     """Two texts at one place are two runs, one text at two places is one; of cifar10 the name says all."""
     for folder in ("a", "b"):

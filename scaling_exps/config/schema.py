@@ -492,7 +492,10 @@ class Config(Group, frozen=True, kw_only=True):
     noise_scale: Annotated[NoiseScale | None, _is("measured B_noise, for the rules that need it", "examples")]
     duration: Annotated[float, _is("multiple of the recipe's budget in samples", gt=0, le=10**6)]
     svag: Annotated[Ell | list[Ell], _is("SVAG's ell; 1 is plain training; a list is a sweep")]
-    precision: Annotated[Literal["float32", "bfloat16"], _is("bfloat16: by autocast")]
+    precision: Annotated[
+        Literal["float32", "bfloat16", "auto"],
+        _is("bfloat16: by autocast; auto: bfloat16 where this machine's CPU has instructions for it, else float32"),
+    ]
     logger: Annotated[
         Literal["wandb", "tensorboard", "csv", "none"] | list[Literal["wandb", "tensorboard", "csv"]],
         _is("mirrors of the records; wandb is online when you are logged in; the others lie in the run's folder"),

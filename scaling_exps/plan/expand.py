@@ -12,7 +12,7 @@ import re
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import msgspec
 
@@ -26,6 +26,7 @@ from scaling_exps.rules import OPTIMIZERS, Hyper, Move, Rule
 MOST_BATCH = 2**24  # of the schema
 MOST_STEPS = 10**9  # of a run; more is a slip of the finger
 UNNAMED_GPU = "GPU"  # one whose driver does not say here what it is
+CPU = Path("/proc/cpuinfo")
 ROUNDING = 0.01  # share of the samples that rounding to whole steps may change without a word
 
 
@@ -313,7 +314,7 @@ def _science(
         batch=first.batch,
         micro_batch=first.micro_batch,
         steps=steps * stretch,
-        precision=config.precision,
+        precision=_precision(config),
         freeze_last=recipe.freeze_last,
         statistics_samples=recipe.statistics_samples,
         seed=seed,
@@ -411,6 +412,22 @@ def device() -> str:
     return models[0] if models else UNNAMED_GPU
 
 
+def _precision(config: Config) -> Literal["float32", "bfloat16"]:
+    """Raises PlanError where this machine cannot tell."""
+    if config.precision != "auto":
+        return config.precision
+    if isinstance(config.launch, SlurmLaunch) or _gpus():
+        where = "the jobs run on others" if isinstance(config.launch, SlurmLaunch) else "and the run is on its GPU"
+        raise PlanError(f"precision=auto looks at this machine's CPU, {where}: give float32 or bfloat16")
+    return "bfloat16" if _bfloat16() else "float32"
+
+
+def _bfloat16() -> str:
+    """What Linux calls the CPU's instructions for it; empty where it has none."""
+    flags = CPU.read_text().split() if CPU.exists() else []
+    return next((name for name in ("amx_bf16", "avx512_bf16") if name in flags), "")
+
+
 def threads(processes: int) -> str:
     """What OMP_NUM_THREADS says, or the share of this machine's cores that each of so many processes gets."""
     return os.environ.get("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // processes)))
@@ -428,6 +445,10 @@ def _notes(config: Config, rule: Rule, move: Move, base: Hyper, science: Science
                 f"decoupled weight decay {base.weight_decay:g} is not covered by rule {rule.name}: per sample it now "
                 f"shrinks weights by {shrink / kappa:.3g} times what the base does"
             )
+    if config.precision == "auto":
+        notes.append(
+            f"precision=auto: {science.precision}, this CPU has {_bfloat16() or 'no instructions for bfloat16'}"
+        )
     if recipe.clip is not None and kappa != 1 and (moved := rule.clip(recipe.clip, kappa)) != recipe.clip:
         kept = f"recipe.clip={recipe.clip:g} is kept: {rules.CLIP_KEPT.format(moved)}; clip=rule sets it"
         notes.append(kept if config.clip == "keep" else f"clip=rule moves the threshold, too: c/√κ = {moved:.4g}")
