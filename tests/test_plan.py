@@ -106,7 +106,7 @@ def test_precision_auto_is_what_the_cpu_has_instructions_for(
     (tmp_path / "cpuinfo").write_text(f"processor\t: 0\n{flags}\n")
     monkeypatch.setattr(plan.expand, "CPU", tmp_path / "cpuinfo")
     monkeypatch.setattr(plan.expand, "_gpus", lambda: 0)
-    (found,) = planned("batch=16", "precision=auto")
+    (found,) = plan.plan(config.compose(["batch=16", "precision=auto"]))  # `planned` remembers
     assert found.run_id == run_id("batch=16", f"precision={precision}")
     assert any(f"precision=auto: {says}" == note for note in found.notes)
     with pytest.raises(plan.PlanError, match="the jobs run on others: give float32 or bfloat16"):
