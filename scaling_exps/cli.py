@@ -100,13 +100,13 @@ def _plan(words: list[str]) -> int:
     configs, said = ramp.resolve(configs)
     asked = plan.plan(configs)
     added = plan.lacking(configs, asked)
-    specs, decided = cost.compiled(added + asked, configs[0])
-    where = (Path(configs[0].runs_dir), configs[0].noise_from)
+    specs, where = added + asked, (Path(configs[0].runs_dir), configs[0].noise_from)
     margins: list[str] = []
     if configs[0].margin.auto:
         proposal = launch.proposed(specs, where[0])
         specs, margins = proposal.specs, proposal.lines
     remarks = launch.check(specs, configs[0])
+    specs, decided = cost.compiled(specs, configs[0])
     costs = cost.estimate(specs, configs)
     predicted = validity.describe(specs, *where)
     trades, batches = tradeoff.of(specs, *where), [s.science.batch for s in specs]

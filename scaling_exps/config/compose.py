@@ -145,7 +145,8 @@ def _main(argv: list[str], collect: Callable[[Any, Any], None]) -> None:
     os.environ["HYDRA_FULL_ERROR"] = "1"  # exceptions instead of printed tracebacks
     typed = _parse(argv)
     if typed.help:
-        return print(_help(typed))
+        print(_help(typed))
+        return
     overrides = typed.overrides
     argv = [word for word in argv if word not in overrides]  # flags first: Hydra takes none behind an override
     with tempfile.TemporaryDirectory() as scratch:  # Hydra insists on output folders; a run leaves its own instead

@@ -61,6 +61,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             for duration in (1.0, config.duration):
                 checks.samples(config, duration)
             sources.weights(config.recipe.start_from)
+            _precision(config)
         except (PlanError, sources.DataError) as e:
             faults.append(str(e))
             continue
