@@ -43,6 +43,8 @@ fig2_small model=roberta
 beta1_small
 fig1_mid optimizer=adam
 fig1_mid optimizer=rmsprop
+fig1_noise_mid optimizer=adam
+fig1_noise_mid optimizer=rmsprop
 breaking_mid optimizer=adam
 breaking_mid optimizer=rmsprop
 fig2_mid
