@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import os
 import pty
+import re
 import select
 import signal
 import subprocess
@@ -20,8 +21,9 @@ import forked
 import gate
 import pytest
 import torch
-from support import ENVIRONMENT, ROOT
+from support import ENVIRONMENT, ROOT, TINY
 
+from scaling_exps import cli
 from scaling_exps.records import RunDir
 
 ENV = {**ENVIRONMENT, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
@@ -212,3 +214,18 @@ print(before - resident())
         for way in ("kept", "returned")
     )
     assert kept < 20e6 and returned > 100e6
+
+
+def test_a_sweep_goes_seed_after_seed(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In the order that was given. Fails if one batch of all seeds came first: a sweep cut short would compare nothing."""
+    monkeypatch.chdir(tmp_path)
+    assert (
+        cli.main([*TINY, "recipe.samples=64", "measure.noise=none", "batch=[4,16]", "rule=[sqrt,none]", "seed=[3,1]"])
+        == 0
+    )
+    begun = re.findall(r"rule (\w+) at κ = (\d+), seed (\d)", capsys.readouterr().out)
+    assert begun == [
+        (rule, kappa, seed) for seed in "31" for rule, kappa in (("sqrt", "1"), ("sqrt", "4"), ("none", "4"))
+    ]
