@@ -219,7 +219,7 @@ print(before - resident())
 def test_a_sweep_goes_seed_after_seed(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In the order that was given. Fails if one batch of all seeds came first: a sweep cut short would compare nothing."""
+    """In the order that was given. Fails if all seeds of a batch came first: cut short, nothing is compared."""
     monkeypatch.chdir(tmp_path)
     assert (
         cli.main([*TINY, "recipe.samples=64", "measure.noise=none", "batch=[4,16]", "rule=[sqrt,none]", "seed=[3,1]"])
