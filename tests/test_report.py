@@ -607,7 +607,7 @@ def test_predicted_stands_beside_measured(
     assert row(rows, "none", 64).predicted is None and row(rows, "none", 64).measured
     (drawn,) = [c for c in charts.arrange(rows) if c.group == "gap" and "θ₀" in c.title]
     told, rule = (next(t for t in drawn.traces if t.arm == arm) for arm in (charts.CURVE, "sqrt"))
-    assert told.x == rule.x == [16, 64] and {t.arm for t in drawn.traces} == {charts.CURVE, "sqrt", "none"}
+    assert told.x == rule.x == [16, 64] and {t.arm for t in drawn.traces} == {charts.CURVE, "sqrt"}
     assert (told.y[1], rule.y[1]) == (far.predicted.deviation - 1, far.measured.value - 1)
     assert cli.main(["report"]) == 0
     said = capsys.readouterr().out
