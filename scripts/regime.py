@@ -45,6 +45,7 @@ fig1_mid optimizer=adam
 fig1_mid optimizer=rmsprop
 fig1_noise_mid optimizer=adam
 fig1_noise_mid optimizer=rmsprop
+fig1_noise_mid optimizer=rmsprop recipe.lr=1.25e-4 seed=[10,11,12,13,14,15]
 breaking_mid optimizer=adam
 breaking_mid optimizer=rmsprop
 fig2_mid

@@ -50,8 +50,8 @@ def launch(specs: list[RunSpec], config: Config) -> bool:
 
 def _start(specs: list[RunSpec], config: Config) -> bool:
     """Seed after seed: where a sweep is cut short, the seeds that are through have every batch and rule."""
-    seeds = list(dict.fromkeys(spec.science.seed for spec in specs))
-    specs = sorted(specs, key=lambda spec: seeds.index(spec.science.seed))
+    place = {seed: i for i, seed in enumerate(dict.fromkeys(spec.science.seed for spec in specs))}
+    specs = sorted(specs, key=lambda spec: place[spec.science.seed])
     if isinstance(config.launch, SlurmLaunch):
         return slurm.launch(specs, Path(config.runs_dir), config.launch)
     return local.launch(specs, Path(config.runs_dir), config.launch)

@@ -279,20 +279,18 @@ def _gap(rows: list[Row]) -> list[Chart]:
 def _displacement(arms: list[Row]) -> Chart:
     """How much farther or less far from the start an arm ends than its base run, beside what the noise predicts.
 
-    Where something is predicted and drawn against batch, without the controls: they end so far off that the axis would
+    Where a prediction at several batches can be drawn, without the controls: they end so far off that the axis would
     hide the comparison.
     """
     foretold = sorted(
         (float(r.batch), p.deviation - 1, p.low - 1, p.high - 1) for r in arms if (p := r.predicted) is not None
     )
-
-    def drawn(rows: list[Row]) -> Chart:
-        of = [_error_bar(m.value - 1, m.low - 1, m.high - 1) if (m := r.measured) is not None else None for r in rows]
-        return _against_batch("change of |θ - θ₀|", rows, of, percent=True)
-
-    chart = drawn([r for r in arms if r.role != "control"])
+    rules = [r for r in arms if r.role != "control"]
+    rows = rules if foretold and len({r.batch for r in rules}) > 1 else arms
+    changes = [_error_bar(m.value - 1, m.low - 1, m.high - 1) if (m := r.measured) is not None else None for r in rows]
+    chart = _against_batch("change of |θ - θ₀|", rows, changes, percent=True)
     if not chart.traces or not chart.log_x or not foretold:
-        return drawn(arms)
+        return chart
     x, y, low, high = (list(column) for column in zip(*foretold, strict=True))
     return replace(chart, traces=[Trace(CURVE, x, y, low, high), *chart.traces])
 
