@@ -461,6 +461,29 @@ def test_noise_and_svag_have_their_charts(tmp_path: Path) -> None:
     assert {t.arm for t in overlay["train loss"].traces} == {"base", "SVAG ℓ=2"}
 
 
+def test_svag_s_curves_are_compared_in_the_order_of_l(tmp_path: Path) -> None:
+    """The runs of a seed are alike but for what is added to their test loss: 0.4 at ℓ = 2 and 0.5 at ℓ = 4, and by seed
+    -0.1, 0, 0.1 more at ℓ = 4. So the distances are 0.4 and 0.1, chance has a part in the second alone (sd 0.1 over
+    three seeds: 0.1 √(2 / 3π)), and weights do not differ. Fails if each ℓ were compared with 1, if seeds were not
+    paired, or if chance were the spread of one ℓ."""
+    for ell in (1, 2, 4):
+        for spec in fabricate(tmp_path, [*DEMO, f"svag={ell}"], batches=(4,), rules=("sqrt",)):
+            if spec.science.svag == ell > 1:
+                added = {2: 0.4, 4: 0.5 + 0.1 * (spec.science.seed - 1)}[ell]
+                file = tmp_path / spec.run_id / "records.jsonl"
+                lines = [json.loads(line) for line in file.read_text().splitlines()]
+                moved = [{**x, "loss": x["loss"] + added} if x["kind"] == "eval" else x for x in lines]
+                file.write_text("".join(json.dumps(x) + "\n" for x in moved))
+    lines = [x for x in report.reading(rows_of(tmp_path)) if "SVAG" in x]
+    said = {
+        name: line for name in ("train loss", "test loss", "weight norm") for line in lines if f"SVAG, {name}:" in line
+    }
+    assert "ℓ 1 → 2 0.4 (chance" in said["test loss"]
+    assert f"2 → 4 0.1 (chance {0.1 * math.sqrt(2 / 3 / math.pi):.2g})" in said["test loss"]
+    assert "are further apart than that" in said["test loss"]
+    assert "overlay within that" in said["weight norm"]
+
+
 # ---- the first line ----
 
 

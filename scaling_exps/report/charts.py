@@ -11,7 +11,7 @@ from typing import Any, TypeGuard
 import numpy as np
 
 from scaling_exps.noise.validity import DOMINATED, steps_and_samples
-from scaling_exps.report import pace, prediction
+from scaling_exps.report import pace, prediction, svag
 from scaling_exps.report.judge import METRICS
 from scaling_exps.report.runs import Run, trajectory
 from scaling_exps.report.verdict import Row
@@ -381,20 +381,13 @@ def _noise(rows: list[Row]) -> list[Chart]:
 
 def _svag(rows: list[Row]) -> list[Chart]:
     """The test functions of Fig. 3 over t, a line an ℓ."""
-    if all(r.svag == 1 for r in rows):
-        return []
-    members = [r for r in rows if (r.role == "base" or r.svag > 1) and math.isfinite(r.runs[0].t)]
-    pooled = [_pooled(r.runs) for r in members]
-    functions: dict[str, list[Trace | None]] = {"train loss": [_loss(r) for r in members]}
-    for metric, name in (("loss", "test loss"), ("accuracy", ACCURACY), ("weight_norm", "weight norm")):
-        functions[name] = [_evaluated(r, metric) for r in members]
-    for column, name in ((1, "tr Σ"), (2, "‖∇f‖²")):
-        both = zip(members, pooled, strict=True)
-        functions[name] = [_line(r.rule, r.batch, p[:, 0], p[:, column]) if len(p) else None for r, p in both]
+    functions = {name: [(c.row, c.t, c.values) for c in found] for name, found in svag.curves(rows).items()}
+    pooled = [(row, _pooled(row.runs)) for row, *_ in functions.get("train loss", [])]
+    for column, name in ((1, "tr Σ"), (2, "‖∇f‖²")) if pooled else ():
+        functions[name] = [(row, row.runs[0].t * p[:, 0], p[:, column]) for row, p in pooled if len(p)]
     drawn = []
-    for name, lines in functions.items():
-        pairs = [(r.runs[0].t, line) for r, line in zip(members, lines, strict=True) if line]
-        traces = [replace(line, x=[x * t for x in line.x]) for t, line in pairs]
+    for name, found in functions.items():
+        traces = [_line(row.rule, row.batch, t, values) for row, t, values in found]
         drawn.append(Chart(name, "continuous time t", name, traces, percent=name == ACCURACY))
     return drawn
 

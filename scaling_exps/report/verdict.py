@@ -20,7 +20,7 @@ import numpy as np
 from scaling_exps.noise.validity import Validity
 from scaling_exps.plan import Arm, RunSpec
 from scaling_exps.plan.margin import ALPHA, ENOUGH, spent
-from scaling_exps.report import prediction
+from scaling_exps.report import prediction, svag
 from scaling_exps.report.judge import METRICS, Test, conclude, form, judge, mean_sd
 from scaling_exps.report.runs import Collection, Missing, ReportError, Run, trajectory
 
@@ -295,7 +295,7 @@ def reading(rows: list[Row]) -> list[str]:
             lines.append(
                 f"  {row.power}: nothing lost that could have, so this speaks neither for {row.rule} nor against"
             )
-    return [*lines, *prediction.calibration(rows)]
+    return [*lines, *svag.sentences(rows), *prediction.calibration(rows)]
 
 
 def _because(row: Row) -> str:
