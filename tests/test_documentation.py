@@ -86,7 +86,9 @@ def test_what_a_page_or_an_experiment_says_to_type_plans(
     typed = shlex.split(re.split(r"&&| {2,}", command)[0], comments=True)
     words = [w for w in typed if w not in ("...", "[--json]")]
     write_files(tmp_path)
-    (tmp_path / "slurm").symlink_to(ROOT / "slurm")
+    (tmp_path / "docs" / "evidence").mkdir(parents=True)
+    for folder in ("slurm", "docs/evidence/start"):
+        (tmp_path / folder).symlink_to(ROOT / folder)
     (tmp_path / "package").mkdir()  # whose module:function is a network of one's own
     monkeypatch.chdir(tmp_path)
     if "--help" in words or "--version" in words or (len(words) == 1 and words[0] in cli.COMMANDS):
