@@ -643,3 +643,15 @@ def test_your_own_data_is_looked_at_once_a_command(tmp_path: Path, monkeypatch: 
     words = ["model=resnet50", "dataset=imagefolder", f"dataset.path={tmp_path}", "seed=[0,1,2]"]
     assert len(plan.plan(config.compose(words))) == 3
     assert len([w for w in walked if Path(w[0]) == tmp_path]) == 1
+
+
+def test_what_is_wrong_with_every_run_is_said_once() -> None:
+    """Four rules at two batches lack a recipe for the optimizer, for one reason. Fails if it were said eight times, or
+    if a fault of one run alone were said of more."""
+    with pytest.raises(plan.PlanError) as refused:
+        planned("experiment=fig1_noise_mid", "optimizer=adamw")
+    assert str(refused.value).count("no reference point") == 1
+    assert str(refused.value).startswith("batch=1 rule=sqrt and 7 more: no reference point")
+    with pytest.raises(plan.PlanError) as refused:
+        planned("batch=[32,2048]", "rule=[sqrt,none]")
+    assert str(refused.value).startswith("batch=2048 rule=sqrt: ")

@@ -48,6 +48,7 @@ def plan(configs: list[Config]) -> list[RunSpec]:
     runs: dict[str, RunSpec] = {}
     one = ("runs_dir", "noise_from", "launch", "cost", "base")  # settings of the command
     faults = _differing([{key: getattr(c, key) for key in one} for c in configs])
+    places_of: dict[str, dict[str, None]] = {}  # what is wrong with runs, and with which
     for config in configs:
         values = [getattr(config, key) for key in ("batch", "rule", "svag", "seed")]
         lists = [v if isinstance(v, list) else [v] for v in values]
@@ -74,9 +75,12 @@ def plan(configs: list[Config]) -> list[RunSpec]:
                 spec = _one(config, held, batch, rule, ell, seed)
             except (PlanError, rules.RuleError) as e:
                 where = ("ramp" if isinstance(batch, Ramped) else f"batch={batch}") + (f" rule={rule}" if rule else "")
-                where += f" svag={ell}: " if ell != 1 else ": "
-                says_where = ("batch=", "svag=", "ramp")
-                faults += [line if line.startswith(says_where) else where + line for line in str(e).splitlines()]
+                where += f" svag={ell}" if ell != 1 else ""
+                for line in str(e).splitlines():
+                    if line.startswith(("batch=", "svag=", "ramp")):  # it says where itself
+                        faults.append(line)
+                    else:
+                        places_of.setdefault(line, {})[where] = None
                 continue
             known = runs.setdefault(spec.run_id, spec)
             # settings that are no part of the run id, and of which a run has one
@@ -85,6 +89,8 @@ def plan(configs: list[Config]) -> list[RunSpec]:
             faults += _differing([{key: getattr(s, k) for key, k in places.items()} for s in (known, spec)])
             arms = known.arms + tuple(a for a in spec.arms if a not in known.arms)
             runs[spec.run_id] = msgspec.structs.replace(known, arms=arms)
+    for fault, (first, *others) in places_of.items():
+        faults.append(f"{first}{f' and {len(others)} more' if others else ''}: {fault}")
     if faults:
         raise PlanError("\n".join(dict.fromkeys(faults)))
     return list(runs.values())
