@@ -207,13 +207,15 @@ def example_gradients(
         losses: the losses are appended, one tensor a block.
     """
     from torch.func import grad_and_value, vmap
+    from torch.nn.attention import SDPBackend, sdpa_kernel
 
     size = sum(p.numel() for p in params.values())
     most = max(1, min(32, BLOCK_BYTES // (4 * size)))
     each = vmap(grad_and_value(lambda p, x, y: loss(p, x[None], y[None])), in_dims=(None, 0, 0), randomness="different")
     held = {k: p.detach() for k, p in params.items()}
     for start in range(examples.start, examples.stop, most):
-        grads, values = each(held, *batch(start, min(start + most, examples.stop)))
+        with sdpa_kernel(SDPBackend.MATH):  # vmap takes the fused kernels example by example, and warns of it
+            grads, values = each(held, *batch(start, min(start + most, examples.stop)))
         losses.extend(values.detach())
         yield torch.cat([grads[k].flatten(1) for k in held], 1)
 
