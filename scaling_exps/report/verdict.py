@@ -286,6 +286,7 @@ def reading(rows: list[Row]) -> list[str]:
         text = f"{row.setting}, batch {row.batch}: {row.rule} is {_because(row)}"
         if (test := row.gaps.get("trajectory")) and test.n:
             text += f"; its train loss is {form('trajectory', test.difference, '')} from the base's on average"
+            text += _first_and_last(row, rows)
         if controls := _controls(row, rows):
             text += f". Controls: {'; '.join(f'{r.rule!r} {_because(r)}' for r in controls)}"
         lines.append(text)
@@ -296,6 +297,20 @@ def reading(rows: list[Row]) -> list[str]:
                 f"  {row.power}: nothing lost that could have, so this speaks neither for {row.rule} nor against"
             )
     return [*lines, *svag.sentences(rows), *prediction.calibration(rows)]
+
+
+def _first_and_last(row: Row, rows: list[Row]) -> str:
+    """Whether the gap arose early: mean difference of the train loss over the first and the last tenth of samples."""
+    base = {run.spec.science.seed: run for r in rows if (r.setting, r.role) == (row.setting, "base") for run in r.runs}
+    tenths = []
+    for run in (r for r in row.runs if r.spec.science.seed in base):
+        _, losses = trajectory((run, base[run.spec.science.seed]))
+        k = math.ceil(losses.shape[1] / 10)
+        tenths.append((losses[0, :k] - losses[1, :k], losses[0, -k:] - losses[1, -k:]))
+    if not tenths:
+        return ""
+    first, last = np.mean(tenths, axis=(0, 2))
+    return f" ({form('train_loss', first)} in the first tenth, {form('train_loss', last)} in the last)"
 
 
 def _because(row: Row) -> str:
