@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import tarfile
 from pathlib import Path
 from typing import Any
 
@@ -170,8 +171,12 @@ def test_evidence(tmp_path: Path) -> None:
     shutil.copy(ROOT / "scripts/evidence.py", tmp_path / "scripts")
     page = tmp_path / "docs/evidence/claims.md"
     page.write_text("before\n<!-- evidence: begin -->\nold\n<!-- evidence: end -->\nafter\n")
-    fabricate(tmp_path / "runs" / "demo", ["experiment=demo"], batches=(4, 64), rules=("sqrt", "none"))
+    specs = fabricate(tmp_path / "runs" / "demo", ["experiment=demo"], batches=(4, 64), rules=("sqrt", "none"))
+    one = tmp_path / "runs/demo" / specs[0].run_id / "run.json"
+    one.write_text(json.dumps(json.loads(one.read_text()) | {"dataset_path": "/home/me/data"}))
     run(str(tmp_path / "scripts/evidence.py"), str(tmp_path / "runs/demo"), "demo", cwd=tmp_path)
+    with tarfile.open(tmp_path / "docs/evidence/runs/demo.tar.xz") as kept:
+        assert all(b"/home/me" not in kept.extractfile(f).read() for f in kept.getmembers())
     text = page.read_text()
     assert text.startswith("before\n") and text.endswith("after\n") and "old" not in text
     assert "## demo" in text and "What the rule does, on a laptop" in text
