@@ -51,7 +51,6 @@ breaking_mid optimizer=adam
 breaking_mid optimizer=rmsprop
 fig2_mid
 fig2_trained_mid
-fig2_roberta_mid
 """
 
 
