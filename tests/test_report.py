@@ -503,6 +503,20 @@ def test_svag_s_curves_are_compared_in_the_order_of_l(tmp_path: Path) -> None:
     assert "overlay within that" in said["weight norm"]
 
 
+def test_a_report_amid_svag_s_runs(tmp_path: Path) -> None:
+    """Of ℓ = 2 nothing has finished, and of ℓ = 1 nothing but runs at another batch. Fails if a row without runs, or a
+    setting without two ℓ, ended the report."""
+    fabricate(tmp_path / "a", DEMO, batches=(4,), rules=("sqrt",))
+    for spec in fabricate(tmp_path / "a", [*DEMO, "svag=2"], batches=(4,), rules=("sqrt",)):
+        if spec.science.svag == 2:
+            (tmp_path / "a" / spec.run_id / "result.json").unlink()
+    fabricate(tmp_path / "b", [*DEMO, "svag=2"], batches=(16,), rules=("sqrt",))
+    for folder in ("a", "b"):
+        rows = rows_of(tmp_path / folder)
+        assert not [x for x in report.reading(rows) if "SVAG, " in x]
+        charts.arrange(rows)
+
+
 # ---- the first line ----
 
 

@@ -31,7 +31,7 @@ def curves(rows: list[Row]) -> dict[str, list[Curve]]:
     """The base runs, as ℓ = 1, and the runs at each other ℓ, of one setting; none where nothing ran with ℓ > 1."""
     if all(r.svag == 1 for r in rows):
         return {}
-    members = [r for r in rows if (r.role == "base" or r.svag > 1) and math.isfinite(r.runs[0].t)]
+    members = [r for r in rows if r.runs and (r.role == "base" or r.svag > 1) and math.isfinite(r.runs[0].t)]
     found: dict[str, list[Curve]] = {"train loss": []}
     for row in members:
         of_a_sample = row.runs[0].t
@@ -57,8 +57,7 @@ def sentences(rows: list[Row]) -> list[str]:
     for setting in dict.fromkeys(r.setting for r in rows):
         for name, found in curves([r for r in rows if r.setting == setting]).items():
             found = sorted((c for c in found if c.row.kappa == 1), key=lambda c: c.row.svag)
-            common = set.intersection(*(set(c.seeds) for c in found))
-            if len(found) < 2 or len(common) < 2:
+            if len(found) < 2 or len(set.intersection(*(set(c.seeds) for c in found))) < 2:
                 continue
             steps = [_step(a, b) for a, b in itertools.pairwise(found)]
             spread = float(np.mean(found[0].values.std(0, ddof=1)))

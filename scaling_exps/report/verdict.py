@@ -306,10 +306,10 @@ def _first_and_last(row: Row, rows: list[Row]) -> str:
     for run in (r for r in row.runs if r.spec.science.seed in base):
         _, losses = trajectory((run, base[run.spec.science.seed]))
         k = math.ceil(losses.shape[1] / 10)
-        tenths.append((losses[0, :k] - losses[1, :k], losses[0, -k:] - losses[1, -k:]))
+        tenths.append([np.mean(losses[0, part] - losses[1, part]) for part in (slice(k), slice(-k, None))])
     if not tenths:
         return ""
-    first, last = np.mean(tenths, axis=(0, 2))
+    first, last = np.mean(tenths, axis=0)
     return f" ({form('train_loss', first)} in the first tenth, {form('train_loss', last)} in the last)"
 
 
