@@ -520,6 +520,16 @@ def test_a_report_amid_svag_s_runs(tmp_path: Path) -> None:
 # ---- the first line ----
 
 
+def test_a_batch_between_needs_no_control_and_the_last_one_does(tmp_path: Path) -> None:
+    """sqrt at 16 has no control beside it, at 64 `none` is told apart, at 256 nothing is beside it again. Fails if the
+    lack of a control at 16 hid what was shown at 64, or if 256 were called safe without one."""
+    fabricate(tmp_path, DEMO, batches=(4, 64), rules=("sqrt", "none"))
+    fabricate(tmp_path, DEMO, batches=(16, 256), rules=("sqrt",))
+    (said,) = report.answer(rows_of(tmp_path))
+    assert said.startswith("Safe up to batch 64 (κ = 16) under sqrt")
+    assert "256 is within the margins without power (no control was run)" in said
+
+
 def without_margins() -> list[str]:
     return [*DEMO, *(f"margin.{m}=null" for m in ("test_accuracy", "train_loss", "trajectory", "weight_norm"))]
 

@@ -1,10 +1,13 @@
 """The first line of a report: up to which batch it is the same run, under which rule, at which margin.
 
-An arm counts as safe where it is equivalent, a control beside it was told apart (power), and so is every tested batch
-between it and the base. Then the next batch is named and how it fared, and that nothing between was run.
+An arm counts as safe where it is equivalent, a control beside it was told apart (power), and every tested batch
+between it and the base is equivalent, too. Between, no control need be told apart: the smaller κ, the less it strays.
+Then the next batch is named and how it fared, and that nothing between was run.
 """
 
 from __future__ import annotations
+
+import itertools
 
 from scaling_exps.report.judge import METRICS, form
 from scaling_exps.report.verdict import Row
@@ -79,13 +82,10 @@ def _of_ramp(row: Row) -> str:
 
 
 def largest_safe(arms: list[Row]) -> Row | None:
-    """Of the arms of one rule: the last that is equivalent, with power, as are all between it and the base."""
-    safe = None
-    for row in sorted((r for r in arms if r.kappa > 1), key=lambda r: r.batch):
-        if row.verdict != "equivalent" or row.powerless:
-            break
-        safe = row
-    return safe
+    """Of the arms of one rule: the last that is equivalent with power, all between it and the base being equivalent."""
+    upward = sorted((r for r in arms if r.kappa > 1), key=lambda r: r.batch)
+    held = list(itertools.takewhile(lambda r: r.verdict == "equivalent", upward))
+    return next((r for r in reversed(held) if not r.powerless), None)
 
 
 def _fate(row: Row) -> str:
