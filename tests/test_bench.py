@@ -153,11 +153,9 @@ def test_a_campaign_of_faults(tmp_path: Path) -> None:
         hits = sum(sum(row["hit"].values()) for row in rows(out.read_text()))
     first, second = rows(out.read_text())
     assert [first["case"], second["case"]] == [0, 3] and not first["wrong"] and not second["wrong"]
-    assert {*first["hit"]} <= {"checkpoint empty", "SIGHUP"} and {*second["hit"]} <= {
-        "both checkpoints cut",
-        "lock overwritten",
-        "SIGKILL",
-    }
+    # Each is struck up to four times; how often it is before it has finished, the machine's speed decides.
+    assert {*first["hit"]} <= {"checkpoint empty", "SIGHUP", "little memory", "files end at a size"}
+    assert {*second["hit"]} <= {"SIGKILL", "both checkpoints cut", "lock overwritten"}
     page.write_text("<!-- faults -->\n<!-- end -->\n")
     run("bench/drill.py", "--render", str(out), str(page), cwd=tmp_path)
     assert f"| **faults** | {hits} | 0 | 0 | {hits} |" in page.read_text()
