@@ -234,11 +234,13 @@ def test_networks_see_what_their_names_say() -> None:
         (config.ResNet(name="resnet56", depth=56, width=16, norm="batch"), 853_018),  # He et al. 2016, table 6: 0.85M
         (config.ResNet50(name="resnet50", norm="batch"), 23_520_842),
         (config.VGG16(name="vgg16", width=64, norm="batch"), 14_724_042),  # no biases before BN
+        (config.VGG16(name="vgg16", width=64, norm="group"), 14_724_042),
     ):
         name = model.name
         net = models.build(model, dataset("cifar10"), 0, freeze_last=name == "vgg16")
         assert sum(p.numel() for p in net.parameters()) == count, name
         assert net(torch.zeros(2, 3, 32, 32)).shape == (2, 10)
+        assert models.has_batch_norm(net) == (model.norm == "batch")
         if name == "vgg16":
             last = net[-1].weight
             assert not last.requires_grad and last.std().item() == pytest.approx(0.01, rel=0.05)

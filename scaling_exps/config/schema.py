@@ -135,18 +135,25 @@ class _Model(Group, frozen=True, kw_only=True, tag_field="kind"):
         return getattr(self, "norm", None) == "batch"
 
 
+GROUP_NORM = "group: GroupNorm in groups of 4 channels"
+
+
+def _groups_of_4(width: int, norm: str) -> list[str]:
+    if norm == "group" and width % 4:
+        return [f"model.width={width} must be a multiple of 4 with model.norm=group (groups of 4)"]
+    return []
+
+
 class ResNet(_Model, frozen=True, kw_only=True, tag="resnet"):
     """He et al. 2016, section 4.2: the CIFAR ResNet of depth 6n + 2."""
 
     depth: Annotated[int, _is("layers, 6n + 2", ge=8, le=10**4)]
     width: Annotated[Width, _is("channels of the first stage; the others have 2 and 4 times as many")]
-    norm: Annotated[Literal["batch", "group"], _is("group: GroupNorm in groups of 4 channels")]
+    norm: Annotated[Literal["batch", "group"], _is(GROUP_NORM)]
 
     def faults(self) -> list[str]:
         wrong = [f"model.depth={self.depth} must be 6n + 2: 8, 14, 20, ..."] if (self.depth - 2) % 6 else []
-        if self.norm == "group" and self.width % 4:
-            wrong.append(f"model.width={self.width} must be a multiple of 4 with model.norm=group (groups of 4)")
-        return wrong
+        return wrong + _groups_of_4(self.width, self.norm)
 
 
 class ResNet50(_Model, frozen=True, kw_only=True, tag="resnet50"):
@@ -156,10 +163,13 @@ class ResNet50(_Model, frozen=True, kw_only=True, tag="resnet50"):
 
 
 class VGG16(_Model, frozen=True, kw_only=True, tag="vgg16"):
-    """torchvision's vgg16_bn features and one linear layer."""
+    """torchvision's vgg16_bn features, with either normalisation, and one linear layer."""
 
     width: Annotated[Width, _is("channels of the first layer (VGG-16: 64); the others in proportion")]
-    norm: Annotated[Literal["batch"], _is("it comes with batch normalisation only")]
+    norm: Annotated[Literal["batch", "group"], _is(GROUP_NORM)]
+
+    def faults(self) -> list[str]:
+        return _groups_of_4(self.width, self.norm)
 
 
 class Timm(_Model, frozen=True, kw_only=True, tag="timm"):

@@ -115,7 +115,7 @@ def _network(model: Model, dataset: Dataset) -> nn.Module:
         case ResNet50():
             return vision.resnet50(shape, classes)
         case VGG16():
-            return vision.vgg16(shape, classes, model.width)
+            return vision.vgg16(shape, classes, model.width, model.norm)
         case Timm():
             return vision.timm_network(shape, classes, model.name, model.options)
     return _from_factory(model, shape=shape, classes=classes)

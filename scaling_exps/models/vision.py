@@ -73,8 +73,10 @@ def resnet50(shape: tuple[int, int, int], classes: int) -> nn.Module:
     return net
 
 
-def vgg16(shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
+def vgg16(shape: tuple[int, int, int], classes: int, width: int, norm: str) -> nn.Module:
     """torchvision's vgg16_bn features at `width` channels of the first layer (64), and one linear layer.
+
+    norm: batch, or group: GroupNorm in groups of 4 channels in the place of each BatchNorm.
 
     Raises:
         ModelError: images below 32 pixels, or not of 3 channels.
@@ -84,7 +86,9 @@ def vgg16(shape: tuple[int, int, int], classes: int, width: int) -> nn.Module:
     from torchvision.models.vgg import cfgs, make_layers
 
     features = make_layers([c if isinstance(c, str) else c * width // 64 for c in cfgs["D"]], batch_norm=True)
-    for m in features:
+    for i, m in enumerate(features):
+        if isinstance(m, nn.BatchNorm2d):
+            features[i] = _norm(norm, m.num_features)
         if isinstance(m, nn.Conv2d):
             nn.init.kaiming_normal_(m.weight, mode="fan_out", nonlinearity="relu")  # as torchvision's VGG does
             m.bias = None  # BN subtracts it again: its gradient is pure rounding error, which Adam would amplify
