@@ -639,6 +639,14 @@ def test_looks_are_counted_and_undeclared_ones_named(
     assert "Looked at with 3 seeds, and the looks that were declared are 5, 10" in capsys.readouterr().out
 
 
+def test_a_control_with_fewer_seeds_is_no_look(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = [*DEMO, "looks=[3,5]"]
+    make(tmp_path, (4, 16), seeds=range(4), words=words)
+    make(tmp_path, (4, 16), ("sqrt",), seeds=(4,), words=words)
+    assert cli.main(["report", str(tmp_path), "--markdown"]) == 0
+    assert "Looked at" not in capsys.readouterr().out
+
+
 def test_declared_looks_are_tested_at_their_share(tmp_path: Path) -> None:
     """At 5 of looks [5, 10] alpha is 2.5%: a wider interval, of 95%. Before the first look there is no verdict."""
     make(tmp_path / "a", (4, 16), seeds=range(5), words=[*DEMO, "looks=[5,10]"])

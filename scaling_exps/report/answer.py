@@ -148,7 +148,7 @@ def _looks(members: list[Row], looked: dict[str, set[int]]) -> list[str]:
     """What looks that were not declared do to the error, of the arms of a setting together."""
     seen: set[int] = set()
     declared: tuple[int, ...] = ()
-    for row in (r for r in members if r.role != "base" and r.shown):
+    for row in (r for r in members if r.role == "rule" and r.shown):  # a control's number of seeds is not at stake
         declared = row.looks or declared
         at = looked.get(row.key, set()) | {row.shown}
         seen |= at - set(row.looks) if row.looks else at if len(at) > 1 else set()
