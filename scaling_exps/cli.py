@@ -71,6 +71,7 @@ def _train(words: list[str]) -> int:
     plan.print_lines(plan.added(added))
     from scaling_exps import cost, launch
 
+    launch.check(added + specs, configs[0])  # before a probe spends a minute
     specs, said = cost.compiled(added + specs, configs[0])
     plan.print_lines(said)
     return 0 if launch.launch(specs, configs[0]) else 1

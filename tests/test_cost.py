@@ -251,6 +251,13 @@ def test_what_is_short_is_not_compiled_and_a_cluster_is_not_probed(tmp_path: Pat
     assert refused.returncode == 2 and "launch.compile" in refused.stderr and "true or false" in refused.stderr
 
 
+def test_what_a_launch_refuses_is_not_probed_first(tmp_path: Path) -> None:
+    """Fails if a minute of probes came before the word that nothing can be written there."""
+    (tmp_path / "file").touch()
+    refused = scalerun(*TINY, "batch=16", "launch.compile=auto", "runs_dir=file/runs", cwd=tmp_path)
+    assert refused.returncode == 2 and "is no folder to write in" in refused.stderr and "probe" not in refused.stderr
+
+
 def test_planning_imports_no_torch(tmp_path: Path) -> None:
     (spec,) = specs("batch=16")
     finished(tmp_path / "runs", spec, 100.0)
