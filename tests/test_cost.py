@@ -170,10 +170,12 @@ def test_a_probe_measures_in_a_process_of_its_own_and_leaves_nothing(tmp_path: P
     [
         (["model=timm", "model.name=resnet18x", "dataset=digits", "recipe=digits-small"], "resnet18x"),
         (["model=custom", "model.factory=own:broken", "dataset=digits", "recipe=digits-small"], "no such thing"),
+        (["recipe.start_from=no.pt"], "holds no weights that can be read"),
     ],
 )
 def test_a_probe_refuses_what_the_launch_refuses_in_the_same_words(words: list[str], says: str, tmp_path: Path) -> None:
     (tmp_path / "own.py").write_text("def broken(**options):\n    raise RuntimeError('no such thing')\n")
+    (tmp_path / "no.pt").touch()
     planned, launched = scalerun("plan", *words, "cost=probe", cwd=tmp_path), scalerun(*words, cwd=tmp_path)
     assert planned.returncode == launched.returncode == 2
     assert says in planned.stderr and launched.stderr.splitlines()[-1] in planned.stderr

@@ -47,6 +47,8 @@ def check(specs: list[RunSpec], config: Config) -> list[str]:
         if isinstance(network, Timm | Custom) and not config.cost.probe:
             what = "that the function works" if isinstance(network, Custom) else f"that timm has {network.name}"
             said.append(f"unchecked: {what} and that its network fits this data; cost=probe builds it")
+    for weights in dict.fromkeys(s.start_from for s in specs if s.start_from and not config.cost.probe):
+        said.append(f"unchecked: that recipe.start_from={weights} fits the network; cost=probe loads it")
     return said
 
 
