@@ -153,7 +153,7 @@ def lines(costs: dict[str, dict[str, Any]], config: Config) -> list[str]:
     if any(cost["seconds"] is None for cost in costs.values()):
         why = f"no finished run of this network under {config.runs_dir}/"
         if config.cost.device is not None:
-            why += ", and its FLOPs cannot be had without torch"
+            why += ", and only a probe counts its FLOPs"
         out.append(f"time and memory are not known ({why}): cost=probe measures a few steps on this machine")
     return out
 

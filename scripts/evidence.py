@@ -15,11 +15,12 @@ import io
 import json
 import tarfile
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 from scaling_exps import report
 from scaling_exps.config import CONF
-from scaling_exps.report import charts, figures, tables
+from scaling_exps.report import charts, figures, prediction, tables
 from scaling_exps.report.judge import METRICS
 from scaling_exps.report.verdict import Row
 
@@ -35,6 +36,7 @@ def main() -> None:
     o = parser.parse_args()
     if o.runs:
         pack(o.runs, DOCS / "runs" / f"{o.name}.tar.xz")
+    everything: list[Row] = []
     sections, summary = [], ["| experiment | what was run here | result | verdict |", "|---|---|---|---|"]
     for archive in sorted((DOCS / "runs").glob("*.tar.xz")):
         name = archive.name.removesuffix(".tar.xz")
@@ -45,7 +47,8 @@ def main() -> None:
         head = _head(rows)
         sections.append(_section(name, head, rows, collection.missing))
         summary += _summary(name, head.partition(". ")[0].rstrip("."), rows)
-    _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *sections]))
+        everything += [replace(r, setting=f"{name}, {r.setting}") for r in rows]
+    _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *_over_all(everything), *sections]))
     print(f"{len(sections)} sections")
 
 
@@ -83,12 +86,24 @@ def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing
     lines += [f"{len(results)} runs, {minutes:.0f} minutes of training; {versions}; commit {commits}."]
     lines += [tables.as_markdown(rows), "\n".join(f"* {x.strip()}" for x in report.reading(rows))]
     lines += [f"* not in the table: {m}" for m in missing]
-    with tempfile.TemporaryDirectory() as scratch:
-        shown = [c for c in charts.arrange(rows) if c.group in SHOWN or (c.group == "gap" and c.log_x)]
-        for file in figures.draw(shown, Path(scratch)):
-            (DOCS / f"{name}-{file.name}").write_bytes(file.read_bytes())
-            lines.append(f"![{file.stem} of {name}]({name}-{file.name})")
+    lines += _figures(name, [c for c in charts.arrange(rows) if c.group in SHOWN or (c.group == "gap" and c.log_x)])
     return "\n\n".join(line for line in lines if line)
+
+
+def _over_all(rows: list[Row]) -> list[str]:
+    """How well the noise predicts the displacement, over the arms of all experiments."""
+    if not (said := prediction.calibration(rows)):
+        return []
+    drawn = _figures("all", [c for c in charts.arrange(rows) if c.group == "prediction"])
+    return ["## What the noise predicts", *(f"{line}." for line in said), *drawn]
+
+
+def _figures(name: str, shown: list[charts.Chart]) -> list[str]:
+    with tempfile.TemporaryDirectory() as scratch:
+        files = figures.draw(shown, Path(scratch))
+        for file in files:
+            (DOCS / f"{name}-{file.name}").write_bytes(file.read_bytes())
+    return [f"![{file.stem} of {name}]({name}-{file.name})" for file in files]
 
 
 def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:

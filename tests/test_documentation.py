@@ -27,6 +27,7 @@ PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*
 TEXTS = {page.name: page.read_text() for page in PAGES}
 NOT_RUN = {  # lines of shell blocks that begin so are not run by a test, because
     "pip install PATH/TO/CLONE": "it would install over what is tested",
+    "pip install 'PATH/TO/CLONE[convert]'": "the same",
     ".venv/bin/pre-commit install": "it would write into this checkout",
     "mkdir scaling ": "the test's folder stands for it",
     'cat "$(python ': "the test's own text stands for Python's sources",

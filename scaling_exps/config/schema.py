@@ -468,7 +468,7 @@ class Config(Group, frozen=True, kw_only=True):
 
     model: Model
     dataset: Dataset
-    optimizer: Annotated[Trainable, _is("see docs/rules.md for what each is")]
+    optimizer: Annotated[Trainable, _is("docs/rules.md says what each is")]
     recipe: Recipe
     launch: Launch
     measure: Measure
@@ -511,7 +511,9 @@ class Config(Group, frozen=True, kw_only=True):
         _is("mirrors of the records; wandb is online when you are logged in; the others lie in the run's folder"),
     ]
     runs_dir: Annotated[str, _is("folder of runs", min_length=1)]
-    noise_from: Annotated[str | None, _is("run (or folder of runs) whose noise records `plan` uses; null: runs_dir")]
+    noise_from: Annotated[
+        str | None, _is("run, folder of runs or a NoiseProbe's file whose noise records `plan` uses; null: runs_dir")
+    ]
     experiment: Annotated[str | None, _is("file of conf/experiment")] = None
     words: list[str] = []  # of the command line; no key, so it has no meaning in the table of keys
 

@@ -20,13 +20,15 @@ from pathlib import Path as File
 
 from scaling_exps.convert.anew import anew
 from scaling_exps.convert.coverage import Coverage, coupled, coverage
-from scaling_exps.convert.documents import Document, open_document, read_file
+from scaling_exps.convert.documents import KEYS, Document, open_document, read_file
 from scaling_exps.convert.forms import FORMS, guess
 from scaling_exps.convert.forms.own import pair
 from scaling_exps.convert.job import Edit, Recipe, agree, read, sentence
 from scaling_exps.convert.layout import Layout
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Clip, Hyper, Move, Rule, RuleError, find, spelled
 from scaling_exps.words import Parser, UsageError
+
+WRITTEN = [form for form in FORMS if "new" in KEYS[form]]  # those of which a new file can be made
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,8 @@ def convert(
 
     Args:
         text: a recipe.
-        source, target: names of FORMS; the one that its keys say, and the same.
+        source: a name of FORMS; None is the one that its keys say.
+        target: a name of WRITTEN; None is the same.
         batch: new global batch, in examples.
         rule: a rule's name; the optimizer's own where None.
         devices: all devices of the base run, where the file does not say; those that share a replica by the parallel
@@ -79,9 +82,9 @@ def convert(
     Raises:
         RuleError: what is missing, unknown, not a number, not understood, or refused by the rule.
     """
-    for name in (source, target):
-        if name is not None and name not in FORMS:
-            raise RuleError(f"unknown form {name!r}; allowed: {', '.join(FORMS)}")
+    for name, allowed in ((source, FORMS), (target, WRITTEN)):
+        if name is not None and name not in allowed:
+            raise RuleError(f"unknown form {name!r}; allowed: {', '.join(allowed)}")
     for name, value in (("batch", batch), ("devices", devices), ("new_devices", new_devices)):
         if value is not None and not 1 <= value <= 10**12:
             raise RuleError(f"{name}={value} must be a whole number from 1 to 10^12")
@@ -165,7 +168,8 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("where", metavar="file", help="the base recipe; - is standard input")
     add("--from", dest="source", choices=list(FORMS), help="its form (default: the one that its keys say)")
-    add("--to", dest="target", choices=list(FORMS), help="write a new file of another form (default: edit this one)")
+    told = "write a new file of another form (default: edit this one)"
+    add("--to", dest="target", choices=WRITTEN, help=told)
     add("--batch", type=int, required=True, help="new global batch, in examples")
     add("--with", dest="partners", action="append", metavar="FILE", help="DeepSpeed's or accelerate's file beside it")
     add("--rule", help="default: the optimizer's own, see docs/rules.md")

@@ -14,7 +14,7 @@ from scaling_exps.rules import RuleError
 
 def anew(edit: Edit, target: str, new_devices: int | None) -> tuple[Document, Recipe]:
     """The moved recipe in another trainer's words; what it has no words for is noted."""
-    base, new = edit.base, KEYS[target].get("new", {"optimizers": {}})
+    base, new = edit.base, KEYS[target]["new"]
     if base.optimizer not in new["optimizers"]:
         allowed = ", ".join(new["optimizers"]) or "none"
         raise RuleError(f"no new {target} file is written for {base.optimizer}; there is: {allowed}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 from scaling_exps.rules.move import Goal, Hyper, Move, RuleError
+from scaling_exps.rules.optimizers import OPTIMIZERS
 from scaling_exps.rules.rule import QUESTIONS, Rule
 from scaling_exps.rules.table import RULES
 
@@ -18,12 +19,18 @@ SGD from η = 0.1, μ = 0.9, λ = 0.0005:
 
 
 def markdown(rules: list[Rule]) -> str:
-    """The tables and sections for these rules.
+    """The table of optimizers and their default rules; the tables and sections of these rules.
 
     >>> "For adaptive, invariant, sign optimizers it answers `control`" in markdown([RULES["linear"]])
     True
     """
-    out = ["| rule | η' | β' | ε' | λ' | answers | evidence |\n|---|---|---|---|---|---|---|"]
+    out = ["| optimizer | what it is | family | `goal=match` | `goal=best` |\n|---|---|---|---|---|"]
+    for o in OPTIMIZERS.values():
+        name = f"`{o.name}`" if o.trainable else f"{o.name}, for `scale` and `convert` alone"
+        chosen = [f"`{rule}`" if rule else "none known" for rule in (o.match, o.best)]
+        out.append(f"| {' | '.join((name, o.what, o.family, *chosen))} |")
+    out += ["", "A rule whose name begins with `opt_` needs a measured B_n: `noise_scale=`.\n"]
+    out += ["| rule | η' | β' | ε' | λ' | answers | evidence |\n|---|---|---|---|---|---|---|"]
     for r in rules:
         f = r.formulas()
         goals = "; ".join(f"{goal} ({families})" for goal, families in _goals(r).items())

@@ -15,6 +15,7 @@ class Optimizer:
 
     Args:
         name: what the user types after `optimizer=`, where it is trainable.
+        what: what it is, in a few words.
         family: what kind of step it takes.
         betas: the recipe's names of `Hyper.betas`, in order; None stands for 0.0, "no moving average".
         match, best: its default rule by goal; None where no rule is known.
@@ -28,6 +29,7 @@ class Optimizer:
     """
 
     name: str
+    what: str
     family: Family
     betas: tuple[str | None, ...]
     match: str | None
@@ -56,18 +58,37 @@ class Optimizer:
 
 _BETAS = ("beta1", "beta2")
 _V = ("exp_avg_sq", "max_exp_avg_sq")
-_ADAM = Optimizer("adam", "adaptive", _BETAS, "sqrt", "opt_sign", ("Adam",), moments=("exp_avg",), second_moments=_V)
+_ADAM = Optimizer(
+    "adam", "torch's Adam; decay in the gradient", "adaptive", _BETAS, "sqrt", "opt_sign", ("Adam",),
+    moments=("exp_avg",), second_moments=_V,
+)  # fmt: skip
 _RMSPROP = replace(_ADAM, betas=("beta2",), moments=())
-_LION = Optimizer("lion", "sign", _BETAS, "lion", "opt_sign", ("Lion",), decoupled=True, trainable=False)
+_LION = Optimizer(
+    "lion", "Chen et al. 2023", "sign", _BETAS, "lion", "opt_sign", ("Lion",), decoupled=True, trainable=False
+)
 OPTIMIZERS: dict[str, Optimizer] = {
     o.name: o
     for o in (
         _ADAM,
-        replace(_ADAM, name="adamw", match="adamw_sde", classes=("AdamW",), decoupled=True),
-        replace(_ADAM, name="rmsprop", betas=(None, "beta2"), classes=()),  # trained as Adam: a live one is an Adam
+        replace(
+            _ADAM,
+            name="adamw",
+            what="torch's AdamW; decay outside the gradient",
+            match="adamw_sde",
+            classes=("AdamW",),
+            decoupled=True,
+        ),
+        replace(  # trained as Adam: a live one is an Adam
+            _ADAM,
+            name="rmsprop",
+            what="RMSprop whose v is corrected for its start: torch's Adam with β1 = 0",
+            betas=(None, "beta2"),
+            classes=(),
+        ),
         replace(
             _ADAM,
             name="invariant_adam",
+            what="Adam whose v averages the squares of micro-batch gradients (Wang & Aitchison 2024)",
             family="invariant",
             match="invariant",
             best=None,
@@ -75,19 +96,43 @@ OPTIMIZERS: dict[str, Optimizer] = {
             classes=("InvariantAdam",),
             second_moments=("exp_avg_sq",),
         ),
-        replace(_ADAM, name="paper_adam", classes=("PaperAdam",), moments=("m",), second_moments=("v",)),
-        replace(_RMSPROP, name="paper_rmsprop", classes=("PaperRMSprop",), field="beta", second_moments=("v",)),
-        Optimizer("sgd", "sgd", ("momentum",), "linear", "opt_sgd", ("SGD",), field="momentum"),
+        replace(
+            _ADAM,
+            name="paper_adam",
+            what="the paper's Adam (Def. 2.4): the v of the step before",
+            classes=("PaperAdam",),
+            moments=("m",),
+            second_moments=("v",),
+        ),
+        replace(
+            _RMSPROP,
+            name="paper_rmsprop",
+            what="the paper's RMSprop (Def. 2.3): the v of the step before, not corrected",
+            classes=("PaperRMSprop",),
+            field="beta",
+            second_moments=("v",),
+        ),
+        Optimizer("sgd", "torch's SGD", "sgd", ("momentum",), "linear", "opt_sgd", ("SGD",), field="momentum"),
         replace(
             _RMSPROP,
             name="torch_rmsprop",
+            what="torch's RMSprop",
             classes=("RMSprop",),
             field="alpha",
             second_moments=("square_avg",),
             trainable=False,
         ),
         _LION,
-        replace(_LION, name="muon", betas=("momentum",), match=None, best="muon", classes=("Muon",), field="momentum"),
+        replace(
+            _LION,
+            name="muon",
+            what="torch's Muon",
+            betas=("momentum",),
+            match=None,
+            best="muon",
+            classes=("Muon",),
+            field="momentum",
+        ),
     )
 }
 
