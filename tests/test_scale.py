@@ -262,6 +262,11 @@ def test_a_scheduler_is_asked_for_and_the_wrong_one_is_refused() -> None:
     with pytest.raises(RuleError, match=r"rates of its own \(max_lr, min_lr"):
         scale(cycle.optimizer, batch=4, base_batch=1, scheduler=cycle)
     assert (o.state_dict(), plain.base_lrs) == (before, [0.1])
+    o.add_param_group({"params": [torch.zeros(1, requires_grad=True)]})  # as fine-tuning does that unfreezes layers
+    before = copy.deepcopy(o.state_dict())
+    with pytest.raises(RuleError, match="knows 1 of 2 parameter groups"):
+        scale(o, batch=4, base_batch=1, scheduler=plain)
+    assert (o.state_dict(), plain.base_lrs) == (before, [0.1])
 
 
 @pytest.mark.parametrize("wrapper", ["accelerate", "lightning"])
@@ -371,6 +376,12 @@ P = [torch.zeros(2, requires_grad=True)]
 ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
 
 
+def test_a_budget_is_in_steps_or_epochs() -> None:
+    """Fails if the epochs stayed where the budget doubles: warm-up and milestones would end half-way."""
+    plan = scale({**ADAM, "epochs": 10, "warmup_steps": 8}, batch=4, base_batch=1, rule="sqrt", duration=2)
+    assert (plan["epochs"], plan["warmup_steps"]) == (20, 4)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
@@ -385,6 +396,15 @@ ADAM = {"lr": 1e-3, "betas": (0.9, 0.999), "eps": 1e-8}
         (lambda: scale({**ADAM, "momentum": 0.9}, batch=2, base_batch=1, rule="sqrt"), "both"),
         (lambda: scale(betas=(0.9, 0.99), batch=2, base_batch=1, rule="sqrt"), "no lr"),
         (lambda: scale({**ADAM, "lr": "fast"}, batch=2, base_batch=1, rule="sqrt"), "lr='fast' must be a number"),
+        (lambda: scale({**ADAM, "ema": 1.2}, batch=2, base_batch=1, rule="sqrt"), r"ema=1.2 must lie in \[0, 1\)"),
+        (
+            lambda: scale({**ADAM, "steps": 9, "milestones": 3}, batch=2, base_batch=1, rule="sqrt"),
+            "milestones=3 must be a list of steps",
+        ),
+        (
+            lambda: scale({**ADAM, "betas": (0.9, 0.99, 0.999)}, batch=2, base_batch=1, rule="sqrt"),
+            "moves 2 number",
+        ),
         (lambda: scale({**ADAM, "warmup_steps": 9}, batch=2, base_batch=1, rule="sqrt"), "without its length"),
         (lambda: scale([{"params": P, "lr": 0.1}], batch=2, base_batch=1, rule="sqrt"), "no betas, eps"),
         (lambda: scale([{"lr": 0.1}], batch=2, base_batch=1, rule="sqrt"), "no torch parameter group"),

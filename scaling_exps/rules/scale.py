@@ -61,8 +61,8 @@ def scale(
             it counts in steps stays: build one anew whose length is a number of steps.
 
     Names that are scaled in a dict: lr, betas (or momentum for SGD), eps, weight_decay; ema (decay per step of a
-    model average); steps, warmup_steps, milestones (counts of optimizer steps, which become floats where kappa does
-    not divide them).
+    model average); epochs (with the budget); steps, warmup_steps, milestones (counts of optimizer steps, which become
+    floats where kappa does not divide them).
 
     How far a live switch is from the run that goes on as it was: docs/rules.md. State and tensor-valued fields are
     written in place. A CUDA graph captured over the optimizer reads those anew; betas, eps and weight decay that are
@@ -128,11 +128,15 @@ def _recipe(given: dict[str, Any], rule: str | Rule | None, move: Move) -> dict[
     if "batch" in given:
         out["batch"] = move.batch
     if "ema" in given:
-        out["ema"] = chosen.ema(_number(given["ema"], "ema"), move.kappa)
-    for name in ("steps", "warmup_steps", "milestones"):
+        if not 0 <= (decay := _number(given["ema"], "ema")) < 1:
+            raise RuleError(f"ema={decay} must lie in [0, 1): the decay of a model average, a step")
+        out["ema"] = chosen.ema(decay, move.kappa)
+    for name in ("steps", "epochs", "warmup_steps", "milestones"):
         if (counts := given.get(name)) is not None:
-            several = name == "milestones"
-            new = [round(_number(n, name) * (move.duration / move.kappa), 9) for n in (counts if several else [counts])]
+            several, a_step = name == "milestones", 1 if name == "epochs" else move.kappa
+            if several != isinstance(counts, list | tuple):
+                raise RuleError(f"{name}={counts!r} must be {'a list of steps' if several else 'a number'}")
+            new = [round(_number(n, name) * (move.duration / a_step), 9) for n in (counts if several else [counts])]
             whole = [int(x) if x == int(x) else x for x in new]
             out[name] = whole if several else whole[0]
     return out
@@ -261,6 +265,9 @@ def _schedulers(optimizer: Any, scheduler: Any) -> list[Any]:
     rates |= {name: group.get(name, 0) for group in optimizer.param_groups for name in ("max_lr", "min_lr", "swa_lr")}
     if own := [name for name, x in rates.items() if any(x if isinstance(x, Sequence) else (x,))]:
         raise RuleError(f"{kind} keeps rates of its own ({', '.join(own)}): build it anew on the scaled optimizer")
+    known, groups = len(getattr(scheduler, "base_lrs", optimizer.param_groups)), len(optimizer.param_groups)
+    if known != groups:
+        raise RuleError(f"{kind} knows {known} of {groups} parameter groups: build it anew on the scaled optimizer")
     if not parts and not hasattr(scheduler, "base_lrs"):
         raise RuleError(f"{kind} has no base_lrs to move: build it anew on the scaled optimizer")
     return [scheduler, *parts]
@@ -288,9 +295,12 @@ def _hyper(given: Mapping[str, Any], field: str | None, where: str, rule: Rule, 
             f"{where} has no {', '.join(missing)}, and rule {rule.name!r} moves {', '.join(needed)}: give them all"
         )
     betas = () if field is None else given[field]
+    numbers = betas if isinstance(betas, tuple | list) else (betas,)
+    if field is not None and len(numbers) != (wanted := 2 if field == "betas" else 1):
+        raise RuleError(f"{where} has {field}={betas!r}, and a rule moves {wanted} number(s) of that name")
     return Hyper(
         _number(given.get("initial_lr", given["lr"]), "lr"),  # a scheduler's peak: lr itself may be 0 in its warm-up
-        tuple(_number(b, field or "") for b in (betas if isinstance(betas, tuple | list) else (betas,))),
+        tuple(_number(b, field or "") for b in numbers),
         _number(given.get("eps", 0.0), "eps"),
         _number(given.get("weight_decay", 0.0), "weight_decay"),
     )
