@@ -403,7 +403,7 @@ def test_a_budget_is_in_steps_or_epochs() -> None:
         ),
         (
             lambda: scale({**ADAM, "betas": (0.9, 0.99, 0.999)}, batch=2, base_batch=1, rule="sqrt"),
-            "moves 2 number",
+            "rules move two at most",
         ),
         (lambda: scale({**ADAM, "warmup_steps": 9}, batch=2, base_batch=1, rule="sqrt"), "without its length"),
         (lambda: scale([{"params": P, "lr": 0.1}], batch=2, base_batch=1, rule="sqrt"), "no betas, eps"),

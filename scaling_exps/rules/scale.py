@@ -296,8 +296,8 @@ def _hyper(given: Mapping[str, Any], field: str | None, where: str, rule: Rule, 
         )
     betas = () if field is None else given[field]
     numbers = betas if isinstance(betas, tuple | list) else (betas,)
-    if field is not None and len(numbers) != (wanted := 2 if field == "betas" else 1):
-        raise RuleError(f"{where} has {field}={betas!r}, and a rule moves {wanted} number(s) of that name")
+    if len(numbers) > 2:
+        raise RuleError(f"{where} has {field}={betas!r}, and rules move two at most: Adam's")
     return Hyper(
         _number(given.get("initial_lr", given["lr"]), "lr"),  # a scheduler's peak: lr itself may be 0 in its warm-up
         tuple(_number(b, field or "") for b in numbers),
