@@ -210,8 +210,8 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     run.finish()
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     found = read(folder)
-    assert found.known == {"batch": 8, "seed": 3, "trainer": "mine", "optimizer": "Adagrad"}
-    assert [s for s, _ in found.rows] == [10, 20, 30, 40, 40]
+    known = {"batch": 8, "seed": 3, "trainer": "mine", "optimizer": "Adagrad"}
+    assert ([s for s, _ in found.rows], found.known) == ([10, 20, 30, 40, 40], known)
     assert cli.main(["import", str(folder), "--out", str(tmp_path / "runs")]) == 0
     (run_dir,) = RunDir.under(tmp_path / "runs")
     result = run_dir.result()
