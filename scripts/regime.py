@@ -51,6 +51,8 @@ breaking_mid optimizer=adam
 breaking_mid optimizer=rmsprop
 fig2_mid
 fig2_trained_mid
+fig2_roberta_trained_mid
+fig2_vit_mid
 """
 
 
