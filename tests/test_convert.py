@@ -641,6 +641,16 @@ def test_into_every_other_form(target: str) -> None:
         assert again.base.steps == 1250
 
 
+@pytest.mark.parametrize(("text", "batch", "devices"), [(NANOGPT, 1920, None), (OPENRLHF, 512, None)])
+def test_eps_of_a_trainer_without_a_key_for_it(text: str, batch: int, devices: int | None) -> None:
+    """It is 1e-8 in the code: a new file holds it moved, and the old form says that it stays."""
+    done = convert(text, target="hf", batch=batch, devices=devices)
+    assert values(done.text)["adam_epsilon"] == pytest.approx(5e-9) and not any("1e-08 stays" in n for n in done.notes)
+    assert any(
+        "no key for eps, which the rule moves to 5e-09: 1e-08 stays" in n for n in convert(text, batch=batch).notes
+    )
+
+
 def test_a_new_file_counts_by_the_degree_of_the_old() -> None:
     """8 devices of which 2 share a replica are 4 data-parallel, also for a form without such degrees."""
     done = convert(MEGATRON, "megatron", "hf", batch=2048)

@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_exps.convert.documents import Path, dotted
 from scaling_exps.convert.layout import Layout, Slot, share
-from scaling_exps.rules import CLIP_KEPT, Clip, Hyper, Move, Rule, RuleError
+from scaling_exps.rules import CLIP_KEPT, OPTIMIZERS, Clip, Hyper, Move, Rule, RuleError
 
 _NORMALISE = "a network that normalises over the micro-batch sees another number of examples"
 
@@ -66,6 +66,8 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     values = {name: layout.number(slot, many=name == "betas") for name, slot in layout.fields.items()}
     if missing := [_key(layout.fields[n]) for n, v in values.items() if v is None]:
         raise error(f"no {', '.join(missing)} is there: add what is missing")
+    adaptive = OPTIMIZERS[layout.optimizer].family == "adaptive"
+    values = {"eps": 1e-8 if adaptive else 0, **values}  # torch's and DeepSpeed's, where the trainer has no key for it
     lr, eps, decay = (float(values.pop(name, 0)) for name in ("lr", "eps", "weight_decay"))
     betas = values.get("betas", list(values.values()))
     if "betas" in values and (not isinstance(betas, list) or len(betas) != 2):
@@ -154,7 +156,13 @@ class Edit:
         return Recipe(base.optimizer, batch, micro, accumulation, parallel, self.hyper, epochs, steps, warmup)
 
     def in_place(self, new_devices: int | None) -> Recipe:
-        layout, base, moved = self.layout, self.base, self.moved(new_devices)
+        layout, base, eps = self.layout, self.base, self.hyper.eps
+        if "eps" not in layout.fields and eps != base.hyper.eps:
+            self.hyper = replace(self.hyper, eps=base.hyper.eps)
+            self.notes.append(
+                f"{layout.form} has no key for eps, which the rule moves to {eps:g}: {base.hyper.eps:g} stays"
+            )
+        moved = self.moved(new_devices)
         for name, value in self.named(layout.fields).items():
             self.put(layout.fields[name], value)
         count, whole = layout.accumulation, layout.whole
