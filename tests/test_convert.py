@@ -202,6 +202,12 @@ ema: 0.9999
 epochs: 10
 """
 
+_EPOCHS = """\
+trainer: {max_epochs: 101, devices: 1}
+data: {batch_size: 64}
+optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 101}}
+"""
 LLAMAFACTORY = """\
 model: some/model
 train_dataset: data.yaml
@@ -527,6 +533,29 @@ def test_the_formulas_are_those_of_the_beta_map() -> None:
 def test_what_goes_with_the_batch(text: str, options: dict[str, object], expected: dict[str, object]) -> None:
     new = values(convert(text, **options).text)
     hold(new, expected)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (_EPOCHS, {"trainer.max_epochs": 50, "lr_scheduler.init_args.T_max": 50}),
+        (TIMM_YAML.replace("90", "101") + "warmup_epochs: 5\n", {"epochs": 50, "warmup_epochs": 2}),
+        (MEGATRON.replace("--train-iters 500000", "--train-samples 1000001"), {"train_samples": 500000}),
+        (HF.replace("max_steps: 10000", "num_train_epochs: 3"), {"num_train_epochs": 1.5}),
+        (AXOLOTL, {"num_epochs": 1.5}),
+    ],
+)
+def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expected: dict[str, object]) -> None:
+    """Lightning's CLI refuses 50.5 epochs, timm's range() and Megatron's parser too; the Trainer takes 1.5."""
+    layout = {"devices": 1} if "nproc" not in text else {"devices": None}
+    batch = convert(text, batch=256, rule="lr_only", **layout).base.batch
+    done = convert(text, batch=batch, duration=0.5, rule="lr_only", **layout)
+    new = values(done.text)
+    for key, want in expected.items():
+        assert (new[key], type(new[key])) == (want, type(want))
+        assert any(n.startswith(f"{key}: ") and f"written {want}" in n for n in done.notes) == isinstance(want, int), (
+            key
+        )
 
 
 @pytest.mark.parametrize(

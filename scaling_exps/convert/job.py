@@ -223,6 +223,8 @@ class Edit:
             return moved.eps if law == "as_eps" else moved.weight_decay
         if law == "samples":
             new = value * self.move.duration
+            if isinstance(value, int) and value > 0 and not self.layout.fractions:
+                return self.whole(path, value, new)
             return int(new) if new == int(new) else new
         if law == "ema":
             return self.rule.ema(value, kappa)
@@ -237,13 +239,17 @@ class Edit:
             exact = value * self.move.duration / kappa
             if value < 1:  # a share of the run
                 return value
-            if abs(exact - round(exact)) > 1e-9 or exact < 1:
-                self.notes.append(f"{dotted(path)}: {value} steps become {exact:.6g}, written {max(1, round(exact))}")
-            return max(1, round(exact))
+            return self.whole(path, value, exact, " steps")
         new = value * kappa
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
+
+    def whole(self, path: Path, value: float, exact: float, unit: str = "") -> int:
+        new = max(1, round(exact))
+        if abs(exact - new) > 1e-9 * max(1, exact):
+            self.notes.append(f"{dotted(path)}: {value}{unit} become {exact:.6g}, written {new}")
+        return new
 
     def _mirrors(self, moved: Recipe) -> None:
         """Write to the partners what they hold of the numbers that have moved."""

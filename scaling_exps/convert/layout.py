@@ -71,6 +71,7 @@ class Layout:
     steps: Slot | None = None
     epochs: Slot | None = None
     warmup: Slot | None = None
+    fractions: bool = False  # whether the trainer takes a fraction of an epoch
     needs_length: str = ""  # keys of which one must be there, because the schedule counts steps
     clip: Slot | None = None
     group: Slot | None = None  # samples that belong together (GRPO)
@@ -237,6 +238,7 @@ def build(
     for n in _SLOTS:
         setattr(layout, n, slot_of(doc, table[n], root) if n in table else None)
     layout.needs_length, layout.together = table.get("needs_length", ""), table.get("together", False)
+    layout.fractions = table.get("fractions", False)
     if layout.group and doc.get(layout.group[0]) is None:
         layout.group = None
     for law in LAWS:
