@@ -680,6 +680,38 @@ def test_eps_of_a_trainer_without_a_key_for_it(text: str, batch: int, devices: i
     )
 
 
+_SHORT = "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: cosine\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected", "absent", "said"),
+    [
+        (_SHORT + "max_grad_norm: 0.3\nmax_steps: 1000\n", "torchtitan",
+         {"training.max_norm": 0.3, "lr_scheduler.warmup_steps": 0, "training.steps": 250}, "",
+         "torchtitan's own is 200.*not written; nor are lr_scheduler_type=cosine"),
+        (_SHORT + "max_grad_norm: 0.3\nmax_steps: 1000\n", "lightning",
+         {"trainer.gradient_clip_val": 0.3, "trainer.max_steps": 250}, "max_epochs", "nor are lr_scheduler_type=cos"),
+        (_SHORT + "max_steps: 1000\nnum_train_epochs: 2\n", "timm", {"warmup_epochs": 0, "clip_grad": 1.0},
+         "\nepochs", "in epochs, 2, is left out.*steps, 250, has no place in timm"),
+        (_SHORT + "num_train_epochs: 2.5\n", "lightning", {"trainer.max_epochs": 2}, "", "2.5, is written as 2"),
+        (_SHORT + "max_grad_norm: 0.3\n", "plain", {"epochs": 3}, "", "threshold, 0.3, has no place in plain"),
+        (LIGHTNING.replace("  gradient_clip_val: 1.0\n", ""), "hf", {"max_grad_norm": 0.0}, "", "clips at 1.0 by"),
+        (LIGHTNING.replace("_val: 1.0", "_val: 0.5\n  gradient_clip_algorithm: value"), "torchtitan",
+         {"training.max_norm": 1e9}, "", "clipping by value, 0.5, has no place"),
+        ("optimizer: sgd\nbatch: 64\nlr: 0.1\nmomentum: 0.9\nsteps: 100\n", "timm", {"opt": "momentum"}, "", ""),
+        (TIMM_YAML, "lightning", {"trainer.max_epochs": 90}, "", "Nesterov"),
+    ],
+)  # fmt: skip
+def test_a_new_file_loses_and_contradicts_nothing_in_silence(
+    text: str, target: str, expected: dict[str, object], absent: str, said: str
+) -> None:
+    done = convert(text, target=target, batch=256, devices=None if "devices" in text else 1)
+    hold(values(done.text), expected)
+    assert not absent or absent not in done.text
+    lines = report(done, "f")
+    assert re.search(said, "\n".join(lines), re.S) and not any("understood, and kept" in line for line in lines)
+
+
 def test_a_new_file_counts_by_the_degree_of_the_old() -> None:
     """8 devices of which 2 share a replica are 4 data-parallel, also for a form without such degrees."""
     done = convert(MEGATRON, "megatron", "hf", batch=2048)

@@ -134,7 +134,8 @@ def convert(
             "in-batch negatives, BatchNorm), another batch is another problem, and no rule makes the runs equal"
         )
     said = sentence(layout, base), source, base, scaled, chosen, tuple(edit.changes), tuple(filter(None, notes))
-    return Conversion(out, *said, coverage(layout, keep), beside)
+    known = Coverage((), (), (), 0) if target not in (None, source) else coverage(layout, keep)  # anew notes the rest
+    return Conversion(out, *said, known, beside)
 
 
 def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> Layout:

@@ -182,7 +182,8 @@ class Edit:
         for name in ("epochs", "steps", "warmup"):
             if getattr(layout, name) is not None and getattr(moved, name) is not None:
                 self.put(getattr(layout, name), getattr(moved, name))
-        self._clip()
+        if layout.clip and (clip := self.clipped()) is not None:
+            self.put(layout.clip, clip)
         self._mirrors(moved)
         changed, doc = {c.split(": ", 1)[0] for c in self.changes}, layout.doc
         for path, value in doc.wanted.items():
@@ -272,20 +273,20 @@ class Edit:
                 was = f"{value}" if m.there else f"{value} (DeepSpeed's default)"
                 self.changes.append(f"{m.doc.where}: {key}: {was} -> {new}")
 
-    def _clip(self) -> None:
+    def clipped(self) -> float | None:
+        """The clipping threshold after the move; None where nothing is clipped."""
         slot = self.layout.clip
-        value = self.layout.number(slot)
+        value: float | None = self.layout.number(slot)
         if slot is None or not value or value < 0:
-            return
+            return None
         new = self.rule.clip(value, self.move.kappa)
-        if new == value:
-            return
-        if self.clip == "rule":
-            return self.put(slot, new)
+        if self.clip == "rule" or new == value:
+            return new
         self.notes.append(
             f"{_key(slot)}={value:g} is kept: {CLIP_KEPT.format(new)}; "
             "--clip rule writes it, as one MLPerf benchmark does"
         )
+        return value
 
     def _split(self, parallel: int | None) -> tuple[int | None, int | None]:
         """(micro-batch, accumulation): the micro-batch stays, because a network may normalise over it."""
