@@ -208,6 +208,9 @@ data: {batch_size: 64}
 optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
 lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 101}}
 """
+_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
+_LIT += "  devices: 1\n"
+_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
 LLAMAFACTORY = """\
 model: some/model
 train_dataset: data.yaml
@@ -536,6 +539,31 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
 
 
 @pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("EMAWeightAveraging", "{decay: 0.999, update_every_n_steps: 40}",
+         {"decay": 0.999, "update_every_n_steps": 10}),
+        ("EMAWeightAveraging", "{decay: 0.999, update_every_n_steps: 3}", {"decay": 0.999 ** (4 / 3)}),
+        ("EMAWeightAveraging", "{decay: 0.999}", {"decay": 0.999**4}),
+        ("EMAWeightAveraging", "{use_buffers: true, update_starting_at_step: 400}",
+         {"decay": 0.999**4, "update_starting_at_step": 100}),
+        ("EMAWeightAveraging", "{update_every_n_steps: 40}", {"update_every_n_steps": 10}),
+        ("MyEMA", "{decay: 0.5, update_every_n_epochs: 2}", {"decay": 0.5, "update_every_n_epochs": 2}),
+    ],
+)  # fmt: skip
+def test_an_average_keeps_its_half_life_however_often_it_is_updated(
+    name: str, args: str, expected: dict[str, object]
+) -> None:
+    """Updated every n steps instead of every n0, its decay has the exponent κ·n/n0 (Busbridge et al. 2023)."""
+    new = values(convert(_CALLBACK + f"{name}\n      init_args: {args}\n", batch=128).text)
+    hold(new, {f"trainer.callbacks.0.init_args.{k}": v for k, v in expected.items()})
+
+
+def test_an_average_without_its_decay_is_named() -> None:
+    assert any("MyEMA: the decay of its average" in n for n in convert(_CALLBACK + "MyEMA\n", batch=128).notes)
+
+
+@pytest.mark.parametrize(
     ("text", "expected"),
     [
         (_EPOCHS, {"trainer.max_epochs": 50, "lr_scheduler.init_args.T_max": 50}),
@@ -826,9 +854,6 @@ def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, caps
 
 # --- recipes as people write them: (text, options, what the file holds then, what is said) ---
 
-_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
-_LIT += "  devices: 1\n"
-_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
 _AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
 _FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
 RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {

@@ -228,7 +228,10 @@ class Edit:
                 return self.whole(path, value, new)
             return int(new) if new == int(new) else new
         if law == "ema":
-            return self.rule.ema(value, kappa)
+            if path not in self.layout.every:
+                return self.rule.ema(value, kappa)
+            between = self.layout.doc.values[self.layout.every[path]]
+            return self.rule.ema(value, kappa * max(1, round(between * self.move.duration / kappa)) / between)
         if law == "per_step":
             return value * kappa
         if law == "beta":

@@ -98,20 +98,46 @@ def lightning(doc: Document) -> Layout:
             _scheduler(layout, name, where)
     for path, value in doc.values.items():
         last, callback = str(path[-1]), "callbacks" in path
-        if callback and re.search("every_n_(train_)?steps|update_every", last):
+        if callback and re.search(_EVERY, last):
             layout.law("count", path)
         elif (
             isinstance(value, float)
             and 0 < value < 1
             and last in ("ema_decay", "ema_rate", *(["decay"] if callback else []))
         ):
-            layout.law("ema", path)
+            _average(layout, path)
+        elif callback and last in ("class_path", "_target_") and re.search(r"EMA|ExponentialMoving", str(value)):
+            _average_by_default(layout, path, str(value))
         elif last == "swa_lrs":
             layout.law("rate", path)
     check = doc.get("trainer.val_check_interval")
     if is_number(check) and isinstance(check, int) and check > 1:
         layout.notes.append("trainer.val_check_interval counts micro-batches, which do not change: it stays")
     return layout
+
+
+_EVERY = "every_n_(train_)?steps|update_every(?!.*epoch)|update_starting_at_step"
+
+
+def _average(layout: Layout, path: Path, default: float | None = None) -> None:
+    """A decay counts updates: those between which steps lie that are moved too are less often, and need less."""
+    beside = [p for p in layout.under(*path[:-1]) if len(p) == len(path) and "every" in str(p[-1])]
+    if any("epoch" in str(p[-1]) for p in beside):
+        return
+    steps = [p for p in beside if re.search(_EVERY, str(p[-1])) and is_number(layout.doc.get(p))]
+    if steps:
+        layout.every[path] = steps[0]
+    layout.law("ema", path, default=default)
+
+
+def _average_by_default(layout: Layout, spot: Path, name: str) -> None:
+    args = (*spot[:-1], "init_args") if spot[-1] == "class_path" else spot[:-1]
+    if any(layout.doc.has((*args, key)) for key in ("decay", "ema_decay", "ema_rate", "avg_fn", "multi_avg_fn")):
+        return
+    if name.endswith("EMAWeightAveraging"):
+        _average(layout, (*args, "decay"), 0.999)
+    else:
+        layout.notes.append(f"{dotted(spot)}={name}: the decay of its average is not in the file, and stays")
 
 
 def _scheduler(layout: Layout, name: str, args: Path) -> None:
