@@ -1189,6 +1189,26 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert said in err and not out, bad
 
 
+@pytest.mark.parametrize("more", [["--rule", "completed", "--duration", "2"], ["--rule", "opt_sign"]])
+def test_the_first_stage_of_a_ramp_is_what_the_file_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """It is moved by the same duration and noise scale."""
+    (file := tmp_path / "run.sh").write_text(MEGATRON.replace("--adam-beta1 0.9\n", "--adam-beta1 0.95\n"))
+    assert main([str(file), "--batch", "1024", "--noise-scale", "5000", *more, "--ramp", "0:1024 1B:2048"]) == 0
+    out, err = capsys.readouterr()
+    assert f"from 0 tokens: batch 1024, lr {float(values(out)['lr']):.6g}, " in err
+
+
+@pytest.mark.parametrize(("text", "more"), [(HF, ["--devices", "1"]), (MEGATRON, ["--to", "hf"])])
+def test_a_ramp_goes_with_forms_that_have_words_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, more: list[str]
+) -> None:
+    (file := tmp_path / "a").write_text(text)
+    assert main([str(file), "--batch", "1024", *more, "--beta-map", "power", "--ramp", "0:1024 1B:2048"]) == 2
+    assert "--ramp goes with megatron and torchtitan; this is hf" in capsys.readouterr().err
+
+
 def test_a_ramp_for_a_fork_of_torchtitan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Its section says the stages, read as that fork does: start + ⌊samples / (ramp-up / increments)⌋ · increment."""
     (file := tmp_path / "train.toml").write_text(TITAN)
