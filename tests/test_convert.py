@@ -211,6 +211,8 @@ lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 101}}
 _LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
 _LIT += "  devices: 1\n"
 _CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
+_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
+_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
 LLAMAFACTORY = """\
 model: some/model
 train_dataset: data.yaml
@@ -559,6 +561,28 @@ def test_an_average_keeps_its_half_life_however_often_it_is_updated(
     hold(new, {f"trainer.callbacks.0.init_args.{k}": v for k, v in expected.items()})
 
 
+_INVERSE = "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: inverse_sqrt\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "timescale", "stays"),
+    [
+        (_INVERSE, 2500, False),
+        (_INVERSE + "lr_scheduler_kwargs: {timescale: 400}\n", 100, False),
+        (_INVERSE + "warmup_steps: 400\n", None, False),
+        (_AXOLOTL + "lr_scheduler: inverse_sqrt\nwarmup_steps: 0\n", 2500, False),
+        (_AXOLOTL + "lr_scheduler: inverse_sqrt\n", None, False),
+        (f"python t.py {_FLAGS} --lr_scheduler_type inverse_sqrt\n", None, True),
+        (ACCELERATE.replace("=500", "=0").strip() + " --lr_scheduler_type=inverse_sqrt\n", None, True),
+    ],
+)
+def test_inverse_sqrt_decays_in_samples(text: str, timescale: int | None, stays: bool) -> None:
+    base = convert(text, batch=64, rule="lr_only", devices=None if "processes" in text else 1).base.batch
+    done = convert(text, batch=base * 4, devices=None if "processes" in text else 1)
+    assert values(done.text).get("lr_scheduler_kwargs.timescale") == timescale
+    assert any("10000 steps, stays" in note for note in done.notes) == stays
+
+
 def test_an_average_without_its_decay_is_named() -> None:
     assert any("MyEMA: the decay of its average" in n for n in convert(_CALLBACK + "MyEMA\n", batch=128).notes)
 
@@ -854,8 +878,6 @@ def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, caps
 
 # --- recipes as people write them: (text, options, what the file holds then, what is said) ---
 
-_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
-_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
 RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "accumulation by a callback": (
         _CALLBACK + "GradientAccumulationScheduler\n      init_args: {scheduling: {0: 8, 4: 4}}\n", {}, {},
