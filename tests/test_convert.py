@@ -361,7 +361,7 @@ FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         "lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 9000, eta_min: 1.0e-6}}\n",
         {"devices": 1, "batch": 512},
         {"lr_scheduler.init_args.eta_min": 2e-6, "optimizer.init_args.eps": 5e-9, "lr_scheduler.init_args.T_max": 2250},
-        "T_max=9000 is more than the run has epochs",
+        "T_max=9000 is read as optimizer steps: the schedule is longer",
     ),
     "07 a pair inside the model": (
         "model:\n  init_args:\n    optimizer: [AdamW, {lr: 0.0005, weight_decay: 0.01}]\n"
@@ -581,6 +581,28 @@ def test_inverse_sqrt_decays_in_samples(text: str, timescale: int | None, stays:
     done = convert(text, batch=base * 4, devices=None if "processes" in text else 1)
     assert values(done.text).get("lr_scheduler_kwargs.timescale") == timescale
     assert any("10000 steps, stays" in note for note in done.notes) == stays
+
+
+@pytest.mark.parametrize(
+    ("length", "warmup", "rest", "kappa"), [("max_steps: 100000", 1000, 99000, 4), ("max_epochs: 100", 5, 95, 1)]
+)
+def test_one_schedule_counts_steps_or_epochs_and_not_both(length: str, warmup: int, rest: int, kappa: int) -> None:
+    text = f"""
+trainer: {{{length}, devices: 1}}
+data: {{batch_size: 64}}
+optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 0.1}}}}
+lr_scheduler:
+  class_path: torch.optim.lr_scheduler.SequentialLR
+  init_args:
+    schedulers:
+      - {{class_path: torch.optim.lr_scheduler.LinearLR, init_args: {{total_iters: {warmup}}}}}
+      - {{class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {{T_max: {rest}}}}}
+    milestones: [{warmup}]
+"""
+    at = "lr_scheduler.init_args."
+    expected = {at + "schedulers.0.init_args.total_iters": warmup / kappa, at + "milestones": [warmup / kappa],
+                at + "schedulers.1.init_args.T_max": rest / kappa}  # fmt: skip
+    hold(values(convert(text, batch=256).text), expected)
 
 
 def test_an_average_without_its_decay_is_named() -> None:
