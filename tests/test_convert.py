@@ -186,6 +186,10 @@ DEEPSPEED_AUTO = """\
  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
  "zero_optimization": {"stage": 3}}
 """
+_ONE_CYCLE = DEEPSPEED.partition('"scheduler"')[0] + (
+    '"scheduler": {"type": "OneCycle", '
+    '"params": {"cycle_min_lr": 3e-5, "cycle_max_lr": 3e-4, "cycle_momentum": false}}}'
+)
 PARTNER = """\
 {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0,
  "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "weight_decay": 0.1}},
@@ -499,6 +503,8 @@ def test_the_formulas_are_those_of_the_beta_map() -> None:
          "training.global_batch_size": 1024}),
         (ACCELERATE, {"batch": 128}, {"gradient_accumulation_steps": 4, "lr_warmup_steps": 125,
          "adam_weight_decay": 0.02}),
+        (_ONE_CYCLE, {"batch": 1024}, {"scheduler.params.cycle_first_step_size": 500,
+         "scheduler.params.cycle_max_lr": 6e-4}),
         (LIGHTNING, {"batch": 256, "new_devices": 4}, {"trainer.devices": 4, "trainer.accumulate_grad_batches": 2}),
         (TIMM, {"batch": 4096, "clip": "rule"}, {"grad_accum_steps": 4, "model_ema_decay": 0.9998**4,
          "warmup_lr": 2e-6}),
@@ -674,6 +680,8 @@ def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expe
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
         (DEEPSPEED.replace("256", "250"), {"devices": None}, "no multiple"),
         (DEEPSPEED.replace('"AdamW"', '"OneBitAdam"'), {"devices": None}, "1-bit Adam freezes v"),
+        (DEEPSPEED.replace('"warmup_max_lr": 3e-4, ', ""), {"devices": None}, "WarmupDecayLR without .*take 0.001"),
+        (_ONE_CYCLE.replace(', "cycle_momentum": false', ""), {"devices": None}, "OneCycle overrides the betas"),
         (MEGATRON.replace("512", "$GBS"), {"devices": None, "batch": 2048}, "GBS, which is not set in this file"),
         (MEGATRON.replace("--nproc_per_node 8", "--nproc_per_node 9"), {"devices": None}, "9 devices cannot be shared"),
         (NANOGPT + "other = max_iters // 10\n", {"devices": None, "batch": 1920}, "other would become .* computes it"),
