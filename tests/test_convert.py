@@ -611,6 +611,27 @@ lr_scheduler:
     hold(values(convert(text, batch=256).text), expected)
 
 
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("eval_steps: 100\nsave_steps: 300\n", {"eval_steps": 12, "save_steps": 36}),
+        ("save_steps: 1000\n", {"eval_steps": 62, "save_steps": 124}),
+        ("eval_steps: 100\n", {"eval_steps": 12, "save_steps": 60}),
+        ("logging_steps: 100\nsave_steps: 300\n", {"logging_steps": 12, "save_steps": 36}),
+    ],
+)
+def test_saves_stay_on_evaluations(tmp_path: Path, lines: str, expected: dict[str, object]) -> None:
+    """Rounded apart, the Trainer refuses them: load_best_model_at_end needs every save to be evaluated."""
+    text = f"output_dir: {tmp_path}\nlearning_rate: 1e-4\nper_device_train_batch_size: 8\nadam_beta1: 0.95\n"
+    text += f"load_best_model_at_end: true\neval_strategy: steps\nuse_cpu: true\n{lines}"
+    new = convert(text, batch=64, devices=1).text
+    hold(values(new), expected)
+    pytest.importorskip("accelerate", reason="transformers builds TrainingArguments only with accelerate installed")
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "new.yaml").write_text(new)
+    transformers.HfArgumentParser(transformers.TrainingArguments).parse_yaml_file(str(tmp_path / "new.yaml"))
+
+
 def test_an_average_without_its_decay_is_named() -> None:
     assert any("MyEMA: the decay of its average" in n for n in convert(_CALLBACK + "MyEMA\n", batch=128).notes)
 

@@ -243,14 +243,20 @@ class Edit:
             exact = value * self.move.duration / kappa
             if value < 1:  # a share of the run
                 return value
-            return self.whole(path, value, exact, " steps")
+            return self.whole(path, value, exact, " steps", self.unit(path))
         new = value * kappa
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
 
-    def whole(self, path: Path, value: float, exact: float, unit: str = "") -> int:
-        new = max(1, round(exact))
+    def unit(self, path: Path) -> int:
+        """The new count of which that at `path` stays a multiple; 1 for most."""
+        key, default = self.layout.within.get(path, ((), None))
+        old = self.layout.doc.values.get(key) or default  # not what is already written there
+        return max(1, round(old * self.move.duration / self.move.kappa)) if old else 1
+
+    def whole(self, path: Path, value: float, exact: float, unit: str = "", of: int = 1) -> int:
+        new = max(1, round(exact / of)) * of
         if abs(exact - new) > 1e-9 * max(1, exact):
             self.notes.append(f"{dotted(path)}: {value}{unit} become {exact:.6g}, written {new}")
         return new

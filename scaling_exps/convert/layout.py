@@ -69,6 +69,7 @@ class Layout:
     model_parallel: int = 1  # devices that hold one replica
     unknown_degree: str = ""  # the key of a parallel degree that is no number
     laws: list[tuple[Path, Any, str]] = field(default_factory=list)
+    within: dict[Path, Slot] = field(default_factory=dict)  # a count that must be a multiple of another: that one
     every: dict[Path, Path] = field(default_factory=dict)  # an average's decay: the key of the steps between updates
     steps: Slot | None = None
     epochs: Slot | None = None

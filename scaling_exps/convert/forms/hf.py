@@ -30,9 +30,23 @@ def hf(doc: Document, form: str = "hf") -> Layout:
     if doc.get("lr_scheduler_type") == "polynomial" and doc.get("lr_scheduler_kwargs.lr_end") is None:
         notes.append("lr_end of the polynomial schedule is not in the file: its default, 1e-7, stays")
     _timescale(layout)
+    _saves(layout)
     if isinstance(doc.get("deepspeed"), str) and not doc.partners:
         notes.append(f"deepspeed={doc.get('deepspeed')} is not read: give it as --with, so that the pair is checked")
     return layout
+
+
+def _saves(layout: Layout) -> None:
+    """Saves that fall on evaluations go on doing so: the Trainer refuses others with load_best_model_at_end."""
+    doc, save = layout.doc, ("save_steps",)
+    by_steps = "steps" in (doc.get("eval_strategy"), doc.get("evaluation_strategy"))
+    by_steps = by_steps and doc.get("save_strategy") in (None, "steps")
+    key = next((k for k in ("eval_steps", "logging_steps") if doc.get(k) is not None), "eval_steps")
+    if doc.get("load_best_model_at_end") and by_steps and (doc.get(save) is None) != (doc.get(key) is None):
+        layout.law("count", save if doc.get(save) is None else key, default=500)
+    saves, evals = layout.number((save, 500)), layout.number(((key,), 500))
+    if saves >= 1 and evals >= 1 and saves % evals == 0:
+        layout.within[save] = (key,), 500
 
 
 def _timescale(layout: Layout) -> None:
