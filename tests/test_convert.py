@@ -186,6 +186,10 @@ DEEPSPEED_AUTO = """\
  "optimizer": {"type": "AdamW", "params": {"lr": "auto", "betas": "auto", "eps": "auto", "weight_decay": "auto"}},
  "zero_optimization": {"stage": 3}}
 """
+_ONE_CYCLE = DEEPSPEED.partition('"scheduler"')[0] + (
+    '"scheduler": {"type": "OneCycle", '
+    '"params": {"cycle_min_lr": 3e-5, "cycle_max_lr": 3e-4, "cycle_momentum": false}}}'
+)
 PARTNER = """\
 {"train_micro_batch_size_per_gpu": 16, "gradient_accumulation_steps": 4, "gradient_clipping": 1.0,
  "optimizer": {"type": "AdamW", "params": {"lr": 1e-4, "betas": [0.95, 0.98], "weight_decay": 0.1}},
@@ -202,6 +206,17 @@ ema: 0.9999
 epochs: 10
 """
 
+_EPOCHS = """\
+trainer: {max_epochs: 101, devices: 1}
+data: {batch_size: 64}
+optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 101}}
+"""
+_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
+_LIT += "  devices: 1\n"
+_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
+_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
+_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
 LLAMAFACTORY = """\
 model: some/model
 train_dataset: data.yaml
@@ -350,7 +365,7 @@ FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         "lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 9000, eta_min: 1.0e-6}}\n",
         {"devices": 1, "batch": 512},
         {"lr_scheduler.init_args.eta_min": 2e-6, "optimizer.init_args.eps": 5e-9, "lr_scheduler.init_args.T_max": 2250},
-        "T_max=9000 is more than the run has epochs",
+        "T_max=9000 is read as optimizer steps: the schedule is longer",
     ),
     "07 a pair inside the model": (
         "model:\n  init_args:\n    optimizer: [AdamW, {lr: 0.0005, weight_decay: 0.01}]\n"
@@ -488,6 +503,8 @@ def test_the_formulas_are_those_of_the_beta_map() -> None:
          "training.global_batch_size": 1024}),
         (ACCELERATE, {"batch": 128}, {"gradient_accumulation_steps": 4, "lr_warmup_steps": 125,
          "adam_weight_decay": 0.02}),
+        (_ONE_CYCLE, {"batch": 1024}, {"scheduler.params.cycle_first_step_size": 500,
+         "scheduler.params.cycle_max_lr": 6e-4}),
         (LIGHTNING, {"batch": 256, "new_devices": 4}, {"trainer.devices": 4, "trainer.accumulate_grad_batches": 2}),
         (TIMM, {"batch": 4096, "clip": "rule"}, {"grad_accum_steps": 4, "model_ema_decay": 0.9998**4,
          "warmup_lr": 2e-6}),
@@ -527,6 +544,119 @@ def test_the_formulas_are_those_of_the_beta_map() -> None:
 def test_what_goes_with_the_batch(text: str, options: dict[str, object], expected: dict[str, object]) -> None:
     new = values(convert(text, **options).text)
     hold(new, expected)
+
+
+@pytest.mark.parametrize(
+    ("name", "args", "expected"),
+    [
+        ("EMAWeightAveraging", "{decay: 0.999, update_every_n_steps: 40}",
+         {"decay": 0.999, "update_every_n_steps": 10}),
+        ("EMAWeightAveraging", "{decay: 0.999, update_every_n_steps: 3}", {"decay": 0.999 ** (4 / 3)}),
+        ("EMAWeightAveraging", "{decay: 0.999}", {"decay": 0.999**4}),
+        ("EMAWeightAveraging", "{use_buffers: true, update_starting_at_step: 400}",
+         {"decay": 0.999**4, "update_starting_at_step": 100}),
+        ("EMAWeightAveraging", "{update_every_n_steps: 40}", {"update_every_n_steps": 10}),
+        ("MyEMA", "{decay: 0.5, update_every_n_epochs: 2}", {"decay": 0.5, "update_every_n_epochs": 2}),
+    ],
+)  # fmt: skip
+def test_an_average_keeps_its_half_life_however_often_it_is_updated(
+    name: str, args: str, expected: dict[str, object]
+) -> None:
+    """Updated every n steps instead of every n0, its decay has the exponent κ·n/n0 (Busbridge et al. 2023)."""
+    new = values(convert(_CALLBACK + f"{name}\n      init_args: {args}\n", batch=128).text)
+    hold(new, {f"trainer.callbacks.0.init_args.{k}": v for k, v in expected.items()})
+
+
+_INVERSE = "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: inverse_sqrt\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "timescale", "stays"),
+    [
+        (_INVERSE, 2500, False),
+        (_INVERSE + "lr_scheduler_kwargs: {timescale: 400}\n", 100, False),
+        (_INVERSE + "warmup_steps: 400\n", None, False),
+        (_AXOLOTL + "lr_scheduler: inverse_sqrt\nwarmup_steps: 0\n", 2500, False),
+        (_AXOLOTL + "lr_scheduler: inverse_sqrt\n", None, False),
+        (f"python t.py {_FLAGS} --lr_scheduler_type inverse_sqrt\n", None, True),
+        (ACCELERATE.replace("=500", "=0").strip() + " --lr_scheduler_type=inverse_sqrt\n", None, True),
+    ],
+)
+def test_inverse_sqrt_decays_in_samples(text: str, timescale: int | None, stays: bool) -> None:
+    base = convert(text, batch=64, rule="lr_only", devices=None if "processes" in text else 1).base.batch
+    done = convert(text, batch=base * 4, devices=None if "processes" in text else 1)
+    assert values(done.text).get("lr_scheduler_kwargs.timescale") == timescale
+    assert any("10000 steps, stays" in note for note in done.notes) == stays
+
+
+@pytest.mark.parametrize(
+    ("length", "warmup", "rest", "kappa"), [("max_steps: 100000", 1000, 99000, 4), ("max_epochs: 100", 5, 95, 1)]
+)
+def test_one_schedule_counts_steps_or_epochs_and_not_both(length: str, warmup: int, rest: int, kappa: int) -> None:
+    text = f"""
+trainer: {{{length}, devices: 1}}
+data: {{batch_size: 64}}
+optimizer: {{class_path: torch.optim.SGD, init_args: {{lr: 0.1}}}}
+lr_scheduler:
+  class_path: torch.optim.lr_scheduler.SequentialLR
+  init_args:
+    schedulers:
+      - {{class_path: torch.optim.lr_scheduler.LinearLR, init_args: {{total_iters: {warmup}}}}}
+      - {{class_path: torch.optim.lr_scheduler.CosineAnnealingLR, init_args: {{T_max: {rest}}}}}
+    milestones: [{warmup}]
+"""
+    at = "lr_scheduler.init_args."
+    expected = {at + "schedulers.0.init_args.total_iters": warmup / kappa, at + "milestones": [warmup / kappa],
+                at + "schedulers.1.init_args.T_max": rest / kappa}  # fmt: skip
+    hold(values(convert(text, batch=256).text), expected)
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ("eval_steps: 100\nsave_steps: 300\n", {"eval_steps": 12, "save_steps": 36}),
+        ("save_steps: 1000\n", {"eval_steps": 62, "save_steps": 124}),
+        ("eval_steps: 100\n", {"eval_steps": 12, "save_steps": 60}),
+        ("logging_steps: 100\nsave_steps: 300\n", {"logging_steps": 12, "save_steps": 36}),
+    ],
+)
+def test_saves_stay_on_evaluations(tmp_path: Path, lines: str, expected: dict[str, object]) -> None:
+    """Rounded apart, the Trainer refuses them: load_best_model_at_end needs every save to be evaluated."""
+    text = f"output_dir: {tmp_path}\nlearning_rate: 1e-4\nper_device_train_batch_size: 8\nadam_beta1: 0.95\n"
+    text += f"load_best_model_at_end: true\neval_strategy: steps\nuse_cpu: true\n{lines}"
+    new = convert(text, batch=64, devices=1).text
+    hold(values(new), expected)
+    pytest.importorskip("accelerate", reason="transformers builds TrainingArguments only with accelerate installed")
+    transformers = pytest.importorskip("transformers")
+    (tmp_path / "new.yaml").write_text(new)
+    transformers.HfArgumentParser(transformers.TrainingArguments).parse_yaml_file(str(tmp_path / "new.yaml"))
+
+
+def test_an_average_without_its_decay_is_named() -> None:
+    assert any("MyEMA: the decay of its average" in n for n in convert(_CALLBACK + "MyEMA\n", batch=128).notes)
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        (_EPOCHS, {"trainer.max_epochs": 50, "lr_scheduler.init_args.T_max": 50}),
+        (TIMM_YAML.replace("90", "101") + "warmup_epochs: 5\n", {"epochs": 50, "warmup_epochs": 2}),
+        (MEGATRON.replace("--train-iters 500000", "--train-samples 1000001"), {"train_samples": 500000}),
+        (HF.replace("max_steps: 10000", "num_train_epochs: 3"), {"num_train_epochs": 1.5}),
+        (AXOLOTL, {"num_epochs": 1.5}),
+    ],
+)
+def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expected: dict[str, object]) -> None:
+    """Lightning's CLI refuses 50.5 epochs, timm's range() and Megatron's parser too; the Trainer takes 1.5."""
+    layout = {"devices": 1} if "nproc" not in text else {"devices": None}
+    batch = convert(text, batch=256, rule="lr_only", **layout).base.batch
+    done = convert(text, batch=batch, duration=0.5, rule="lr_only", **layout)
+    new = values(done.text)
+    for key, want in expected.items():
+        assert (new[key], type(new[key])) == (want, type(want))
+        assert any(n.startswith(f"{key}: ") and f"written {want}" in n for n in done.notes) == isinstance(want, int), (
+            key
+        )
 
 
 @pytest.mark.parametrize(
@@ -571,6 +701,8 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
         (DEEPSPEED.replace("256", "250"), {"devices": None}, "no multiple"),
         (DEEPSPEED.replace('"AdamW"', '"OneBitAdam"'), {"devices": None}, "1-bit Adam freezes v"),
+        (DEEPSPEED.replace('"warmup_max_lr": 3e-4, ', ""), {"devices": None}, "WarmupDecayLR without .*take 0.001"),
+        (_ONE_CYCLE.replace(', "cycle_momentum": false', ""), {"devices": None}, "OneCycle overrides the betas"),
         (MEGATRON.replace("512", "$GBS"), {"devices": None, "batch": 2048}, "GBS, which is not set in this file"),
         (MEGATRON.replace("--nproc_per_node 8", "--nproc_per_node 9"), {"devices": None}, "9 devices cannot be shared"),
         (NANOGPT + "other = max_iters // 10\n", {"devices": None, "batch": 1920}, "other would become .* computes it"),
@@ -639,6 +771,48 @@ def test_into_every_other_form(target: str) -> None:
     assert (again.base.hyper, again.base.batch) == (done.scaled.hyper, 512)
     if target in ("plain", "lightning", "torchtitan"):
         assert again.base.steps == 1250
+
+
+@pytest.mark.parametrize(("text", "batch", "devices"), [(NANOGPT, 1920, None), (OPENRLHF, 512, None)])
+def test_eps_of_a_trainer_without_a_key_for_it(text: str, batch: int, devices: int | None) -> None:
+    """It is 1e-8 in the code: a new file holds it moved, and the old form says that it stays."""
+    done = convert(text, target="hf", batch=batch, devices=devices)
+    assert values(done.text)["adam_epsilon"] == pytest.approx(5e-9) and not any("1e-08 stays" in n for n in done.notes)
+    assert any(
+        "no key for eps, which the rule moves to 5e-09: 1e-08 stays" in n for n in convert(text, batch=batch).notes
+    )
+
+
+_SHORT = "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: cosine\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "expected", "absent", "said"),
+    [
+        (_SHORT + "max_grad_norm: 0.3\nmax_steps: 1000\n", "torchtitan",
+         {"training.max_norm": 0.3, "lr_scheduler.warmup_steps": 0, "training.steps": 250}, "",
+         "torchtitan's own is 200.*not written; nor are lr_scheduler_type=cosine"),
+        (_SHORT + "max_grad_norm: 0.3\nmax_steps: 1000\n", "lightning",
+         {"trainer.gradient_clip_val": 0.3, "trainer.max_steps": 250}, "max_epochs", "nor are lr_scheduler_type=cos"),
+        (_SHORT + "max_steps: 1000\nnum_train_epochs: 2\n", "timm", {"warmup_epochs": 0, "clip_grad": 1.0},
+         "\nepochs", "in epochs, 2, is left out.*steps, 250, has no place in timm"),
+        (_SHORT + "num_train_epochs: 2.5\n", "lightning", {"trainer.max_epochs": 2}, "", "2.5, is written as 2"),
+        (_SHORT + "max_grad_norm: 0.3\n", "plain", {"epochs": 3}, "", "threshold, 0.3, has no place in plain"),
+        (LIGHTNING.replace("  gradient_clip_val: 1.0\n", ""), "hf", {"max_grad_norm": 0.0}, "", "clips at 1.0 by"),
+        (LIGHTNING.replace("_val: 1.0", "_val: 0.5\n  gradient_clip_algorithm: value"), "torchtitan",
+         {"training.max_norm": 1e9}, "", "clipping by value, 0.5, has no place"),
+        ("optimizer: sgd\nbatch: 64\nlr: 0.1\nmomentum: 0.9\nsteps: 100\n", "timm", {"opt": "momentum"}, "", ""),
+        (TIMM_YAML, "lightning", {"trainer.max_epochs": 90}, "", "Nesterov"),
+    ],
+)  # fmt: skip
+def test_a_new_file_loses_and_contradicts_nothing_in_silence(
+    text: str, target: str, expected: dict[str, object], absent: str, said: str
+) -> None:
+    done = convert(text, target=target, batch=256, devices=None if "devices" in text else 1)
+    hold(values(done.text), expected)
+    assert not absent or absent not in done.text
+    lines = report(done, "f")
+    assert re.search(said, "\n".join(lines), re.S) and not any("understood, and kept" in line for line in lines)
 
 
 def test_a_new_file_counts_by_the_degree_of_the_old() -> None:
@@ -755,11 +929,6 @@ def test_one_spelling_of_the_power_map_works_in_both_places(tmp_path: Path, caps
 
 # --- recipes as people write them: (text, options, what the file holds then, what is said) ---
 
-_LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
-_LIT += "  devices: 1\n"
-_CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
-_AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
-_FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
 RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "accumulation by a callback": (
         _CALLBACK + "GradientAccumulationScheduler\n      init_args: {scheduling: {0: 8, 4: 4}}\n", {}, {},
@@ -1091,6 +1260,26 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
         assert main([*command, bad]) == 2
         out, err = capsys.readouterr()
         assert said in err and not out, bad
+
+
+@pytest.mark.parametrize("more", [["--rule", "completed", "--duration", "2"], ["--rule", "opt_sign"]])
+def test_the_first_stage_of_a_ramp_is_what_the_file_holds(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], more: list[str]
+) -> None:
+    """It is moved by the same duration and noise scale."""
+    (file := tmp_path / "run.sh").write_text(MEGATRON.replace("--adam-beta1 0.9\n", "--adam-beta1 0.95\n"))
+    assert main([str(file), "--batch", "1024", "--noise-scale", "5000", *more, "--ramp", "0:1024 1B:2048"]) == 0
+    out, err = capsys.readouterr()
+    assert f"from 0 tokens: batch 1024, lr {float(values(out)['lr']):.6g}, " in err
+
+
+@pytest.mark.parametrize(("text", "more"), [(HF, ["--devices", "1"]), (MEGATRON, ["--to", "hf"])])
+def test_a_ramp_goes_with_forms_that_have_words_for_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], text: str, more: list[str]
+) -> None:
+    (file := tmp_path / "a").write_text(text)
+    assert main([str(file), "--batch", "1024", *more, "--beta-map", "power", "--ramp", "0:1024 1B:2048"]) == 2
+    assert "--ramp goes with megatron and torchtitan; this is hf" in capsys.readouterr().err
 
 
 def test_a_ramp_for_a_fork_of_torchtitan(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

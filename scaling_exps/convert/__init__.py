@@ -15,7 +15,7 @@ import os
 import re
 import sys
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path as File
 
 from scaling_exps.convert.anew import anew
@@ -39,6 +39,7 @@ class Conversion:
     base: Recipe
     scaled: Recipe
     rule: Rule
+    move: Move
     changes: tuple[str, ...]  # "optimizer.lr: 0.001 -> 0.002"
     notes: tuple[str, ...]
     coverage: Coverage
@@ -133,8 +134,9 @@ def convert(
             f"warning: {word}: where the loss or the network joins the examples of a batch (contrastive losses, "
             "in-batch negatives, BatchNorm), another batch is another problem, and no rule makes the runs equal"
         )
-    said = sentence(layout, base), source, base, scaled, chosen, tuple(edit.changes), tuple(filter(None, notes))
-    return Conversion(out, *said, coverage(layout, keep), beside)
+    said = sentence(layout, base), source, base, scaled, chosen, move, tuple(edit.changes), tuple(filter(None, notes))
+    known = Coverage((), (), (), 0) if target not in (None, source) else coverage(layout, keep)  # anew notes the rest
+    return Conversion(out, *said, known, beside)
 
 
 def _layout(doc: Document, form: str, partners: Sequence[tuple[str, str]]) -> Layout:
@@ -220,9 +222,11 @@ def main(argv: Sequence[str]) -> int:
             raise RuleError("one file is given twice: the recipe and each --with are files of their own")
         with spelled("--beta-map power"):
             done = convert(read_file(where), **options)
-            moves = [Move(done.base.batch, b, beta_map=options.get("beta_map", "linear")) for _, b in stages]
-            hypers = [done.rule.scale(done.base.hyper, move) for move in moves]
-            words = ramp_report(done, stages, hypers)
+            form = options.get("target", done.source)
+            if stages and form not in ("megatron", "torchtitan"):
+                raise RuleError(f"--ramp goes with megatron and torchtitan; this is {form}, with no words for it known")
+            hypers = [done.rule.scale(done.base.hyper, replace(done.move, batch=b)) for _, b in stages]
+            words = ramp_report(done, stages, hypers, form)
         _write(done, where, partners, output, beside)
     except (RuleError, OSError) as e:
         print(f"scalerun convert: {e}", file=sys.stderr)
@@ -258,7 +262,7 @@ def _tokens(start: str) -> float:
     return float(start[:-1] if unit > 0 else start) * 1000.0 ** max(0, unit)
 
 
-def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Sequence[Hyper]) -> list[str]:
+def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Sequence[Hyper], form: str) -> list[str]:
     """The words for Megatron, or for a fork of torchtitan, and what the stages need and neither does itself.
 
     Raises:
@@ -266,7 +270,7 @@ def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Seq
     """
     if not stages:
         return []
-    titan = done.source == "torchtitan"
+    titan = form == "torchtitan"
     words = f'--step-batch-size-schedule "{" ".join(f"{start}:{batch}" for start, batch in stages)}"'
     rows = [
         f"  from {start} tokens: batch {batch}, lr {h.lr:.6g}, betas {', '.join(f'{b:.6g}' for b in h.betas)}, "

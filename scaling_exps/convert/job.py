@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_exps.convert.documents import Path, dotted
 from scaling_exps.convert.layout import Layout, Slot, share
-from scaling_exps.rules import CLIP_KEPT, Clip, Hyper, Move, Rule, RuleError
+from scaling_exps.rules import CLIP_KEPT, OPTIMIZERS, Clip, Hyper, Move, Rule, RuleError
 
 _NORMALISE = "a network that normalises over the micro-batch sees another number of examples"
 
@@ -66,6 +66,8 @@ def read(layout: Layout, devices: int | None) -> Recipe:
     values = {name: layout.number(slot, many=name == "betas") for name, slot in layout.fields.items()}
     if missing := [_key(layout.fields[n]) for n, v in values.items() if v is None]:
         raise error(f"no {', '.join(missing)} is there: add what is missing")
+    adaptive = OPTIMIZERS[layout.optimizer].family == "adaptive"
+    values = {"eps": 1e-8 if adaptive else 0, **values}  # torch's and DeepSpeed's, where the trainer has no key for it
     lr, eps, decay = (float(values.pop(name, 0)) for name in ("lr", "eps", "weight_decay"))
     betas = values.get("betas", list(values.values()))
     if "betas" in values and (not isinstance(betas, list) or len(betas) != 2):
@@ -154,7 +156,13 @@ class Edit:
         return Recipe(base.optimizer, batch, micro, accumulation, parallel, self.hyper, epochs, steps, warmup)
 
     def in_place(self, new_devices: int | None) -> Recipe:
-        layout, base, moved = self.layout, self.base, self.moved(new_devices)
+        layout, base, eps = self.layout, self.base, self.hyper.eps
+        if "eps" not in layout.fields and eps != base.hyper.eps:
+            self.hyper = replace(self.hyper, eps=base.hyper.eps)
+            self.notes.append(
+                f"{layout.form} has no key for eps, which the rule moves to {eps:g}: {base.hyper.eps:g} stays"
+            )
+        moved = self.moved(new_devices)
         for name, value in self.named(layout.fields).items():
             self.put(layout.fields[name], value)
         count, whole = layout.accumulation, layout.whole
@@ -174,7 +182,8 @@ class Edit:
         for name in ("epochs", "steps", "warmup"):
             if getattr(layout, name) is not None and getattr(moved, name) is not None:
                 self.put(getattr(layout, name), getattr(moved, name))
-        self._clip()
+        if layout.clip and (clip := self.clipped()) is not None:
+            self.put(layout.clip, clip)
         self._mirrors(moved)
         changed, doc = {c.split(": ", 1)[0] for c in self.changes}, layout.doc
         for path, value in doc.wanted.items():
@@ -215,9 +224,14 @@ class Edit:
             return moved.eps if law == "as_eps" else moved.weight_decay
         if law == "samples":
             new = value * self.move.duration
+            if isinstance(value, int) and value > 0 and not self.layout.fractions:
+                return self.whole(path, value, new)
             return int(new) if new == int(new) else new
         if law == "ema":
-            return self.rule.ema(value, kappa)
+            if path not in self.layout.every:
+                return self.rule.ema(value, kappa)
+            between = self.layout.doc.values[self.layout.every[path]]
+            return self.rule.ema(value, kappa * max(1, round(between * self.move.duration / kappa)) / between)
         if law == "per_step":
             return value * kappa
         if law == "beta":
@@ -229,13 +243,23 @@ class Edit:
             exact = value * self.move.duration / kappa
             if value < 1:  # a share of the run
                 return value
-            if abs(exact - round(exact)) > 1e-9 or exact < 1:
-                self.notes.append(f"{dotted(path)}: {value} steps become {exact:.6g}, written {max(1, round(exact))}")
-            return max(1, round(exact))
+            return self.whole(path, value, exact, " steps", self.unit(path))
         new = value * kappa
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)
+
+    def unit(self, path: Path) -> int:
+        """The new count of which that at `path` stays a multiple; 1 for most."""
+        key, default = self.layout.within.get(path, ((), None))
+        old = self.layout.doc.values.get(key) or default  # not what is already written there
+        return max(1, round(old * self.move.duration / self.move.kappa)) if old else 1
+
+    def whole(self, path: Path, value: float, exact: float, unit: str = "", of: int = 1) -> int:
+        new = max(1, round(exact / of)) * of
+        if abs(exact - new) > 1e-9 * max(1, exact):
+            self.notes.append(f"{dotted(path)}: {value}{unit} become {exact:.6g}, written {new}")
+        return new
 
     def _mirrors(self, moved: Recipe) -> None:
         """Write to the partners what they hold of the numbers that have moved."""
@@ -258,20 +282,20 @@ class Edit:
                 was = f"{value}" if m.there else f"{value} (DeepSpeed's default)"
                 self.changes.append(f"{m.doc.where}: {key}: {was} -> {new}")
 
-    def _clip(self) -> None:
+    def clipped(self) -> float | None:
+        """The clipping threshold after the move; None where nothing is clipped."""
         slot = self.layout.clip
-        value = self.layout.number(slot)
+        value: float | None = self.layout.number(slot)
         if slot is None or not value or value < 0:
-            return
+            return None
         new = self.rule.clip(value, self.move.kappa)
-        if new == value:
-            return
-        if self.clip == "rule":
-            return self.put(slot, new)
+        if self.clip == "rule" or new == value:
+            return new
         self.notes.append(
             f"{_key(slot)}={value:g} is kept: {CLIP_KEPT.format(new)}; "
             "--clip rule writes it, as one MLPerf benchmark does"
         )
+        return value
 
     def _split(self, parallel: int | None) -> tuple[int | None, int | None]:
         """(micro-batch, accumulation): the micro-batch stays, because a network may normalise over it."""

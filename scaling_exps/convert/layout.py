@@ -56,6 +56,7 @@ class Layout:
     optimizer: str  # row of rules.OPTIMIZERS
     fields: dict[str, Slot]  # lr, betas | beta1, beta2 | momentum | alpha, eps, weight_decay
     notes: list[str]
+    named: Path = ()  # the key that names the optimizer
     micro: Slot | None = None  # examples a device a micro-batch
     accumulation: Slot | None = None
     whole: Slot | None = None  # the global batch itself
@@ -68,9 +69,12 @@ class Layout:
     model_parallel: int = 1  # devices that hold one replica
     unknown_degree: str = ""  # the key of a parallel degree that is no number
     laws: list[tuple[Path, Any, str]] = field(default_factory=list)
+    within: dict[Path, Slot] = field(default_factory=dict)  # a count that must be a multiple of another: that one
+    every: dict[Path, Path] = field(default_factory=dict)  # an average's decay: the key of the steps between updates
     steps: Slot | None = None
     epochs: Slot | None = None
     warmup: Slot | None = None
+    fractions: bool = False  # whether the trainer takes a fraction of an epoch
     needs_length: str = ""  # keys of which one must be there, because the schedule counts steps
     clip: Slot | None = None
     group: Slot | None = None  # samples that belong together (GRPO)
@@ -211,7 +215,7 @@ def build(
     for key, why in table.get("refused", {}).items():
         if value := doc.get((*root, *path_of(key))):
             raise doc.error(f"{key}={value}: {why}")
-    row = "adamw"
+    row, key = "adamw", path_of(())
     notes = [note for key, note in table.get("notes", {}).items() if doc.get(slot_of(doc, key, root)[0])]
     if "optimizer" in table:
         key, default = slot_of(doc, table["optimizer"], root)
@@ -234,9 +238,11 @@ def build(
     names |= {"eps"} if optimizer.family == "adaptive" else set()
     fields = {n: slot_of(doc, text, root) for n, text in table.items() if n in names}
     layout = Layout(doc, form, row, fields, notes, harmless=words("harmless", table.get("harmless", form)))
+    layout.named = key
     for n in _SLOTS:
         setattr(layout, n, slot_of(doc, table[n], root) if n in table else None)
     layout.needs_length, layout.together = table.get("needs_length", ""), table.get("together", False)
+    layout.fractions = table.get("fractions", False)
     if layout.group and doc.get(layout.group[0]) is None:
         layout.group = None
     for law in LAWS:

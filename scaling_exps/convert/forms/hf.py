@@ -29,9 +29,41 @@ def hf(doc: Document, form: str = "hf") -> Layout:
         notes.append("loraplus_lr_embedding is not in the file: its default, an absolute rate (1e-6), stays")
     if doc.get("lr_scheduler_type") == "polynomial" and doc.get("lr_scheduler_kwargs.lr_end") is None:
         notes.append("lr_end of the polynomial schedule is not in the file: its default, 1e-7, stays")
+    _timescale(layout)
+    _saves(layout)
     if isinstance(doc.get("deepspeed"), str) and not doc.partners:
         notes.append(f"deepspeed={doc.get('deepspeed')} is not read: give it as --with, so that the pair is checked")
     return layout
+
+
+def _saves(layout: Layout) -> None:
+    """Saves that fall on evaluations go on doing so: the Trainer refuses others with load_best_model_at_end."""
+    doc, save = layout.doc, ("save_steps",)
+    by_steps = "steps" in (doc.get("eval_strategy"), doc.get("evaluation_strategy"))
+    by_steps = by_steps and doc.get("save_strategy") in (None, "steps")
+    key = next((k for k in ("eval_steps", "logging_steps") if doc.get(k) is not None), "eval_steps")
+    if doc.get("load_best_model_at_end") and by_steps and (doc.get(save) is None) != (doc.get(key) is None):
+        layout.law("count", save if doc.get(save) is None else key, default=500)
+    saves, evals = layout.number((save, 500)), layout.number(((key,), 500))
+    if saves >= 1 and evals >= 1 and saves % evals == 0:
+        layout.within[save] = (key,), 500
+
+
+def _timescale(layout: Layout) -> None:
+    """Without a warm-up, transformers' inverse_sqrt takes a timescale of 10,000 steps, and with one the warm-up's."""
+    doc, form = layout.doc, layout.form
+    if "inverse_sqrt" not in (doc.get("lr_scheduler_type"), doc.get("lr_scheduler")) or layout.number(layout.warmup):
+        return
+    axolotls = form == "axolotl" and layout.warmup and doc.get(layout.warmup[0]) is None  # it has a warm-up by default
+    if axolotls or doc.get("lr_scheduler_kwargs.timescale") is not None:
+        return
+    if doc.syntax == "flags" or form == "accelerate":
+        layout.notes.append(
+            "timescale of the inverse_sqrt schedule is not in the file: its default, 10000 steps, stays; N = 10000/κ "
+            "in its place keeps it in samples"
+        )
+    else:
+        layout.law("count", "lr_scheduler_kwargs.timescale", default=10_000)
 
 
 def _optim_args(layout: Layout) -> None:
@@ -74,6 +106,7 @@ def accelerate(doc: Document) -> Layout:
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
+    _timescale(layout)
     absent = [dotted(slot[0]) for name, slot in layout.fields.items() if name != "lr" and doc.get(slot[0]) is None]
     if absent:
         layout.notes.append(

@@ -52,11 +52,10 @@ def nanogpt(doc: Document) -> Layout:
     """config/*.py or flags of train.py, which divides gradient_accumulation_steps by the number of processes."""
     layout = build(doc, "nanogpt")
     layout.parallel, layout.parallel_words = 1, "all processes together"
-    layout.notes += [
+    layout.notes.append(
         "gradient_accumulation_steps is read as that of all processes, as train.py has divided it since 2023; in a "
-        "copy that does not, multiply it by the processes first",
-        "train.py has no key for eps, which the rule moves to eps/√κ: 1e-8, torch's, stays",
-    ]
+        "copy that does not, multiply it by the processes first"
+    )
     return layout
 
 

@@ -44,6 +44,19 @@ def deepspeed(doc: Document) -> Layout:
     layout.sections |= set(_ALONG)
     layout.law("kept", *((*params, k) for k in ("bias_correction", "amsgrad", "freeze_step")))
     kind = doc.get("scheduler.type")
+    if kind in ("WarmupLR", "WarmupDecayLR") and doc.get("scheduler.params.warmup_max_lr") is None:
+        raise doc.error(
+            f"{kind} without scheduler.params.warmup_max_lr: older versions of DeepSpeed take 0.001 there, which "
+            "overrides optimizer.params.lr: write it out"
+        )
+    if kind == "OneCycle":
+        if layout.optimizer != "sgd" and doc.get("scheduler.params.cycle_momentum") is not False:
+            raise doc.error(
+                "OneCycle overrides the betas at every step, unless told otherwise: beta1 between cycle_min_mom and "
+                "cycle_max_mom, beta2 with 0.99, for which there is no key: set scheduler.params.cycle_momentum: false"
+            )
+        if doc.get("scheduler.params.cycle_first_step_size") is None:
+            layout.law("count", "scheduler.params.cycle_first_step_size", default=2000)
     if kind in ("WarmupLR", "WarmupDecayLR", "WarmupCosineLR"):
         layout.steps = slot_of(doc, "scheduler.params.total_num_steps")
         layout.warmup = slot_of(doc, "scheduler.params.warmup_num_steps=1000")

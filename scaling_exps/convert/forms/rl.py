@@ -22,7 +22,6 @@ def openrlhf(doc: Document) -> Layout:
     layout = build(doc, "openrlhf", rows=rows)
     if doc.get("micro_train_batch_size") is None:
         layout.micro = None
-    layout.notes.append("OpenRLHF has no key for eps, which the rule moves to eps/√κ: 1e-8, DeepSpeed's, stays")
     if rollouts:
         prompts, each = (layout.number((key, d)) for key, d in ((("rollout_batch_size",), 1024),
                                                                 (("n_samples_per_prompt",), 1)))  # fmt: skip

@@ -92,20 +92,24 @@ def lightning(doc: Document) -> Layout:
     if doc.get((*args, "decoupled_weight_decay")) and layout.optimizer == "adam":
         layout.optimizer = "adamw"
     layout.law("kept", *((*args, key) for key in ("amsgrad", "nesterov", "dampening")))
+    schedulers = [home[3] for home in homes if home[0] == "scheduler"]
     for kind, name, spot, where in homes:
         doc.get(spot)
         if kind == "scheduler":
-            _scheduler(layout, name, where)
+            whole = min((s for s in schedulers if where[: len(s)] == s), key=len)  # the SequentialLR that holds it
+            _scheduler(layout, name, where, whole)
     for path, value in doc.values.items():
         last, callback = str(path[-1]), "callbacks" in path
-        if callback and re.search("every_n_(train_)?steps|update_every", last):
+        if callback and re.search(_EVERY, last):
             layout.law("count", path)
         elif (
             isinstance(value, float)
             and 0 < value < 1
             and last in ("ema_decay", "ema_rate", *(["decay"] if callback else []))
         ):
-            layout.law("ema", path)
+            _average(layout, path)
+        elif callback and last in ("class_path", "_target_") and re.search(r"EMA|ExponentialMoving", str(value)):
+            _average_by_default(layout, path, str(value))
         elif last == "swa_lrs":
             layout.law("rate", path)
     check = doc.get("trainer.val_check_interval")
@@ -114,7 +118,36 @@ def lightning(doc: Document) -> Layout:
     return layout
 
 
-def _scheduler(layout: Layout, name: str, args: Path) -> None:
+_EVERY = "every_n_(train_)?steps|update_every(?!.*epoch)|update_starting_at_step"
+
+
+def _average(layout: Layout, path: Path, default: float | None = None) -> None:
+    """A decay counts updates: those between which steps lie that are moved too are less often, and need less."""
+    beside = [p for p in layout.under(*path[:-1]) if len(p) == len(path) and "every" in str(p[-1])]
+    if any("epoch" in str(p[-1]) for p in beside):
+        return
+    steps = [p for p in beside if re.search(_EVERY, str(p[-1])) and is_number(layout.doc.get(p))]
+    if steps:
+        layout.every[path] = steps[0]
+    layout.law("ema", path, default=default)
+
+
+def _average_by_default(layout: Layout, spot: Path, name: str) -> None:
+    args = (*spot[:-1], "init_args") if spot[-1] == "class_path" else spot[:-1]
+    if any(layout.doc.has((*args, key)) for key in ("decay", "ema_decay", "ema_rate", "avg_fn", "multi_avg_fn")):
+        return
+    if name.endswith("EMAWeightAveraging"):
+        _average(layout, (*args, "decay"), 0.999)
+    else:
+        layout.notes.append(f"{dotted(spot)}={name}: the decay of its average is not in the file, and stays")
+
+
+def _either(path: Path) -> bool:
+    return re.fullmatch(KEYS["lightning"]["scheduler"]["either"], str(path[-1])) is not None
+
+
+def _scheduler(layout: Layout, name: str, args: Path, whole: Path) -> None:
+    """The laws of a scheduler's arguments; its counts are of steps or of epochs as all in `whole` are."""
     doc, laws = layout.doc, KEYS["lightning"]["scheduler"]
     others = layout.sweep([p for p in layout.under(*args) if len(p) == len(args) + 1], laws)
     if name == "OneCycleLR":
@@ -131,17 +164,17 @@ def _scheduler(layout: Layout, name: str, args: Path) -> None:
     if name == "ExponentialLR":
         layout.notes.append("ExponentialLR.gamma stays: it is applied once an epoch; once a step it would need gamma^κ")
     epochs, steps = (doc.get(("trainer", key)) or 0 for key in ("max_epochs", "max_steps"))
+    counts = [layout.number((path, 0), many=True) for path in layout.under(*whole) if _either(path)]
+    largest = max((n for c in counts for n in (c if isinstance(c, list) else [c])), default=0)
+    if isinstance(epochs, int) and epochs > 0:
+        per_step = largest > 2 * epochs
+    else:
+        per_step = isinstance(steps, int) and 0 < steps < 20 * largest
     for path in others:
-        if not re.fullmatch(laws["either"], str(path[-1])) or (value := doc.get(path)) is None:
+        if not _either(path) or (value := doc.get(path)) is None:
             continue
-        number = layout.number((path, None), many=True)
-        largest = max(number) if isinstance(number, list) else number
-        if isinstance(epochs, int) and epochs > 0:
-            per_step = largest > 2 * epochs
-        else:
-            per_step = isinstance(steps, int) and 0 < steps < 20 * largest
         layout.law("count" if per_step else "samples", path)
         how = "is read as epochs, as Lightning's CLI steps: where yours steps with the optimizer, divide it by κ"
         if per_step:
-            how = "is more than the run has epochs: read as optimizer steps"
+            how = "is read as optimizer steps: the schedule is longer than the run has epochs"
         layout.notes.append(f"{dotted(path)}={value} {how}")
