@@ -809,6 +809,25 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         "accelerate launch --num_processes=1 train_network.py --train_batch_size=4 --learning_rate=1e-4 "
         '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --max_train_steps=10\n', {}, {},
         "optimizer_args=betas=0.9,0.99"),
+    "verl, overrides in quotes": (
+        VERL.replace("actor_rollout_ref.actor.optim.lr=1e-6", '"actor_rollout_ref.actor.optim.lr=5e-6" '
+        "'actor_rollout_ref.actor.optim.betas=[0.95, 0.99]'"), {"batch": 512, "devices": None},
+        {"actor_rollout_ref.actor.optim.lr": 5e-6 * 2**0.5, "actor_rollout_ref.actor.optim.betas": [0.9, 0.98]},
+        r"optim.lr: 5e-06 -> .*\n.*betas: .0.95, 0.99. -> "),
+    "flags in quotes": (
+        'LR=1e-4\nARGS=(\n "--learning_rate=$LR"\n "--per_device_train_batch_size" 8\n)\n'
+        "python train.py ${ARGS[@]} '--adam_beta2=0.98'\n", {"batch": 32},
+        {"learning_rate": 2e-4, "adam_beta2": 0.92}, r"learning_rate: 0.0001 -> 0.0002"),
+    "a command in quotes": (f"bash -c 'cd x && python train.py {_FLAGS}'\n", {}, {}, "is in quotes, and what it sets"),
+    "a name in quotes": (f'python t.py {_FLAGS} "optim"=sgd\n', {}, {}, '"optim"=sgd is in quotes, and what it sets'),
+    "a file in quotes": (f'python train.py "examples/sft.yaml" {_FLAGS}\n', {}, {}, "examples/sft.yaml.*the values in"),
+    "overrides after a flag, in a variable": (
+        "MORE='model.optim.lr=3e-4 model.optim.name=fused_adam'\ntorchrun --standalone train.py model.global_batch_size"
+        "=256 trainer.max_steps=100 $MORE\n", {"batch": 1024, "devices": None},
+        {"model.optim.lr": 6e-4, "trainer.max_steps": 25}, "256 -> 1024"),
+    "what a script says": (
+        f'echo "learning_rate=9" --max_steps 7\ncd "$(dirname "$0" --x)"\npython train.py {_FLAGS}\n', {"batch": 32},
+        {"learning_rate": 2e-4, "max_steps": 25}, "max_steps: 100 -> 25"),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
         "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},

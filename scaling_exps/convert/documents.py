@@ -281,7 +281,7 @@ def open_document(text: str, where: str) -> Document:
         return any(re.match(pattern, line) for line in code)
 
     keyed = any_line(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)")
-    flagged = any_line(r".*?(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
+    flagged = any_line(r".*?(^|\s)[\"']?(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
     named_yaml = ending in (".yaml", ".yml")
     if text.lstrip("\ufeff \t\r\n")[:1] == "{" and not named_yaml:
         return Json(text, where)
