@@ -324,6 +324,17 @@ FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         {"optim_args": "alpha=0.96,eps=5e-09", "learning_rate": 1e-6},
         "rule sqrt",
     ),
+    "02 RMSprop, alpha and eps in one text": (
+        "optim: rmsprop\noptim_args: alpha=0.99,eps=1e-6  # both\nlearning_rate: 5.0e-7\n"
+        "per_device_train_batch_size: 4\n", {"devices": 1, "batch": 16},
+        {"optim_args": "alpha=0.96,eps=5e-07", "learning_rate": 1e-6}, "optim_args.eps: 1e-06 -> 5e-07"),
+    "02 RMSprop, alpha alone": (
+        "optim: rmsprop\noptim_args: 'alpha=0.99'\nlearning_rate: 5.0e-7\nper_device_train_batch_size: 4\n",
+        {"devices": 1, "batch": 16}, {"optim_args": "alpha=0.96,eps=5e-09"}, "optim_args.alpha: 0.99 -> 0.96"),
+    "02 RMSprop by flags": (
+        "python t.py --optim rmsprop --optim_args 'alpha=0.99, eps=1e-6' --learning_rate 5e-7 "
+        "--per_device_train_batch_size 4\n",
+        {"devices": 1, "batch": 16}, {"optim_args": "alpha=0.96,eps=5e-07"}, "optim_args.alpha: 0.99 -> 0.96"),
     "03 parallel degrees": (
         "pipeline_model_parallel_size: 4\nexpert_model_parallel_size: 2\nper_device_train_batch_size: 1\n"
         "gradient_accumulation_steps: 16\nlearning_rate: 3e-6\n",
@@ -959,6 +970,12 @@ def test_documents() -> None:
     assert doc.render() == "a: &x 1\nb: *x\nc: {d: 1,e:  2, h: 5.0e-09}  # f\ng: [1, 2]\n"
     with pytest.raises(RuleError, match="one place in the file"):
         doc.set(("a",), 2)
+    doc = open_document("a: &m {k: 1}\nb: {<<: *m}\n", "f")
+    for value in (2, 3):  # what is set twice is overwritten, and what is another's is not
+        doc.set(("a", "k"), value)
+    assert doc.render() == "a: &m {k: 3}\nb: {<<: *m}\n"
+    with pytest.raises(RuleError, match=r"one place in the file is read as b\.k and as a\.k"):
+        doc.set(("b", "k"), 4)
     doc = open_document("a = 3 # y\n\n[s]\nk = [1, 2]\n", "f.toml")
     doc.set(("s", "k"), [4, 5])
     doc.set(("new", "k"), 1e-9)
