@@ -637,8 +637,9 @@ def test_names_of_optimizers() -> None:
     for name, row in [("torch.optim.AdamW", "adamw"), ("paged_adamw_8bit", "adamw"), ("adamw_torch_fused", "adamw"),
                       ("bitsandbytes.optim.PagedAdamW32bit", "adamw"), ("FusedAdam", "adamw"), ("torch.optim.Adam",
                        "adam"),
-                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit",
-                       "lion")]:  # fmt: skip
+                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit", "lion"),
+                      ("bitsandbytes.optim.Adam", "adamw"), ("PagedAdam32bit", "adamw"), ("bnbadam", "adamw"),
+                      ("torchao.optim.Adam8bit", "adam")]:  # fmt: skip
         assert optimizers.find(name, "optim")[0] == row, name
     for name in ("adamax", "Adafactor", "LAMB", "schedule_free_adamw", "galore_adamw_8bit", "apollo_adamw", "ademamix",
                  "stable_adamw", "rmsproptf", "adam_mini", "lomo", "prodigy", "nmuon", "decoupled_adamw"):  # fmt: skip
@@ -843,6 +844,12 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "what a script says": (
         f'echo "learning_rate=9" --max_steps 7\ncd "$(dirname "$0" --x)"\npython train.py {_FLAGS}\n', {"batch": 32},
         {"learning_rate": 2e-4, "max_steps": 25}, "max_steps: 100 -> 25"),
+    "bitsandbytes' Adam is AdamW": (
+        _LIT.replace("torch.optim.AdamW", "bitsandbytes.optim.Adam8bit").replace("1e-3", "1e-3, weight_decay: 0.1"),
+        {"batch": 128}, {"optimizer.init_args.weight_decay": 0.2}, "rule adamw_sde"),
+    "bitsandbytes' Adam, and the decay that it begins with": (
+        _LIT.replace("torch.optim.AdamW", "bitsandbytes.optim.Adam8bit"), {"batch": 128},
+        {"optimizer.init_args.lr": 2e-3}, r"(?s)rule adamw_sde(?!.*weight_decay: 0)"),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
         "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},

@@ -223,7 +223,8 @@ def build(
             notes.append(f"{dotted(key)} is not in the file: {default}, the trainer's default")
         notes += [note] if note else []
     if numbers is not None:
-        table |= {n: ((*numbers, n), default) for n, default in KEYS["torch"][row].items()}
+        own = "adam" if not decoupled and optimizers.bare(str(name or given)) == "adam" else row  # with its decay of 0
+        table |= {n: ((*numbers, n), default) for n, default in KEYS["torch"][own].items()}
     optimizer = OPTIMIZERS[row]
     betas = ("betas",) if "betas" in table else ("beta1", "beta2")
     names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
