@@ -850,6 +850,14 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "bitsandbytes' Adam, and the decay that it begins with": (
         _LIT.replace("torch.optim.AdamW", "bitsandbytes.optim.Adam8bit"), {"batch": 128},
         {"optimizer.init_args.lr": 2e-3}, r"(?s)rule adamw_sde(?!.*weight_decay: 0)"),
+    "Megatron's ramp in stages": (
+        'python pretrain_gpt.py --micro-batch-size 4 --lr 3e-4 --train-samples 1000 --lr-decay-iters 9 '
+        '--step-batch-size-schedule "0:256 250M:1024"\n', {}, {},
+        "step_batch_size_schedule=0:256 250M:1024: the recipe ramps its batch already"),
+    "a batch in words": (HF + "batch_size_schedule: 0:256 1B:1024\n", {}, {}, "schedule=0:256 .*may change the batch"),
+    "a batch in no number": (
+        HF + "batch_sampler: random\ngrad_accum_dtype: fp32\nn_gpus: 'a100:8'\n", {}, {"learning_rate": 2e-4},
+        "not looked at: .*batch_sampler, grad_accum_dtype, n_gpus"),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
         "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},
@@ -1129,7 +1137,7 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     command = [str(file), "--batch", "256", "--devices", "8", "--ramp"]
     assert main([*command, "0:256 1.5B:1024"]) == 0
     out, err = capsys.readouterr()
-    assert out == script and '--step-batch-size-schedule "0:256 1.5B:1024"' in err
+    assert out == script and '--step-batch-size-schedule "0:256 1.5B:1024"\n  in place of --global-batch-size' in err
     assert "from 1.5B tokens: batch 1024, lr 0.0006, betas 0.8, 0.96, eps 5e-09, weight decay 0.2" in err
     for bad, said in (
         ("", "rise from 0"), ("0:256 2B", "rise from 0"), ("1M:256", "rise from 0"), ("0:256 1B:512 1M:1024", "rise"),
