@@ -192,6 +192,7 @@ PARTNER = """\
  "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-4,
    "warmup_num_steps": 500, "total_num_steps": "auto"}}, "zero_optimization": {"stage": 2}}
 """
+_MEGATRON_LM = "num_processes: 8\nmegatron_lm_config: {megatron_lm_tp_degree: 2, megatron_lm_pp_degree: 2"
 PLAIN = """\
 optimizer: adamw
 batch: 256
@@ -577,6 +578,10 @@ def test_what_goes_with_the_batch(text: str, options: dict[str, object], expecte
          "ds.json: curriculum_learning changes the batch"),
         (HF, {"partners": [("num_processes: 1\ndeepspeed_config: {gradient_accumulation_steps: 1}\n", "a.yaml")]},
          "a.yaml: deepspeed_config.gradient_accumulation_steps=1 is not 4"),
+        (HF, {"devices": None, "partners": [("num_processes: 9\nparallelism_config: {parallelism_config_tp_size: 2}\n",
+         "a.yaml")]}, r"9 devices cannot be shared by replicas of 2 each .tensor 2 in a\.yaml"),
+        (HF, {"devices": None, "partners": [(_MEGATRON_LM + ", megatron_lm_num_micro_batches: 2}\n", "a.yaml")]},
+         "a.yaml: megatron_lm_num_micro_batches=2 accumulates beside"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
         (HF_FLAGS.replace("=4", "=8 --nnodes=4"), {"devices": None, "batch": 2048, "new_devices": 2},
@@ -858,6 +863,17 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
     "a batch in no number": (
         HF + "batch_sampler: random\ngrad_accum_dtype: fp32\nn_gpus: 'a100:8'\n", {}, {"learning_rate": 2e-4},
         "not looked at: .*batch_sampler, grad_accum_dtype, n_gpus"),
+    "accelerate's own degrees, by flags": (
+        f"accelerate launch --num_processes 8 --use_fsdp --parallelism_config_tp_size 2 "
+        f"--parallelism_config_dp_shard_size 4 train.py {_FLAGS}\n", {"devices": None, "batch": 64},
+        {"learning_rate": 2**0.5 * 1e-4}, "8 per device × 4 data-parallel"),
+    "Megatron-LM's degrees in accelerate, by flags": (
+        f"accelerate launch --num_processes 8 --megatron_lm_tp_degree 2 --megatron_lm_pp_degree 2 train.py {_FLAGS}\n",
+        {"devices": None, "batch": 64}, {"learning_rate": 2e-4}, "2 data-parallel .8 devices / tensor 2 / pipeline 2."),
+    "DeepSpeed's autotp_size": (
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "tensor_parallel": {"autotp_size": 4},\n'
+        ' "train_micro_batch_size_per_gpu": 4}\n', {"devices": 8, "batch": 32}, {"optimizer.params.lr": 2e-4},
+        "4 per device × 2 data-parallel .8 devices / tensor 4."),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
         "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},
@@ -924,6 +940,27 @@ def test_numbers_in_both_files_of_a_pair_move_in_both() -> None:
     held = "num_processes: 2\ndeepspeed_config: {gradient_accumulation_steps: 4, zero_stage: 2}\n"
     done = convert(HF, batch=256, partners=[(held, "a.yaml")])
     assert done.partners[0][0] == held.replace("steps: 4", "steps: 8")
+
+
+@pytest.mark.parametrize(
+    ("partners", "base"),
+    [
+        (["num_processes: 8\na: {parallelism_config_tp_size: 2, parallelism_config_dp_shard_size: 4}\n"],
+         "16 per device × 4 data-parallel × 4 accumulation = 256"),
+        (["num_processes: 8\na: {parallelism_config_cp_size: 4, parallelism_config_dp_shard_size: 1}\n"],
+         "× 2 data-parallel (8 devices / context 4 in 0.yaml) ×"),
+        ([_MEGATRON_LM + "}\n"],
+         "× 2 data-parallel (8 devices / tensor 2 / pipeline 2 in 0.yaml) × 4 accumulation = 128"),
+        ([_MEGATRON_LM + "}\n", DEEPSPEED_AUTO], "× 2 data-parallel (8 devices / tensor 2 / pipeline 2 in 0.yaml) ×"),
+        (["num_processes: 8\n", DEEPSPEED_AUTO.replace("{", '{"tensor_parallel": {"autotp_size": 4}, ', 1)],
+         "× 2 data-parallel (8 devices / tensor 4 in 0.yaml) ×"),
+        (["num_processes: 8\n"], "× 8 data-parallel (in 0.yaml) ×"),
+    ],
+)  # fmt: skip
+def test_the_degrees_of_every_partner_are_divided_out(partners: list[str], base: str) -> None:
+    """The base batch would be too large by them, and with it every number."""
+    done = convert(HF, batch=1024, partners=[(text, f"{i}.yaml") for i, text in enumerate(partners)])
+    assert base in done.sentence
 
 
 def test_a_pair_is_written_whole_or_not_at_all(

@@ -111,7 +111,7 @@ def sentence(layout: Layout, base: Recipe) -> str:
     if base.micro is None or base.parallel is None:
         rest = f", {base.micro} per device a micro-batch" if base.micro else ""
         return f"base: {base.batch} ({_key(layout.whole)}{rest})"
-    words = layout.parallel_words.strip(" ()")
+    words = layout.parallel_words.strip()
     if layout.model_parallel > 1 and words.startswith("/"):
         words = f"{base.parallel * layout.model_parallel} devices {words}"
     how = f" ({words})" if words else ""
