@@ -196,6 +196,7 @@ PARTNER = """\
  "scheduler": {"type": "WarmupDecayLR", "params": {"warmup_min_lr": 1e-6, "warmup_max_lr": 1e-4,
    "warmup_num_steps": 500, "total_num_steps": "auto"}}, "zero_optimization": {"stage": 2}}
 """
+_MEGATRON_LM = "num_processes: 8\nmegatron_lm_config: {megatron_lm_tp_degree: 2, megatron_lm_pp_degree: 2"
 PLAIN = """\
 optimizer: adamw
 batch: 256
@@ -339,6 +340,17 @@ FIFTEEN: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         {"optim_args": "alpha=0.96,eps=5e-09", "learning_rate": 1e-6},
         "rule sqrt",
     ),
+    "02 RMSprop, alpha and eps in one text": (
+        "optim: rmsprop\noptim_args: alpha=0.99,eps=1e-6  # both\nlearning_rate: 5.0e-7\n"
+        "per_device_train_batch_size: 4\n", {"devices": 1, "batch": 16},
+        {"optim_args": "alpha=0.96,eps=5e-07", "learning_rate": 1e-6}, "optim_args.eps: 1e-06 -> 5e-07"),
+    "02 RMSprop, alpha alone": (
+        "optim: rmsprop\noptim_args: 'alpha=0.99'\nlearning_rate: 5.0e-7\nper_device_train_batch_size: 4\n",
+        {"devices": 1, "batch": 16}, {"optim_args": "alpha=0.96,eps=5e-09"}, "optim_args.alpha: 0.99 -> 0.96"),
+    "02 RMSprop by flags": (
+        "python t.py --optim rmsprop --optim_args 'alpha=0.99, eps=1e-6' --learning_rate 5e-7 "
+        "--per_device_train_batch_size 4\n",
+        {"devices": 1, "batch": 16}, {"optim_args": "alpha=0.96,eps=5e-07"}, "optim_args.alpha: 0.99 -> 0.96"),
     "03 parallel degrees": (
         "pipeline_model_parallel_size: 4\nexpert_model_parallel_size: 2\nper_device_train_batch_size: 1\n"
         "gradient_accumulation_steps: 16\nlearning_rate: 3e-6\n",
@@ -696,8 +708,16 @@ def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expe
          "ds.json: curriculum_learning changes the batch"),
         (HF, {"partners": [("num_processes: 1\ndeepspeed_config: {gradient_accumulation_steps: 1}\n", "a.yaml")]},
          "a.yaml: deepspeed_config.gradient_accumulation_steps=1 is not 4"),
+        (HF, {"devices": None, "partners": [("num_processes: 9\nparallelism_config: {parallelism_config_tp_size: 2}\n",
+         "a.yaml")]}, r"9 devices cannot be shared by replicas of 2 each .tensor 2 in a\.yaml"),
+        (HF, {"devices": None, "partners": [(_MEGATRON_LM + ", megatron_lm_num_micro_batches: 2}\n", "a.yaml")]},
+         "a.yaml: megatron_lm_num_micro_batches=2 accumulates beside"),
         (LIGHTNING.replace("AdamW", "LBFGS"), {"devices": None}, "torch.optim.LBFGS: no batch-size rule"),
         (LIGHTNING, {"devices": 4}, "says 2 data-parallel, and --devices 4 makes 4"),
+        (HF_FLAGS.replace("=4", "=8 --nnodes=4"), {"devices": None, "batch": 2048, "new_devices": 2},
+         "--new-devices 2 is no multiple of the 4 nodes that it names: give 4, or change"),
+        (HF_FLAGS.replace("=4", "=8 --nnodes=4"), {"devices": None, "batch": 1920, "new_devices": 10},
+         "--new-devices 10 is no multiple of the 4 nodes that it names: give 8 or 12, or change"),
         (TITAN.replace("steps = 1000", ""), {"devices": 64}, "without its length: set training.steps"),
         (DEEPSPEED.replace("256", "250"), {"devices": None}, "no multiple"),
         (DEEPSPEED.replace('"AdamW"', '"OneBitAdam"'), {"devices": None}, "1-bit Adam freezes v"),
@@ -754,8 +774,9 @@ def test_names_of_optimizers() -> None:
     for name, row in [("torch.optim.AdamW", "adamw"), ("paged_adamw_8bit", "adamw"), ("adamw_torch_fused", "adamw"),
                       ("bitsandbytes.optim.PagedAdamW32bit", "adamw"), ("FusedAdam", "adamw"), ("torch.optim.Adam",
                        "adam"),
-                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit",
-                       "lion")]:  # fmt: skip
+                      ("rmsprop_bnb_8bit", "torch_rmsprop"), ("NAdam", "adam"), ("paged_lion_8bit", "lion"),
+                      ("bitsandbytes.optim.Adam", "adamw"), ("PagedAdam32bit", "adamw"), ("bnbadam", "adamw"),
+                      ("torchao.optim.Adam8bit", "adam")]:  # fmt: skip
         assert optimizers.find(name, "optim")[0] == row, name
     for name in ("adamax", "Adafactor", "LAMB", "schedule_free_adamw", "galore_adamw_8bit", "apollo_adamw", "ademamix",
                  "stable_adamw", "rmsproptf", "adam_mini", "lomo", "prodigy", "nmuon", "decoupled_adamw"):  # fmt: skip
@@ -978,6 +999,50 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         "accelerate launch --num_processes=1 train_network.py --train_batch_size=4 --learning_rate=1e-4 "
         '--optimizer_type AdamW8bit --optimizer_args "betas=0.9,0.99" --max_train_steps=10\n', {}, {},
         "optimizer_args=betas=0.9,0.99"),
+    "verl, overrides in quotes": (
+        VERL.replace("actor_rollout_ref.actor.optim.lr=1e-6", '"actor_rollout_ref.actor.optim.lr=5e-6" '
+        "'actor_rollout_ref.actor.optim.betas=[0.95, 0.99]'"), {"batch": 512, "devices": None},
+        {"actor_rollout_ref.actor.optim.lr": 5e-6 * 2**0.5, "actor_rollout_ref.actor.optim.betas": [0.9, 0.98]},
+        r"optim.lr: 5e-06 -> .*\n.*betas: .0.95, 0.99. -> "),
+    "flags in quotes": (
+        'LR=1e-4\nARGS=(\n "--learning_rate=$LR"\n "--per_device_train_batch_size" 8\n)\n'
+        "python train.py ${ARGS[@]} '--adam_beta2=0.98'\n", {"batch": 32},
+        {"learning_rate": 2e-4, "adam_beta2": 0.92}, r"learning_rate: 0.0001 -> 0.0002"),
+    "a command in quotes": (f"bash -c 'cd x && python train.py {_FLAGS}'\n", {}, {}, "is in quotes, and what it sets"),
+    "a name in quotes": (f'python t.py {_FLAGS} "optim"=sgd\n', {}, {}, '"optim"=sgd is in quotes, and what it sets'),
+    "a file in quotes": (f'python train.py "examples/sft.yaml" {_FLAGS}\n', {}, {}, "examples/sft.yaml.*the values in"),
+    "overrides after a flag, in a variable": (
+        "MORE='model.optim.lr=3e-4 model.optim.name=fused_adam'\ntorchrun --standalone train.py model.global_batch_size"
+        "=256 trainer.max_steps=100 $MORE\n", {"batch": 1024, "devices": None},
+        {"model.optim.lr": 6e-4, "trainer.max_steps": 25}, "256 -> 1024"),
+    "what a script says": (
+        f'echo "learning_rate=9" --max_steps 7\ncd "$(dirname "$0" --x)"\npython train.py {_FLAGS}\n', {"batch": 32},
+        {"learning_rate": 2e-4, "max_steps": 25}, "max_steps: 100 -> 25"),
+    "bitsandbytes' Adam is AdamW": (
+        _LIT.replace("torch.optim.AdamW", "bitsandbytes.optim.Adam8bit").replace("1e-3", "1e-3, weight_decay: 0.1"),
+        {"batch": 128}, {"optimizer.init_args.weight_decay": 0.2}, "rule adamw_sde"),
+    "bitsandbytes' Adam, and the decay that it begins with": (
+        _LIT.replace("torch.optim.AdamW", "bitsandbytes.optim.Adam8bit"), {"batch": 128},
+        {"optimizer.init_args.lr": 2e-3}, r"(?s)rule adamw_sde(?!.*weight_decay: 0)"),
+    "Megatron's ramp in stages": (
+        'python pretrain_gpt.py --micro-batch-size 4 --lr 3e-4 --train-samples 1000 --lr-decay-iters 9 '
+        '--step-batch-size-schedule "0:256 250M:1024"\n', {}, {},
+        "step_batch_size_schedule=0:256 250M:1024: the recipe ramps its batch already"),
+    "a batch in words": (HF + "batch_size_schedule: 0:256 1B:1024\n", {}, {}, "schedule=0:256 .*may change the batch"),
+    "a batch in no number": (
+        HF + "batch_sampler: random\ngrad_accum_dtype: fp32\nn_gpus: 'a100:8'\n", {}, {"learning_rate": 2e-4},
+        "not looked at: .*batch_sampler, grad_accum_dtype, n_gpus"),
+    "accelerate's own degrees, by flags": (
+        f"accelerate launch --num_processes 8 --use_fsdp --parallelism_config_tp_size 2 "
+        f"--parallelism_config_dp_shard_size 4 train.py {_FLAGS}\n", {"devices": None, "batch": 64},
+        {"learning_rate": 2**0.5 * 1e-4}, "8 per device × 4 data-parallel"),
+    "Megatron-LM's degrees in accelerate, by flags": (
+        f"accelerate launch --num_processes 8 --megatron_lm_tp_degree 2 --megatron_lm_pp_degree 2 train.py {_FLAGS}\n",
+        {"devices": None, "batch": 64}, {"learning_rate": 2e-4}, "2 data-parallel .8 devices / tensor 2 / pipeline 2."),
+    "DeepSpeed's autotp_size": (
+        '{"optimizer": {"type": "AdamW", "params": {"lr": 1e-4}}, "tensor_parallel": {"autotp_size": 4},\n'
+        ' "train_micro_batch_size_per_gpu": 4}\n', {"devices": 8, "batch": 32}, {"optimizer.params.lr": 2e-4},
+        "4 per device × 2 data-parallel .8 devices / tensor 4."),
     "plateau counts evaluations": (
         "learning_rate: 1e-4\nper_device_train_batch_size: 64\nlr_scheduler_type: reduce_lr_on_plateau\n"
         "lr_scheduler_kwargs: {patience: 5, min_lr: 1e-6}\n", {},
@@ -1046,6 +1111,27 @@ def test_numbers_in_both_files_of_a_pair_move_in_both() -> None:
     assert done.partners[0][0] == held.replace("steps: 4", "steps: 8")
 
 
+@pytest.mark.parametrize(
+    ("partners", "base"),
+    [
+        (["num_processes: 8\na: {parallelism_config_tp_size: 2, parallelism_config_dp_shard_size: 4}\n"],
+         "16 per device × 4 data-parallel × 4 accumulation = 256"),
+        (["num_processes: 8\na: {parallelism_config_cp_size: 4, parallelism_config_dp_shard_size: 1}\n"],
+         "× 2 data-parallel (8 devices / context 4 in 0.yaml) ×"),
+        ([_MEGATRON_LM + "}\n"],
+         "× 2 data-parallel (8 devices / tensor 2 / pipeline 2 in 0.yaml) × 4 accumulation = 128"),
+        ([_MEGATRON_LM + "}\n", DEEPSPEED_AUTO], "× 2 data-parallel (8 devices / tensor 2 / pipeline 2 in 0.yaml) ×"),
+        (["num_processes: 8\n", DEEPSPEED_AUTO.replace("{", '{"tensor_parallel": {"autotp_size": 4}, ', 1)],
+         "× 2 data-parallel (8 devices / tensor 4 in 0.yaml) ×"),
+        (["num_processes: 8\n"], "× 8 data-parallel (in 0.yaml) ×"),
+    ],
+)  # fmt: skip
+def test_the_degrees_of_every_partner_are_divided_out(partners: list[str], base: str) -> None:
+    """The base batch would be too large by them, and with it every number."""
+    done = convert(HF, batch=1024, partners=[(text, f"{i}.yaml") for i, text in enumerate(partners)])
+    assert base in done.sentence
+
+
 def test_a_pair_is_written_whole_or_not_at_all(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -1109,6 +1195,12 @@ def test_documents() -> None:
     assert doc.render() == "a: &x 1\nb: *x\nc: {d: 1,e:  2, h: 5.0e-09}  # f\ng: [1, 2]\n"
     with pytest.raises(RuleError, match="one place in the file"):
         doc.set(("a",), 2)
+    doc = open_document("a: &m {k: 1}\nb: {<<: *m}\n", "f")
+    for value in (2, 3):  # what is set twice is overwritten, and what is another's is not
+        doc.set(("a", "k"), value)
+    assert doc.render() == "a: &m {k: 3}\nb: {<<: *m}\n"
+    with pytest.raises(RuleError, match=r"one place in the file is read as b\.k and as a\.k"):
+        doc.set(("b", "k"), 4)
     doc = open_document("a = 3 # y\n\n[s]\nk = [1, 2]\n", "f.toml")
     doc.set(("s", "k"), [4, 5])
     doc.set(("new", "k"), 1e-9)
@@ -1251,7 +1343,7 @@ def test_a_ramp_for_megatron(tmp_path: Path, capsys: pytest.CaptureFixture[str])
     command = [str(file), "--batch", "256", "--devices", "8", "--ramp"]
     assert main([*command, "0:256 1.5B:1024"]) == 0
     out, err = capsys.readouterr()
-    assert out == script and '--step-batch-size-schedule "0:256 1.5B:1024"' in err
+    assert out == script and '--step-batch-size-schedule "0:256 1.5B:1024"\n  in place of --global-batch-size' in err
     assert "from 1.5B tokens: batch 1024, lr 0.0006, betas 0.8, 0.96, eps 5e-09, weight decay 0.2" in err
     for bad, said in (
         ("", "rise from 0"), ("0:256 2B", "rise from 0"), ("1M:256", "rise from 0"), ("0:256 1B:512 1M:1024", "rise"),

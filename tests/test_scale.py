@@ -314,11 +314,16 @@ def test_state_of_another_optimizer_of_that_name_is_refused() -> None:
     assert o.param_groups[0]["lr"] == 1e-3
 
 
+# bitsandbytes has a class of that name, not installed here, whose decay is outside the gradient
+_BNB_ADAM = type("Adam", (torch.optim.Adam,), {"__module__": "bitsandbytes.optim.adam"})
+
+
 @pytest.mark.parametrize(
     ("make", "rule", "family"),
     [
         (lambda p: torch.optim.Adam(p, weight_decay=0.1), "sqrt", "L2 stays"),
         (lambda p: torch.optim.Adam(p, weight_decay=0.1, decoupled_weight_decay=True), "adamw_sde", "decoupled"),
+        (lambda p: _BNB_ADAM(p, weight_decay=0.1), "adamw_sde", "decoupled"),
         (lambda p: torch.optim.SGD(p, 0.1, 0.9, weight_decay=0.1), "linear", ""),
         (lambda p: torch.optim.Muon(p, weight_decay=0.1), "muon", ""),
     ],

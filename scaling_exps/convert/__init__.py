@@ -272,6 +272,7 @@ def ramp_report(done: Conversion, stages: Sequence[tuple[str, int]], hypers: Seq
         return []
     titan = form == "torchtitan"
     words = f'--step-batch-size-schedule "{" ".join(f"{start}:{batch}" for start, batch in stages)}"'
+    words += "\n  in place of --global-batch-size: Megatron refuses the two together"
     rows = [
         f"  from {start} tokens: batch {batch}, lr {h.lr:.6g}, betas {', '.join(f'{b:.6g}' for b in h.betas)}, "
         f"eps {h.eps:.3g}, weight decay {h.weight_decay:.6g}"

@@ -119,6 +119,8 @@ def _batch(last: str, value: Any) -> bool:
     counted = _COUNTED.search(last)
     if isinstance(value, bool) or (counted and (value == 1 or isinstance(value, float | Odd))):
         return not counted
+    if isinstance(value, str) and not counted and re.search(r"(?<![A-Za-z\d])\d", value):  # "0:256 1B:1024", no "fp32"
+        return True
     return is_number(value) or isinstance(value, list | Odd) or value == "auto"
 
 

@@ -113,7 +113,7 @@ class Document:
         self.twice: set[Path] = set()  # keys that stand twice, where the syntax allows it
         self.wanted: dict[Path, Any] = {}  # what was set
         self.read: set[Path] = set()  # what was asked for
-        self.edits: dict[tuple[int, int], str] = {}
+        self.edits: dict[tuple[int, int], tuple[Path, str]] = {}  # of each place who set it, and to what
         self.near: Path = ()  # a flag beside which new flags are put
         self.after: Document | None = None  # what was written, read again
         self.partners: tuple[str, ...] = ()  # names of files that belong to it
@@ -163,13 +163,17 @@ class Document:
             span, new = self.spans[spot], self.literal(v)
             if span[0] == span[1] and self.text[span[0] - 1] == ":":  # an empty value of YAML
                 new = f" {new}"
-            if self.edits.setdefault(span, new) != new:
-                raise self.error(f"one place in the file is read as {dotted(path)} and as another: write both out")
+            setter, before = self.edits.get(span, (spot, new))
+            if setter != spot and before != new:
+                raise self.error(
+                    f"one place in the file is read as {dotted(path)} and as {dotted(setter)}: write both out"
+                )
+            self.edits[span] = spot, new
         for other, span in self.spans.items():  # an alias, a merge key, a variable
             if other != path and other in self.values and span == self.spans[path]:
                 if other[-1] != path[-1]:
                     raise self.error(f"{dotted(path)} and {dotted(other)} are one place in the file: write both out")
-                self.wanted.setdefault(other, value)
+                self.wanted[other] = value
 
     def render(self) -> str:
         """The text with every `set` in it.
@@ -191,7 +195,7 @@ class Document:
         return text
 
     def written(self) -> str:
-        edits = dict(self.edits)
+        edits = {span: new for span, (_, new) in self.edits.items()}
         for path, value in sorted(self.wanted.items(), key=lambda item: -len(item[0])):  # the deepest first
             if path not in self.spans:
                 at, new = self.insertion(path, value)
@@ -281,7 +285,7 @@ def open_document(text: str, where: str) -> Document:
         return any(re.match(pattern, line) for line in code)
 
     keyed = any_line(r"[\"']?[\w.-]+[\"']?\s*:(\s|$)")
-    flagged = any_line(r".*?(^|\s)(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
+    flagged = any_line(r".*?(^|\s)[\"']?(--[A-Za-z]|-[a-z] |\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S)") and not keyed
     named_yaml = ending in (".yaml", ".yml")
     if text.lstrip("\ufeff \t\r\n")[:1] == "{" and not named_yaml:
         return Json(text, where)

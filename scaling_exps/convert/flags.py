@@ -24,6 +24,10 @@ _LAUNCH = ("NGPU", "NNODE", "NNODES", "NPROC_PER_NODE")  # what launch scripts r
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?$")
 _ASSIGN = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.*)", re.S)
+_QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')$""", re.S)  # from the first to the last character
+_FLAG = re.compile(r"(^|\s)--[A-Za-z]")
+_SETTING = re.compile(r"(^|\s)[^\s={(]+=[^=]")
+_DOTTED = re.compile(r"(^|\s)\+{0,2}[A-Za-z_]\w*(\.\w+)+=\S")
 
 Span = tuple[int, int]
 Word = tuple[str, Span]
@@ -55,7 +59,7 @@ class Flags(Document):
 
     def _scan(self, text: str, base: int) -> None:
         self._groups += 1
-        group, depth, first = self._groups, 0, True
+        group, depth, first, talk = self._groups, 0, True, False
         current: Path | None = None
         for token in _TOKEN.finditer(text):
             word, start, end = token[0], base + token.start(), base + token.end()
@@ -68,7 +72,9 @@ class Flags(Document):
                 if depth and word == "\n":
                     continue
                 self._groups += 1
-                group, first, current = self._groups, True, None
+                group, first, talk, current = self._groups, True, False, None
+                continue
+            if talk := talk or (first and word in ("echo", "printf")):  # it says, and sets nothing
                 continue
             if first and not depth and (found := _ASSIGN.match(word)):
                 self._assign(found[1], found[2], start + found.start(2))
@@ -79,7 +85,7 @@ class Flags(Document):
     def _assign(self, name: str, raw: str, at: int) -> None:
         quote = len(raw) >= 2 and raw[0] in "\"'" and raw[-1] == raw[0]
         inner, start = (raw[1:-1], at + 1) if quote else (raw, at)
-        if re.search(r"(^|\s)--[A-Za-z]", inner):
+        if _FLAG.search(inner) or _DOTTED.search(inner):
             self._scan(inner, start)
         elif raw:
             if name in _LAUNCH:
@@ -88,29 +94,42 @@ class Flags(Document):
 
     def _word(self, word: str, span: Span, current: Path | None, group: int) -> Path | None:
         """Note a word that may belong to the flag `current`; return the flag that waits for the next one."""
-        name, equals, rest = word.partition("=")
-        path, override = current, _OVERRIDE.match(word)
+        quote = word[0] if _QUOTED.match(word) else ""
+        bare = word[1:-1] if quote else word
+        name, equals, rest = bare.partition("=")
+        path, override = current, _OVERRIDE.match(bare)
         if re.match(r"--[A-Za-z][\w.-]*$", name) or name in _SHORT:
             path = tuple(_SHORT.get(name, name.lstrip("-").replace("-", "_")).split("."))
             self._dashes += "-" in name.lstrip("-")
             self._scores += "_" in name
             self._equals += bool(equals)
-        elif override and current is None:
+        elif override and (current is None or "." in override[1]):
             path, rest = tuple(override[1].split(".")), override[2]
             self._overrides.add(path)
+        elif (
+            re.search("[\"']", word)
+            and "$(" not in word
+            and (_FLAG.search(text := _decode(word)) or (current is None and _SETTING.search(text)))
+        ):
+            raise self.error(
+                f"{word[:80]} is in quotes, and what it sets cannot be told: write each flag as --name value and each "
+                "override as name=value, in no quotes, or in one pair around all of it"
+            )
         elif current is None or re.match(r"-[A-Za-z]", word):
-            if _CONFIGURATION.match(word):
-                self._words[FILE, word] = [(word, span)]
+            if _CONFIGURATION.match(bare):
+                self._words[FILE, bare] = [(word, span)]
             return None
         else:
             words = self._words[current]
-            if words and is_number(number(_decode(words[0][0]))) and not is_number(number(_decode(word))):
-                return None  # `--lr 1e-3 /data`: the number was all
+            alone = words and is_number(number(_decode(words[0][0]))) and not is_number(number(_decode(word)))
+            if alone or (words and words[-1][0].endswith(".py")):  # `--lr 1e-3 /data`, `--standalone train.py lr=1`
+                return self._word(word, span, None, group)
             words.append((word, span))
             self._ends[group] = span[1]
             return current
         if path in self._words:
             self.twice.add(path)
+        rest = quote + rest + quote
         self._words[path] = [(rest, (span[1] - len(rest), span[1]))] if equals else []
         self._group[path], self._ends[group] = group, span[1]
         return None if equals else path

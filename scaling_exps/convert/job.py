@@ -113,7 +113,7 @@ def sentence(layout: Layout, base: Recipe) -> str:
     if base.micro is None or base.parallel is None:
         rest = f", {base.micro} per device a micro-batch" if base.micro else ""
         return f"base: {base.batch} ({_key(layout.whole)}{rest})"
-    words = layout.parallel_words.strip(" ()")
+    words = layout.parallel_words.strip()
     if layout.model_parallel > 1 and words.startswith("/"):
         words = f"{base.parallel * layout.model_parallel} devices {words}"
     how = f" ({words})" if words else ""
@@ -174,7 +174,14 @@ class Edit:
         if whole and (layout.get(whole[0]) not in (None, -1) or count is None):
             self.put((whole[0], base.batch), moved.batch)
         if new_devices is not None and layout.devices is not None:
-            self.put(layout.devices, new_devices // layout.nodes)
+            each, rest = divmod(new_devices, layout.nodes)
+            if rest:
+                near = " or ".join(str(n * layout.nodes) for n in (each, each + 1) if n)
+                raise layout.doc.error(
+                    f"--new-devices {new_devices} is no multiple of the {layout.nodes} nodes that it names: give {near}"
+                    f", or change the nodes in the file; {_key(layout.devices)} counts those of one node"
+                )
+            self.put(layout.devices, each)
         elif layout.parallel_fixed and moved.parallel != layout.parallel:
             raise layout.doc.error("it names its data-parallel degrees: change those in the file, then convert")
         for path, default, law in layout.laws:

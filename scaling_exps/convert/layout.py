@@ -81,6 +81,7 @@ class Layout:
     hint: str = ""  # how a number without a key gets one
     unit: str = ""  # what the batch counts, where that is not examples
     multiple: tuple[int, str] = (1, "")  # the batch must be one of it, and why
+    partners: list[Document] = field(default_factory=list)  # DeepSpeed's and accelerate's files beside it
     mirrors: list[Mirror] = field(default_factory=list)
     packed: Path = ()  # a string "alpha=0.9,eps=1e-8" that holds some of the fields
     rate_at: Callable[[float], float] | None = None  # the learning rate at a batch, where the file gives none
@@ -227,7 +228,8 @@ def build(
             notes.append(f"{dotted(key)} is not in the file: {default}, the trainer's default")
         notes += [note] if note else []
     if numbers is not None:
-        table |= {n: ((*numbers, n), default) for n, default in KEYS["torch"][row].items()}
+        own = "adam" if not decoupled and optimizers.bare(str(name or given)) == "adam" else row  # with its decay of 0
+        table |= {n: ((*numbers, n), default) for n, default in KEYS["torch"][own].items()}
     optimizer = OPTIMIZERS[row]
     betas = ("betas",) if "betas" in table else ("beta1", "beta2")
     names = {"lr", "weight_decay", *(betas if optimizer.field == "betas" else (optimizer.field,))}
@@ -252,27 +254,26 @@ def build(
     for section, laws in table.get("under", {}).items():
         layout.sweep(layout.under(*path_of(section)), laws)
     counts = [[(*root, *path_of(k)) for k in pair.split("*")] for pair in table.get("devices", "").split()]
-    counts += [[path_of(k) for k in pair.split("*")] for pair in _COUNTS.split()]
-    _spread(layout, counts, table.get("spread_experts", False))
+    spread(layout, counts, table.get("spread_experts", False))
     return layout
 
 
 # --- devices ---
 
 _PARALLEL = re.compile(
-    r"(?:ds_)?(tensor|pipeline|context|expert_tensor|expert|sequence|ulysses_sequence|ulysses|ring_attention|ring_attn"
-    r"|tp|pp|cp|ep|sp)"
+    r"(?:ds_|parallelism_config_|megatron_lm_)?(tensor|pipeline|context|expert_tensor|expert|sequence"
+    r"|ulysses_sequence|ulysses|ring_attention|ring_attn|autotp|tp|pp|cp|ep|sp)"
     r"(_model)?(_parallel(ism)?)?(_size|_degree|_world_size)?$"
 )
-_KINDS = {"tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
+_KINDS = {"autotp": "tensor", "tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
 _COUNTS = "nproc_per_node*nnodes NPROC_PER_NODE*NNODES NGPU*NNODE num_gpus*num_nodes num_processes world_size"
 
 
-def _degrees(doc: Document) -> tuple[dict[str, int], str]:
+def _degrees(docs: Iterable[Document]) -> tuple[dict[str, int], str]:
     """(devices that share one replica, by the kind of parallelism that the file names; the key that does not say)."""
     found: dict[str, int] = {}
     unknown = ""
-    for path, value in doc.values.items():
+    for doc, path, value in ((d, *item) for d in docs for item in d.values.items()):
         hit = _PARALLEL.match(str(path[-1]))
         if not hit or not (hit[3] or hit[5]) or isinstance(value, bool):
             continue
@@ -299,31 +300,37 @@ def _launcher(doc: Document, counts: Iterable[list[Path]]) -> tuple[int | None, 
     return None, None, 1
 
 
-def _data_parallel(doc: Document) -> int | None:
+def _data_parallel(docs: Iterable[Document]) -> int | None:
     """The data-parallel degree, where keys say it outright."""
     found: dict[str | None, int] = {}
-    for path in doc.values:
-        if hit := re.match(r"(?:data_parallel|dp)_?(shard|replicate)?_(size|degree|world_size)$", str(path[-1])):
+    for doc, path in ((d, path) for d in docs for path in d.values):
+        key = r"(parallelism_config_)?(?:data_parallel|dp)_?(shard|replicate)?_(size|degree|world_size)$"
+        if hit := re.match(key, str(path[-1])):
             value = doc.get(path)
-            if isinstance(value, int) and value > 0:
-                found[hit[1]] = value
+            if isinstance(value, int) and value > (1 if hit[1] else 0):  # accelerate reads its default, 1, as no word
+                found[hit[2]] = value
     return found["shard"] * found.get("replicate", 1) if "shard" in found else found.get(None)
 
 
-def _spread(layout: Layout, counts: Iterable[list[Path]], spread_experts: bool) -> None:
-    """Fill in the data-parallel degree from launcher counts and parallel degrees in the file."""
-    doc = layout.doc
-    parts, unknown = _degrees(doc)
+def spread(layout: Layout, counts: Iterable[list[Path]] = (), spread_experts: bool = False) -> None:
+    """Fill in the data-parallel degree from launcher counts and parallel degrees in the file and its partners."""
+    docs = [layout.doc, *layout.partners]
+    parts, unknown = _degrees(docs)
     if spread_experts:  # over data-parallel ranks
         parts = {k: v for k, v in parts.items() if k not in ("expert", "expert_tensor")}
     layout.model_parallel = math.prod(parts.values())
     words = "".join(f" / {kind} {n}" for kind, n in parts.items())
-    layout.parallel_words, layout.unknown_degree = words, unknown
-    total, layout.devices, layout.nodes = _launcher(doc, counts)
-    said = _data_parallel(doc)
+    counts = [*counts, *([path_of(k) for k in pair.split("*")] for pair in _COUNTS.split())]
+    launchers = [(doc, *_launcher(doc, counts)) for doc in docs]
+    doc, total, devices, nodes = next((found for found in launchers if found[1] is not None), launchers[0])
+    if doc is not layout.doc:
+        words += f" in {doc.where}"
+        devices, nodes, layout.parallel_fixed = None, 1, True  # its partner's count is not written
+    layout.parallel_words, layout.unknown_degree, layout.devices, layout.nodes = words, unknown, devices, nodes
+    said = _data_parallel(docs)
     if said is not None:
         if total is not None and share(total, layout) != said:
-            raise doc.error(f"{said} data-parallel, but {total} devices{words}")
+            raise layout.doc.error(f"{said} data-parallel, but {total} devices{words}")
         layout.parallel, layout.parallel_fixed, layout.parallel_words, layout.unknown_degree = said, True, "", ""
     elif total is not None and not unknown:
         layout.parallel = share(total, layout)

@@ -75,16 +75,18 @@ def find(name: object, at: str, decoupled: bool | None = False) -> tuple[str, st
     """(row of rules.OPTIMIZERS, what to say) of the optimizer called `name` at the key `at`.
 
     Args:
-        decoupled: this trainer's "adam" has AdamW's decay; None: whatever its implementation (FusedAdam of apex and
-            DeepSpeed, DeepSpeed's CPU Adam have it unless told otherwise).
+        decoupled: this trainer's "adam" has AdamW's decay. False: only where its implementation has it unless told
+            otherwise (FusedAdam of apex and DeepSpeed, DeepSpeed's CPU Adam); None: the trainer tells those otherwise.
+            bitsandbytes' Adam has no other decay, whoever calls it; torchao's, of the same names, has torch's.
 
     Raises:
         RuleError: no rule for it, with the reason; or not known at all.
     """
     word = bare(str(name))
     if word in KNOWN:
-        fused = decoupled is False and re.search("fused_?adam|cpu_?adam", str(name).lower())
-        if word == "adam" and (decoupled or fused):
+        full = str(name).lower()
+        fused = decoupled is False and re.search("fused_?adam|cpu_?adam", full)
+        if word == "adam" and (decoupled or fused or re.search("^(?!.*torchao).*(bnb|bitsandbytes|8bit|paged)", full)):
             return "adamw", f"{at}={name} has a decoupled weight decay here, so this is AdamW"
         return KNOWN[word]
     for part, reason in REFUSED.items():

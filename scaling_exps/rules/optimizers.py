@@ -140,7 +140,8 @@ OPTIMIZERS: dict[str, Optimizer] = {
 def of(optimizer: object, group: Mapping[str, Any]) -> Optimizer:
     """The row of a live optimizer, by its class or the first it inherits from that has one.
 
-    `group` is one of its parameter groups: torch's Adam with `decoupled_weight_decay=True` is AdamW.
+    `group` is one of its parameter groups: torch's Adam with `decoupled_weight_decay=True` is AdamW. So is
+    bitsandbytes' Adam, whose decay is never in the gradient.
 
     Raises:
         RuleError: no such class in the table.
@@ -149,12 +150,15 @@ def of(optimizer: object, group: Mapping[str, Any]) -> Optimizer:
     ('adam', 'adamw')
     """
     rows = {name: row for row in OPTIMIZERS.values() for name in row.classes}
-    row = next((rows[c.__name__] for c in type(optimizer).__mro__ if c.__name__ in rows), None)
-    if row is None:
+    known = next((c for c in type(optimizer).__mro__ if c.__name__ in rows), None)
+    if known is None:
         raise RuleError(
             f"unknown optimizer class {type(optimizer).__name__}; allowed: {', '.join(rows)} and what inherits from "
             "them. For another, scale its param_groups with a rule named by you; its state is then yours to move"
         )
+    row = rows[known.__name__]
+    if row.name == "adam" and known.__module__.startswith("bitsandbytes"):
+        return OPTIMIZERS["adamw"]
     if row.name in ("adam", "adamw") and "decoupled_weight_decay" in group:
         return OPTIMIZERS["adamw" if group["decoupled_weight_decay"] else "adam"]
     return row

@@ -7,7 +7,7 @@ from typing import Any
 
 from scaling_exps.convert import optimizers
 from scaling_exps.convert.documents import Document, Path, dotted, is_number, path_of, words
-from scaling_exps.convert.layout import Layout, Mirror, build, check_number, slot_of
+from scaling_exps.convert.layout import Layout, Mirror, build, check_number, slot_of, spread
 
 _SECTIONS = words("harmless", "deepspeed")
 _SIZES = ("train_batch_size", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps")
@@ -83,11 +83,12 @@ def pair(layout: Layout, partner: Document) -> None:
         RuleError: it decides a number that has no like in the trainer's file, or an optimizer of another kind.
     """
     doc, first = layout.doc, {p[0] for p in partner.values}
+    layout.partners.append(partner)
+    spread(layout)
     if first & {"distributed_type", "num_processes", "deepspeed_config", "fsdp_config"}:
-        processes = partner.get("num_processes")
-        if isinstance(processes, int) and layout.parallel is None:
-            layout.parallel, layout.parallel_fixed = processes // layout.model_parallel, True
-            layout.parallel_words += f" (num_processes={processes} in {partner.where})"
+        if (count := partner.get("megatron_lm_config.megatron_lm_num_micro_batches")) not in (None, 1):
+            both = f"megatron_lm_num_micro_batches={count} accumulates beside gradient_accumulation_steps"
+            raise partner.error(f"{both}, and how the two meet is not known: set it to 1")
         for key, what in (("gradient_accumulation_steps", "accumulation"), ("gradient_clipping", "clip")):
             _mirror(layout, partner, ("deepspeed_config", key), what)
         held = ", and for ".join(["its processes", *(dotted(m.path) for m in layout.mirrors if m.doc is partner)])
