@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from scaling_exps import cli
 from scaling_exps.noise import validity
 from scaling_exps.records import RunDir
 from scaling_exps.rules import RuleError
-from scaling_exps.trainers import ScaledBy, apart
+from scaling_exps.trainers import ScaledBy, apart, begin
 from scaling_exps.trainers.foreign import read
 
 BASE = {"batch": 8, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -195,11 +196,62 @@ def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["status", str(out)]) == 0
 
 
+def left(folder: Path, batch: int, base: dict[str, Any], rule: str = "adamw_sde", kind: Any = torch.optim.AdamW) -> str:
+    """A folder as Hugging Face's Trainer with NoiseCallback(scaled=...) leaves it, without the hours."""
+    optimizer = kind([torch.zeros(2, 2, requires_grad=True)], **{k: v for k, v in base.items() if k != "batch"})
+    known = begin("transformers", batch, optimizer, ScaledBy(rule, base), scheduler=None, steps=None, seed=1)
+    log = [{"step": 0, "scalerun": known}, *({"step": s, "loss": 3.0 - s / 100} for s in range(10, 60, 10))]
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("batches", "commands"),
+    [
+        ((2000, 16_000), ["arm", "base"]),
+        ((2000, 16_000), ["arm", "base", "arm"]),
+        ((2000, 16_000), ["base", "arm"]),
+        ((2000, 16_000), ["arm base"]),
+    ],
+)
+def test_a_run_meets_its_base_whichever_is_imported_first(
+    batches: tuple[int, int], commands: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An arm whose base is not there is no base of its own; with it, it is judged. Fails if the arm kept what its first
+    import said."""
+    tuned = {**BASE, "batch": batches[0], "betas": (0.95, 0.99)}
+    folders = {n: left(tmp_path / n, b, tuned) for n, b in zip(("base", "arm"), batches, strict=True)}
+    out = tmp_path / "runs"
+
+    def rows() -> dict[int, Any]:
+        assert cli.main(["report", str(out), "--json", "--margin", "train_loss=1"]) == 0
+        return {r["batch"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
+
+    for i, command in enumerate(commands):
+        assert cli.main(["import", *(folders[n] for n in command.split()), "--out", str(out)]) == 0
+        alone = i == 0 and command == "arm"
+        assert (f"base run of batch {batches[0]} not imported yet" in capsys.readouterr().out) == alone
+        if alone:
+            (row,) = rows().values()
+            assert (row["rule"], row["verdict"]) == ("adamw_sde", "no result")
+            assert "seed 1: base run not found, not compared" in row["remarks"]
+    specs = {d.spec().science.batch: d.spec() for d in RunDir.under(out)}
+    (arm,) = specs[batches[1]].arms
+    assert (arm.base_run_id, arm.base) == (specs[batches[0]].run_id, specs[batches[0]].science.numbers())
+    run_dir, own = RunDir(out / specs[batches[1]].run_id), specs[batches[1]].run_id
+    run_dir.put_arms((msgspec.structs.replace(arm, base_run_id=own),))  # as older versions wrote it
+    assert cli.main(["import", folders["arm"], "--out", str(out)]) == 0
+    assert run_dir.spec().arms == (arm,)
+    capsys.readouterr()
+    assert {b: (r["rule"], r["verdict"]) for b, r in rows().items()} == {
+        batches[0]: ("base", "base"), batches[1]: ("adamw_sde", "too few seeds")
+    }  # fmt: skip
+
+
 def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     """A run as `wandb` itself writes it. Fails if the plan in its config, or its history, were lost."""
     import wandb
-
-    from scaling_exps.trainers import begin
 
     run = wandb.init(project="x", mode="offline", dir=tmp_path, reinit=True)
     optimizer = torch.optim.Adagrad([torch.zeros(2, requires_grad=True)])

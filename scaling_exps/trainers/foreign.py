@@ -3,8 +3,7 @@
 What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log
 (metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses
 and accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or
-named in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was
-before.
+named in the run's notes as unknown; a run is paired with the base run of its seed, whichever of them is imported first.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -33,6 +33,7 @@ NAMES = {  # of what a history calls its columns
     "accuracy": re.compile(r"(eval|val|valid|validation|test)[/_.]acc(uracy)?(_epoch)?"),
     "lr": re.compile(r"(train[/_.])?(learning_rate|lr)(-\w+)?"),
 }
+UNPAIRED = "not imported"  # run id of a base that is not there yet
 STEP = re.compile(r"_step|step|(trainer|train)[/_.]global_step|global_step")
 
 
@@ -176,15 +177,9 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         raise ImportRunError(f"{path}: no train loss among {seen}; it is to be called loss or train_loss")
     if not lr:
         raise ImportRunError(f"{path}: no learning rate among {seen}; log it, or add a column lr")
-    batch, steps = known["batch"], max(s for s, _ in history.rows)
-    field = next((o.field for o in OPTIMIZERS.values() if o.field in scaled), None)
-    beta = scaled.get(field, ()) if field else ()
-    betas = tuple(beta) if isinstance(beta, list | tuple) else (beta,)
-    hyper = Hyper(
-        float(lr), betas, float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
-    )  # fmt: skip
+    batch, steps, hyper = known["batch"], max(s for s, _ in history.rows), _hyper({"lr": lr, **scaled})
     seed = known.get("seed")
-    told = {"optimizer": "optimizer" in known, "betas": betas, "eps": "eps" in scaled, "seed": seed is not None}
+    told = {"optimizer": "optimizer" in known, "betas": hyper.betas, "eps": "eps" in scaled, "seed": seed is not None}
     unknown = [name for name, there in told.items() if not there]
     rule = known.get("rule") or "none"
     (default,) = plan.plan(config.compose(["logger=none"]))
@@ -197,24 +192,52 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
                           decay="unknown", milestones=(), gamma=1.0),
     )  # fmt: skip
     notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
-    kappa = batch / (known.get("base_batch") or known.get("base", {}).get("batch") or batch)
+    base_batch = known.get("base_batch") or known.get("base", {}).get("batch") or batch
+    kappa = batch / base_batch
     goal = rules.find(rule, "adaptive").goals.get("adaptive", "control") if kappa != 1 else "match"
     role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
-    arm = Arm(rule=rule, goal=goal, role=role, kappa=kappa, duration=1.0, base=science.numbers(),
-              base_run_id=plan.run_id(science))  # fmt: skip
+    base = science if role == "base" else replace(
+        science, batch=base_batch, hyper=_hyper({"lr": lr, **(known.get("base") or scaled)}), steps=round(steps * kappa)
+    )  # fmt: skip
+    arm = Arm(rule=rule, goal=goal, role=role, kappa=kappa, duration=1.0, base=base.numbers(),
+              base_run_id=plan.run_id(science) if role == "base" else UNPAIRED)  # fmt: skip
     return replace(default, science=science, arms=(arm,), notes=notes, margin={}, looks=(),
                    placement=Placement(world_size=1, accumulation=1, compile=False))  # fmt: skip
 
 
-def paired(spec: RunSpec, bases: list[RunSpec]) -> RunSpec:
-    """`spec` as an arm of the base run of its name and seed, where there is one."""
-    arm, s = spec.arms[0], spec.science
-    batch = s.batch / arm.kappa
-    own = [b for b in bases if (b.science.model, b.science.seed, b.science.batch) == (s.model, s.seed, batch)]
-    if arm.role == "base" or not own:
-        return spec
-    base = own[0]
-    return replace(spec, arms=(replace(arm, base=base.arms[0].base, base_run_id=base.run_id),))
+def _hyper(recipe: dict[str, Any]) -> Hyper:
+    """The numbers of a recipe of `ScaledBy`; 0 or none where it says nothing."""
+    betas = next((recipe[o.field] for o in OPTIMIZERS.values() if o.field in recipe), ())
+    betas = tuple(betas) if isinstance(betas, list | tuple) else (betas,)
+    return Hyper(float(recipe["lr"]), betas, float(recipe.get("eps", 0.0)), float(recipe.get("weight_decay", 0.0)))
+
+
+def pair(root: Path, new: set[str]) -> None:
+    """Give the imported runs under `root` their base runs, where those are there by now.
+
+    Args:
+        new: run ids of this import; of several base runs that would do, one of these is taken.
+    """
+    specs: dict[RunDir, RunSpec] = {}
+    for run_dir in RunDir.under(root):
+        with suppress(plan.PlanError):
+            specs[run_dir] = run_dir.spec()
+    bases = [s for s in specs.values() if any(a.role == "base" for a in s.arms)]
+    bases.sort(key=lambda s: s.run_id not in new)
+    for run_dir, spec in specs.items():
+        if isinstance(spec.science.model, Foreign):
+            paired = dict.fromkeys(_paired(arm, spec, bases) for arm in spec.arms)  # a second import adds its arm
+            run_dir.put_arms(tuple(paired))
+
+
+def _paired(arm: Arm, spec: RunSpec, bases: list[RunSpec]) -> Arm:
+    """`arm` with the base run of its name, seed and base batch, where it lacks one and there is one."""
+    if arm.role == "base" or arm.base_run_id not in (UNPAIRED, spec.run_id):  # its own: so said an older import
+        return arm
+    s = spec.science
+    wanted = (s.model, s.seed, s.batch / arm.kappa)
+    base = next((b for b in bases if (b.science.model, b.science.seed, b.science.batch) == wanted), None)
+    return replace(arm, base=base.science.numbers(), base_run_id=base.run_id) if base else arm
 
 
 def write(run_dir: RunDir, spec: RunSpec, history: History) -> None:
@@ -266,15 +289,7 @@ def main(words: list[str]) -> int:
         history = read(path)
         name = options.name or str(history.known.get("trainer", "another trainer"))
         found.append((path, history, spec_of(path, history, name, given)))
-    existing = [RunDir(options.out / p.name) for p in sorted(options.out.glob("*")) if (p / "run.json").is_file()]
-    bases = [s for _, _, s in found if s.arms[0].role == "base"]
-    for run_dir in existing:
-        try:
-            spec = run_dir.spec()
-        except plan.PlanError:
-            continue
-        bases += [spec] if spec.arms[0].role == "base" else []
-    specs = [paired(spec, bases) for _, _, spec in found]
+    specs = [spec for _, _, spec in found]
     twice = [s.run_id for s in specs if [t.run_id for t in specs].count(s.run_id) > 1]
     if twice:
         same = ", ".join(str(path) for (path, _, _), s in zip(found, specs, strict=True) if s.run_id == twice[0])
@@ -282,9 +297,13 @@ def main(words: list[str]) -> int:
             f"{same} would be one run: they differ in nothing that is known; import each with its --seed"
         )
     make_writable(options.out)
-    for (path, history, _), spec in zip(found, specs, strict=True):
-        run_dir = RunDir(options.out / spec.run_id)
+    folders = [RunDir(options.out / spec.run_id) for spec in specs]
+    for run_dir, (_, history, spec) in zip(folders, found, strict=True):
         write(run_dir, spec, history)
-        print(f"{path} -> {run_dir}: batch {spec.science.batch}, seed {spec.science.seed}, {spec.notes[1]}")
+    pair(options.out, {spec.run_id for spec in specs})
+    for run_dir, (path, _, spec) in zip(folders, found, strict=True):
+        s, lacks = spec.science, any(a.base_run_id == UNPAIRED for a in run_dir.spec().arms)
+        base = f", base run of batch {spec.arms[0].base.batch} not imported yet" if lacks else ""
+        print(f"{path} -> {run_dir}: batch {s.batch}, seed {s.seed}{base}, {spec.notes[1]}")
     print(f"scalerun report {options.out}")
     return 0
