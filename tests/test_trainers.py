@@ -213,6 +213,8 @@ def left(folder: Path, batch: int, base: dict[str, Any], rule: str = "adamw_sde"
         ((2000, 16_000), ["arm", "base", "arm"]),
         ((2000, 16_000), ["base", "arm"]),
         ((2000, 16_000), ["arm base"]),
+        ((240, 2000), ["arm base"]),  # 2000 / (2000 / 240) is not 240
+        ((224, 576), ["base", "arm"]),
     ],
 )
 def test_a_run_meets_its_base_whichever_is_imported_first(

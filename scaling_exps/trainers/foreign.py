@@ -235,7 +235,7 @@ def _paired(arm: Arm, spec: RunSpec, bases: list[RunSpec]) -> Arm:
     if arm.role == "base" or arm.base_run_id not in (UNPAIRED, spec.run_id):  # its own: so said an older import
         return arm
     s = spec.science
-    wanted = (s.model, s.seed, s.batch / arm.kappa)
+    wanted = (s.model, s.seed, round(s.batch / arm.kappa))
     base = next((b for b in bases if (b.science.model, b.science.seed, b.science.batch) == wanted), None)
     return replace(arm, base=base.science.numbers(), base_run_id=base.run_id) if base else arm
 
