@@ -251,6 +251,38 @@ def test_a_run_meets_its_base_whichever_is_imported_first(
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("kind", "rule", "base", "role"),
+    [
+        (torch.optim.SGD, "linear", {"momentum": 0.9}, "rule"),
+        (torch.optim.SGD, "linear_momentum", {"momentum": 0.9}, "rule"),
+        (torch.optim.Adam, "linear", {"betas": (0.9, 0.99)}, "control"),
+        (torch.optim.Muon, "muon", {"momentum": 0.95, "weight_decay": 0.1}, "rule"),
+    ],
+)
+def test_a_rule_is_what_it_is_for_the_optimizer_of_the_run(
+    kind: Any, rule: str, base: dict[str, Any], role: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if every optimizer passed for an Adam: `linear` was a control for SGD, and `muon` refused."""
+    tuned, out = {"batch": 8, "lr": 1e-3, **base}, tmp_path / "runs"
+    folders = [left(tmp_path / str(b), b, tuned, rule, kind) for b in (8, 16)]
+    assert cli.main(["import", *folders, "--out", str(out)]) == 0
+    assert sorted(d.spec().arms[0].role for d in RunDir.under(out)) == sorted(["base", role])
+    assert cli.main(["report", str(out), "--margin", "train_loss=1"]) == 0
+    assert ("No rule was under test" in capsys.readouterr().out) == (role == "control")
+
+
+@pytest.mark.parametrize(("rule", "role"), [("linear_momentum", "rule"), ("sqrt", "rule"), ("linear", "control")])
+def test_a_rule_for_an_optimizer_that_nothing_tells(rule: str, role: str, tmp_path: Path) -> None:
+    """It is taken for an Adam, unless the rule is for others only."""
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,train_loss,lr\n1,1.0,1e-3\n2,0.9,1e-3\n")
+    told = ["--batch", "16", "--base-batch", "8", "--rule", rule]
+    assert cli.main(["import", str(file), *told, "--out", str(tmp_path / "runs")]) == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    assert run_dir.spec().arms[0].role == role
+
+
 def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     """A run as `wandb` itself writes it. Fails if the plan in its config, or its history, were lost."""
     import wandb

@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from scaling_exps import config, plan, rules
 from scaling_exps.plan import Arm, Foreign, ForeignData, Placement, RunSpec, Schedule, Science
 from scaling_exps.records import RUNS, RunDir, make_writable, read_noise
-from scaling_exps.rules import OPTIMIZERS, Hyper
+from scaling_exps.rules import OPTIMIZERS, Goal, Hyper
 from scaling_exps.words import Parser
 
 NAMES = {  # of what a history calls its columns
@@ -194,7 +194,7 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
     base_batch = known.get("base_batch") or known.get("base", {}).get("batch") or batch
     kappa = batch / base_batch
-    goal = rules.find(rule, "adaptive").goals.get("adaptive", "control") if kappa != 1 else "match"
+    goal: Goal = "match" if kappa == 1 else _goal(rule, science)
     role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
     base = science if role == "base" else replace(
         science, batch=base_batch, hyper=_hyper({"lr": lr, **(known.get("base") or scaled)}), steps=round(steps * kappa)
@@ -203,6 +203,13 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
               base_run_id=plan.run_id(science) if role == "base" else UNPAIRED)  # fmt: skip
     return replace(default, science=science, arms=(arm,), notes=notes, margin={}, looks=(),
                    placement=Placement(world_size=1, accumulation=1, compile=False))  # fmt: skip
+
+
+def _goal(rule: str, science: Science) -> Goal:
+    """The question that the rule answers for the run's optimizer; RuleError where it is not meant for it."""
+    row = OPTIMIZERS.get(science.optimizer)
+    goals = rules.find(rule, row.family if row else None).goals
+    return goals.get(science.family, next(iter(goals.values())))  # of an unknown optimizer: one that the rule is for
 
 
 def _hyper(recipe: dict[str, Any]) -> Hyper:
