@@ -306,6 +306,36 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("name", "content", "losses"),
+    [
+        (
+            "trainer_state.json",
+            json.dumps({"log_history": [
+                {"step": 500, "loss": 2.0, "learning_rate": 1e-3}, {"step": 1000, "loss": 1.0, "learning_rate": 1e-4},
+                {"step": 1200, "train_loss": 3.0, "train_runtime": 60.0, "total_flos": 1.0},
+            ]}),
+            {500: 2.0, 1000: 1.0},
+        ),
+        ("metrics.csv", "step,train_loss_epoch,train_loss_step,lr\n9,,2.0,1e-3\n14,7.0,,\n19,,1.0,1e-3\n29,5.0,,\n",
+         {10: 2.0, 20: 1.0}),
+        ("metrics.csv", "step,train_loss_epoch,lr\n14,7.0,1e-3\n29,5.0,1e-3\n", {15: 7.0, 30: 5.0}),
+        ("a.csv", "_step,train/global_step,train/loss,lr\n1,10,2.0,1e-3\n2,20,1.0,1e-3\n3,,,\n", {10: 2.0, 20: 1.0}),
+        ("b.csv", "train/loss,lr,_step\n2.0,1e-3,1\n1.0,1e-3,2\n", {1: 2.0, 2: 1.0}),
+    ],
+)  # fmt: skip
+def test_which_column_is_the_loss_and_which_the_step(
+    name: str, content: str, losses: dict[int, float], tmp_path: Path
+) -> None:
+    """Fails if a mean over an epoch, or over the run, passed for the loss of a window, or calls of log for steps."""
+    (tmp_path / name).write_text(content)
+    assert cli.main(["import", str(tmp_path / name), "--batch", "8", "--out", str(tmp_path / "runs")]) == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    assert {r["step"]: r["loss"] for r in run_dir.records().rows} == losses
+    result = run_dir.result()
+    assert result is not None and result["metrics"] == {"train_loss": list(losses.values())[-1]}
+
+
+@pytest.mark.parametrize(
     ("name", "content", "told"),
     [
         ("none", None, "no run of another trainer; allowed: a folder or file of trainer_state.json"),

@@ -80,6 +80,9 @@ def read(path: Path) -> History:
 def _hugging_face(path: Path) -> History:
     log = json.loads(path.read_text())["log_history"]
     known = [row["scalerun"] for row in log if "scalerun" in row]
+    for row in log:
+        if "train_runtime" in row:  # the closing row, whose loss is the mean over the whole run
+            row.pop("train_loss", None)
     return History([(int(r["step"]), _numbers(r)) for r in log], known[-1] if known else {})
 
 
@@ -87,6 +90,7 @@ def _csv(path: Path) -> History:
     with path.open(newline="") as f:
         table = list(csv.DictReader(f))
     names = [n for n in (table[0] if table else {}) if STEP.fullmatch(n)]
+    names.sort(key=lambda n: n == "_step")  # wandb's own counts calls of log; the trainer's, where it is there, steps
     if not names:
         raise ImportRunError(f"{path} has no column of steps (step, _step, trainer/global_step)")
     history = History([(int(float(r[names[0]])), _numbers(r)) for r in table if r[names[0]]])
@@ -149,8 +153,10 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _columns(history: History, kind: str) -> list[tuple[int, float]]:
-    """(step, value) of what the history calls by a name of this kind."""
-    return [(s, v) for s, row in history.rows for name, v in row.items() if s > 0 and NAMES[kind].fullmatch(name)]
+    """(step, value) of what the history calls by a name of this kind; a mean over an epoch only where nothing else."""
+    found = [(s, n, v) for s, row in history.rows for n, v in row.items() if s > 0 and NAMES[kind].fullmatch(n)]
+    finer = [x for x in found if not x[1].endswith("_epoch")]
+    return [(s, v) for s, _, v in finer or found]
 
 
 def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> RunSpec:
