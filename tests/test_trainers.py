@@ -43,6 +43,17 @@ def test_the_rule_is_applied_once_and_checked() -> None:
         by.apply(adamw(), 128)
 
 
+@pytest.mark.parametrize(("steps", "fits"), [(332, False), (333, True), (334, True), (335, False), (None, True)])
+def test_the_steps_are_the_plan_s_to_less_than_one(steps: int | None, fits: bool) -> None:
+    """1000 steps at 64 are 333.3 at 192. Fails if a run whose κ does not divide them could not begin."""
+    by = ScaledBy("adamw_sde", {**BASE, "batch": 64, "steps": 1000})
+    if fits:
+        by.apply(adamw(), 192, steps=steps)
+    else:
+        with pytest.raises(RuleError, match=f"takes {steps} steps, and the plan says 333.333"):
+            by.apply(adamw(), 192, steps=steps)
+
+
 def test_a_hurried_call_is_told_at_once() -> None:
     """Not at the first record of a training. Fails if a callback found out in its loop."""
     from scaling_exps.trainers import hf, lightning
