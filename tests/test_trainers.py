@@ -207,6 +207,33 @@ def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["status", str(out)]) == 0
 
 
+@pytest.mark.parametrize("how", [{"max_epochs": -1}, {"max_epochs": 1}])
+def test_lightning_without_an_end(how: dict[str, int], tmp_path: Path) -> None:
+    """No limit, and an epoch of unknown length: the estimate of the steps is inf, or -1. Fails if that were held
+    against the plan's 20, or a callback could not begin."""
+    import lightning
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from scaling_exps.trainers.lightning import NoiseCallback
+
+    class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Any:
+            return iter(torch.randn(80, 32))
+
+    class Stopped(BoringModel):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.should_stop = self.trainer.global_step == 20
+
+    scaled = ScaledBy("linear", {"batch": 2, "lr": 0.05, "momentum": 0.0, "steps": 40})
+    callback = NoiseCallback(scaled=scaled)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[callback], default_root_dir=tmp_path, **how,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Stopped(), torch.utils.data.DataLoader(Stream(), batch_size=4))
+    assert trainer.global_step == 20 and callback.probe is not None
+
+
 def left(folder: Path, batch: int, base: dict[str, Any], rule: str = "adamw_sde", kind: Any = torch.optim.AdamW) -> str:
     """A folder as Hugging Face's Trainer with NoiseCallback(scaled=...) leaves it, without the hours."""
     optimizer = kind([torch.zeros(2, 2, requires_grad=True)], **{k: v for k, v in base.items() if k != "batch"})
