@@ -344,6 +344,21 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("option", "recorded", "other"),
+    [("batch", 16, 250), ("base-batch", 8, 4), ("rule", "adamw_sde", "none"), ("seed", 1, 0)],
+)
+def test_an_option_does_not_contradict_the_run(
+    option: str, recorded: Any, other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ScaledBy recorded is so. Fails if a run at 16 could be imported as one at 250."""
+    words = ["import", left(tmp_path / "run", 16, BASE), "--out", str(tmp_path / "runs"), f"--{option}"]
+    assert cli.main([*words, str(other)]) == 2
+    assert f"--{option} {other} contradicts what its trainer recorded there, {recorded}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert cli.main([*words, str(recorded)]) == 0
+
+
+@pytest.mark.parametrize(
     ("name", "content", "losses"),
     [
         (

@@ -166,9 +166,17 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         given: batch, seed, base_batch, rule, where the command names them.
 
     Raises:
-        ImportRunError: no batch is known, or no train loss was logged.
+        ImportRunError: no batch is known, no train loss was logged, or the run tells otherwise than the command.
     """
-    known = {**history.known, **{k: v for k, v in given.items() if v is not None}}
+    told = {**history.known, "base_batch": history.known.get("base", {}).get("batch")}
+    known = {**told, **{k: v for k, v in given.items() if v is not None}}
+    for name, value in known.items():
+        if name in given and told.get(name) not in (None, value):
+            option = "--" + name.replace("_", "-")
+            raise ImportRunError(
+                f"{path}: {option} {value} contradicts what its trainer recorded there, {told[name]}; leave {option} "
+                "out, or give it to the runs that lack it in an import of their own"
+            )
     if any(given[k] is not None and given[k] < 1 for k in ("batch", "base_batch")):
         raise ImportRunError(
             f"--batch {given['batch']}, --base-batch {given['base_batch']}: a batch is at least 1 example"
@@ -185,8 +193,8 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         raise ImportRunError(f"{path}: no learning rate among {seen}; log it, or add a column lr")
     batch, steps, hyper = known["batch"], max(s for s, _ in history.rows), _hyper({"lr": lr, **scaled})
     seed = known.get("seed")
-    told = {"optimizer": "optimizer" in known, "betas": hyper.betas, "eps": "eps" in scaled, "seed": seed is not None}
-    unknown = [name for name, there in told.items() if not there]
+    there = {"optimizer": "optimizer" in known, "betas": hyper.betas, "eps": "eps" in scaled, "seed": seed is not None}
+    unknown = [name for name, has in there.items() if not has]
     rule = known.get("rule") or "none"
     (default,) = plan.plan(config.compose(["logger=none"]))
     science = Science(
@@ -198,7 +206,7 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
                           decay="unknown", milestones=(), gamma=1.0),
     )  # fmt: skip
     notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
-    base_batch = known.get("base_batch") or known.get("base", {}).get("batch") or batch
+    base_batch = known.get("base_batch") or batch
     kappa = batch / base_batch
     goal: Goal = "match" if kappa == 1 else _goal(rule, science)
     role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
@@ -290,10 +298,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="trainer_state.json, metrics.csv, *.wandb, "
                         "or the folder of one; of one sweep")  # fmt: skip
     parser.add_argument("--name", help="what the network is called in tables (default: its trainer); one a comparison")
-    parser.add_argument("--batch", type=int, help="global batch of these runs, where ScaledBy left none")
-    parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where ScaledBy left none")
-    parser.add_argument("--rule", help="by which rule, where ScaledBy left none")
-    parser.add_argument("--seed", type=int, help="of these runs, where nothing says it (default 0)")
+    parser.add_argument("--batch", type=int, help="global batch of these runs, where they do not tell it")
+    parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where they do not tell it")
+    parser.add_argument("--rule", help="by which rule, where they do not tell it")
+    parser.add_argument("--seed", type=int, help="of these runs, where they do not tell it (default 0)")
     parser.add_argument("--out", type=Path, default=RUNS, help="folder of runs (default: runs)")
     options = parser.parse_args(words)
     given = {k: getattr(options, k) for k in ("batch", "base_batch", "rule", "seed")}
@@ -307,7 +315,8 @@ def main(words: list[str]) -> int:
     if twice:
         same = ", ".join(str(path) for (path, _, _), s in zip(found, specs, strict=True) if s.run_id == twice[0])
         raise ImportRunError(
-            f"{same} would be one run: they differ in nothing that is known; import each with its --seed"
+            f"{same} would be one run: they differ in nothing that is known; import each with its --seed, or one "
+            "of them if they record the same seed"
         )
     make_writable(options.out)
     folders = [RunDir(options.out / spec.run_id) for spec in specs]
