@@ -36,7 +36,7 @@ from typing import IO, Annotated, Any, Literal
 import msgspec
 from msgspec.structs import replace
 
-from scaling_exps.plan import PlanError, RunSpec
+from scaling_exps.plan import Arm, PlanError, RunSpec
 from scaling_exps.sources import CHECKPOINT
 
 State = Literal["finished", "failed", "running", "interrupted", "waiting"]
@@ -180,6 +180,12 @@ class RunDir:
         if spec != known:
             write_json(self.path / "run.json", spec.to_json())
         return spec
+
+    def put_arms(self, arms: tuple[Arm, ...]) -> None:
+        """Other arms for a run that lies here: it may be imported before its base."""
+        spec = self.spec()
+        if arms != spec.arms:
+            write_json(self.path / "run.json", replace(spec, arms=arms).to_json())
 
     # ---- how it stands ----
 

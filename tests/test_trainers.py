@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
 import torch
 
@@ -13,7 +14,7 @@ from scaling_exps import cli
 from scaling_exps.noise import validity
 from scaling_exps.records import RunDir
 from scaling_exps.rules import RuleError
-from scaling_exps.trainers import ScaledBy, apart
+from scaling_exps.trainers import ScaledBy, apart, begin
 from scaling_exps.trainers.foreign import read
 
 BASE = {"batch": 8, "lr": 1e-3, "betas": (0.9, 0.99), "eps": 1e-8, "weight_decay": 0.1}
@@ -40,6 +41,17 @@ def test_the_rule_is_applied_once_and_checked() -> None:
         ScaledBy("adamw_sde", {**BASE, "steps": 80}).apply(adamw(), 32, steps=80)
     with pytest.raises(RuleError, match=r"beta"):
         by.apply(adamw(), 128)
+
+
+@pytest.mark.parametrize(("steps", "fits"), [(332, False), (333, True), (334, True), (335, False), (None, True)])
+def test_the_steps_are_the_plan_s_to_less_than_one(steps: int | None, fits: bool) -> None:
+    """1000 steps at 64 are 333.3 at 192. Fails if a run whose κ does not divide them could not begin."""
+    by = ScaledBy("adamw_sde", {**BASE, "batch": 64, "steps": 1000})
+    if fits:
+        by.apply(adamw(), 192, steps=steps)
+    else:
+        with pytest.raises(RuleError, match=f"takes {steps} steps, and the plan says 333.333"):
+            by.apply(adamw(), 192, steps=steps)
 
 
 def test_a_hurried_call_is_told_at_once() -> None:
@@ -195,11 +207,123 @@ def test_lightning_and_its_csv(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert cli.main(["status", str(out)]) == 0
 
 
+@pytest.mark.parametrize("how", [{"max_epochs": -1}, {"max_epochs": 1}])
+def test_lightning_without_an_end(how: dict[str, int], tmp_path: Path) -> None:
+    """No limit, and an epoch of unknown length: the estimate of the steps is inf, or -1. Fails if that were held
+    against the plan's 20, or a callback could not begin."""
+    import lightning
+    from lightning.pytorch.demos.boring_classes import BoringModel
+
+    from scaling_exps.trainers.lightning import NoiseCallback
+
+    class Stream(torch.utils.data.IterableDataset[torch.Tensor]):
+        def __iter__(self) -> Any:
+            return iter(torch.randn(80, 32))
+
+    class Stopped(BoringModel):
+        def on_train_batch_end(self, *_: Any) -> None:
+            self.trainer.should_stop = self.trainer.global_step == 20
+
+    scaled = ScaledBy("linear", {"batch": 2, "lr": 0.05, "momentum": 0.0, "steps": 40})
+    callback = NoiseCallback(scaled=scaled)
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, logger=False, callbacks=[callback], default_root_dir=tmp_path, **how,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Stopped(), torch.utils.data.DataLoader(Stream(), batch_size=4))
+    assert trainer.global_step == 20 and callback.probe is not None
+
+
+def left(folder: Path, batch: int, base: dict[str, Any], rule: str = "adamw_sde", kind: Any = torch.optim.AdamW) -> str:
+    """A folder as Hugging Face's Trainer with NoiseCallback(scaled=...) leaves it, without the hours."""
+    optimizer = kind([torch.zeros(2, 2, requires_grad=True)], **{k: v for k, v in base.items() if k != "batch"})
+    known = begin("transformers", batch, optimizer, ScaledBy(rule, base), scheduler=None, steps=None, seed=1)
+    log = [{"step": 0, "scalerun": known}, *({"step": s, "loss": 3.0 - s / 100} for s in range(10, 60, 10))]
+    folder.mkdir()
+    (folder / "trainer_state.json").write_text(json.dumps({"log_history": log}))
+    return str(folder)
+
+
+@pytest.mark.parametrize(
+    ("batches", "commands"),
+    [
+        ((2000, 16_000), ["arm", "base"]),
+        ((2000, 16_000), ["arm", "base", "arm"]),
+        ((2000, 16_000), ["base", "arm"]),
+        ((2000, 16_000), ["arm base"]),
+        ((240, 2000), ["arm base"]),  # 2000 / (2000 / 240) is not 240
+        ((224, 576), ["base", "arm"]),
+    ],
+)
+def test_a_run_meets_its_base_whichever_is_imported_first(
+    batches: tuple[int, int], commands: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """An arm whose base is not there is no base of its own; with it, it is judged. Fails if the arm kept what its first
+    import said."""
+    tuned = {**BASE, "batch": batches[0], "betas": (0.95, 0.99)}
+    folders = {n: left(tmp_path / n, b, tuned) for n, b in zip(("base", "arm"), batches, strict=True)}
+    out = tmp_path / "runs"
+
+    def rows() -> dict[int, Any]:
+        assert cli.main(["report", str(out), "--json", "--margin", "train_loss=1"]) == 0
+        return {r["batch"]: r for r in json.loads(capsys.readouterr().out)["rows"]}
+
+    for i, command in enumerate(commands):
+        assert cli.main(["import", *(folders[n] for n in command.split()), "--out", str(out)]) == 0
+        alone = i == 0 and command == "arm"
+        assert (f"base run of batch {batches[0]} not imported yet" in capsys.readouterr().out) == alone
+        if alone:
+            (row,) = rows().values()
+            assert (row["rule"], row["verdict"]) == ("adamw_sde", "no result")
+            assert "seed 1: base run not found, not compared" in row["remarks"]
+    specs = {d.spec().science.batch: d.spec() for d in RunDir.under(out)}
+    (arm,) = specs[batches[1]].arms
+    assert (arm.base_run_id, arm.base) == (specs[batches[0]].run_id, specs[batches[0]].science.numbers())
+    run_dir, own = RunDir(out / specs[batches[1]].run_id), specs[batches[1]].run_id
+    run_dir.put_arms((msgspec.structs.replace(arm, base_run_id=own),))  # as older versions wrote it
+    assert cli.main(["import", folders["arm"], "--out", str(out)]) == 0
+    assert run_dir.spec().arms == (arm,)
+    capsys.readouterr()
+    assert {b: (r["rule"], r["verdict"]) for b, r in rows().items()} == {
+        batches[0]: ("base", "base"), batches[1]: ("adamw_sde", "too few seeds")
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("kind", "rule", "base", "role"),
+    [
+        (torch.optim.SGD, "linear", {"momentum": 0.9}, "rule"),
+        (torch.optim.SGD, "linear_momentum", {"momentum": 0.9}, "rule"),
+        (torch.optim.Adam, "linear", {"betas": (0.9, 0.99)}, "control"),
+        (torch.optim.Muon, "muon", {"momentum": 0.95, "weight_decay": 0.1}, "rule"),
+    ],
+)
+def test_a_rule_is_what_it_is_for_the_optimizer_of_the_run(
+    kind: Any, rule: str, base: dict[str, Any], role: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Fails if every optimizer passed for an Adam: `linear` was a control for SGD, and `muon` refused."""
+    tuned, out = {"batch": 8, "lr": 1e-3, **base}, tmp_path / "runs"
+    folders = [left(tmp_path / str(b), b, tuned, rule, kind) for b in (8, 16)]
+    assert cli.main(["import", *folders, "--out", str(out)]) == 0
+    assert sorted(d.spec().arms[0].role for d in RunDir.under(out)) == sorted(["base", role])
+    assert cli.main(["report", str(out), "--margin", "train_loss=1"]) == 0
+    assert ("No rule was under test" in capsys.readouterr().out) == (role == "control")
+
+
+@pytest.mark.parametrize(("rule", "role"), [("linear_momentum", "rule"), ("sqrt", "rule"), ("linear", "control")])
+def test_a_rule_for_an_optimizer_that_nothing_tells(rule: str, role: str, tmp_path: Path) -> None:
+    """It is taken for an Adam, unless the rule is for others only."""
+    file = tmp_path / "metrics.csv"
+    file.write_text("step,train_loss,lr\n1,1.0,1e-3\n2,0.9,1e-3\n")
+    told = ["--batch", "16", "--base-batch", "8", "--rule", rule]
+    assert cli.main(["import", str(file), *told, "--out", str(tmp_path / "runs")]) == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    assert run_dir.spec().arms[0].role == role
+
+
 def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     """A run as `wandb` itself writes it. Fails if the plan in its config, or its history, were lost."""
     import wandb
-
-    from scaling_exps.trainers import begin
 
     run = wandb.init(project="x", mode="offline", dir=tmp_path, reinit=True)
     optimizer = torch.optim.Adagrad([torch.zeros(2, requires_grad=True)])
@@ -217,6 +341,51 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     result = run_dir.result()
     assert result is not None and result["metrics"] == {"train_loss": 0.25, "test_loss": 0.5, "test_accuracy": 0.25}
     assert run_dir.spec().notes[1].startswith("unknown: betas, eps, data")
+
+
+@pytest.mark.parametrize(
+    ("option", "recorded", "other"),
+    [("batch", 16, 250), ("base-batch", 8, 4), ("rule", "adamw_sde", "none"), ("seed", 1, 0)],
+)
+def test_an_option_does_not_contradict_the_run(
+    option: str, recorded: Any, other: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """What ScaledBy recorded is so. Fails if a run at 16 could be imported as one at 250."""
+    words = ["import", left(tmp_path / "run", 16, BASE), "--out", str(tmp_path / "runs"), f"--{option}"]
+    assert cli.main([*words, str(other)]) == 2
+    assert f"--{option} {other} contradicts what its trainer recorded there, {recorded}" in capsys.readouterr().err
+    assert not (tmp_path / "runs").exists()
+    assert cli.main([*words, str(recorded)]) == 0
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "losses"),
+    [
+        (
+            "trainer_state.json",
+            json.dumps({"log_history": [
+                {"step": 500, "loss": 2.0, "learning_rate": 1e-3}, {"step": 1000, "loss": 1.0, "learning_rate": 1e-4},
+                {"step": 1200, "train_loss": 3.0, "train_runtime": 60.0, "total_flos": 1.0},
+            ]}),
+            {500: 2.0, 1000: 1.0},
+        ),
+        ("metrics.csv", "step,train_loss_epoch,train_loss_step,lr\n9,,2.0,1e-3\n14,7.0,,\n19,,1.0,1e-3\n29,5.0,,\n",
+         {10: 2.0, 20: 1.0}),
+        ("metrics.csv", "step,train_loss_epoch,lr\n14,7.0,1e-3\n29,5.0,1e-3\n", {15: 7.0, 30: 5.0}),
+        ("a.csv", "_step,train/global_step,train/loss,lr\n1,10,2.0,1e-3\n2,20,1.0,1e-3\n3,,,\n", {10: 2.0, 20: 1.0}),
+        ("b.csv", "train/loss,lr,_step\n2.0,1e-3,1\n1.0,1e-3,2\n", {1: 2.0, 2: 1.0}),
+    ],
+)  # fmt: skip
+def test_which_column_is_the_loss_and_which_the_step(
+    name: str, content: str, losses: dict[int, float], tmp_path: Path
+) -> None:
+    """Fails if a mean over an epoch, or over the run, passed for the loss of a window, or calls of log for steps."""
+    (tmp_path / name).write_text(content)
+    assert cli.main(["import", str(tmp_path / name), "--batch", "8", "--out", str(tmp_path / "runs")]) == 0
+    (run_dir,) = RunDir.under(tmp_path / "runs")
+    assert {r["step"]: r["loss"] for r in run_dir.records().rows} == losses
+    result = run_dir.result()
+    assert result is not None and result["metrics"] == {"train_loss": list(losses.values())[-1]}
 
 
 @pytest.mark.parametrize(

@@ -52,7 +52,7 @@ class ScaledBy:
         Args:
             batch: global, of this trainer.
             scheduler: its torch scheduler, whose base rates move too.
-            steps: that the trainer will take; checked where the base names its own.
+            steps: that the trainer will take; where the base names its own, checked to less than a step.
 
         Returns:
             The plan.
@@ -63,7 +63,7 @@ class ScaledBy:
         """
         plan = self.plan(batch)
         wanted = plan["scaled"].get("steps")
-        if None not in (wanted, steps) and wanted != steps:
+        if wanted is not None and steps is not None and abs(wanted - steps) >= 1:  # κ need not divide the base's
             raise RuleError(f"the trainer takes {steps} steps, and the plan says {wanted:g} (κ = {plan['kappa']:g})")
         live = unwrapped(optimizer)
         if apart(live, plan["scaled"]):

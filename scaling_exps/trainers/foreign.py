@@ -3,8 +3,7 @@
 What is read: Hugging Face's trainer_state.json (of the run, or of its newest checkpoint), a Lightning CSV log
 (metrics.csv and hparams.yaml), wandb's offline folder (run-ID.wandb), and a CSV of a wandb history. From them: losses
 and accuracies at their steps, and the plan that `ScaledBy` left there. What nothing says is taken from the command, or
-named in the run's notes as unknown; a run is paired with the base run of its seed that is imported with it, or was
-before.
+named in the run's notes as unknown; a run is paired with the base run of its seed, whichever of them is imported first.
 """
 
 from __future__ import annotations
@@ -15,6 +14,7 @@ import math
 import re
 import struct
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
@@ -24,7 +24,7 @@ from msgspec.structs import replace
 from scaling_exps import config, plan, rules
 from scaling_exps.plan import Arm, Foreign, ForeignData, Placement, RunSpec, Schedule, Science
 from scaling_exps.records import RUNS, RunDir, make_writable, read_noise
-from scaling_exps.rules import OPTIMIZERS, Hyper
+from scaling_exps.rules import OPTIMIZERS, Goal, Hyper
 from scaling_exps.words import Parser
 
 NAMES = {  # of what a history calls its columns
@@ -33,6 +33,7 @@ NAMES = {  # of what a history calls its columns
     "accuracy": re.compile(r"(eval|val|valid|validation|test)[/_.]acc(uracy)?(_epoch)?"),
     "lr": re.compile(r"(train[/_.])?(learning_rate|lr)(-\w+)?"),
 }
+UNPAIRED = "not imported"  # run id of a base that is not there yet
 STEP = re.compile(r"_step|step|(trainer|train)[/_.]global_step|global_step")
 
 
@@ -79,6 +80,9 @@ def read(path: Path) -> History:
 def _hugging_face(path: Path) -> History:
     log = json.loads(path.read_text())["log_history"]
     known = [row["scalerun"] for row in log if "scalerun" in row]
+    for row in log:
+        if "train_runtime" in row:  # the closing row, whose loss is the mean over the whole run
+            row.pop("train_loss", None)
     return History([(int(r["step"]), _numbers(r)) for r in log], known[-1] if known else {})
 
 
@@ -86,6 +90,7 @@ def _csv(path: Path) -> History:
     with path.open(newline="") as f:
         table = list(csv.DictReader(f))
     names = [n for n in (table[0] if table else {}) if STEP.fullmatch(n)]
+    names.sort(key=lambda n: n == "_step")  # wandb's own counts calls of log; the trainer's, where it is there, steps
     if not names:
         raise ImportRunError(f"{path} has no column of steps (step, _step, trainer/global_step)")
     history = History([(int(float(r[names[0]])), _numbers(r)) for r in table if r[names[0]]])
@@ -148,8 +153,10 @@ def _numbers(row: dict[str, Any]) -> dict[str, float]:
 
 
 def _columns(history: History, kind: str) -> list[tuple[int, float]]:
-    """(step, value) of what the history calls by a name of this kind."""
-    return [(s, v) for s, row in history.rows for name, v in row.items() if s > 0 and NAMES[kind].fullmatch(name)]
+    """(step, value) of what the history calls by a name of this kind; a mean over an epoch only where nothing else."""
+    found = [(s, n, v) for s, row in history.rows for n, v in row.items() if s > 0 and NAMES[kind].fullmatch(n)]
+    finer = [x for x in found if not x[1].endswith("_epoch")]
+    return [(s, v) for s, _, v in finer or found]
 
 
 def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> RunSpec:
@@ -159,9 +166,17 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         given: batch, seed, base_batch, rule, where the command names them.
 
     Raises:
-        ImportRunError: no batch is known, or no train loss was logged.
+        ImportRunError: no batch is known, no train loss was logged, or the run tells otherwise than the command.
     """
-    known = {**history.known, **{k: v for k, v in given.items() if v is not None}}
+    told = {**history.known, "base_batch": history.known.get("base", {}).get("batch")}
+    known = {**told, **{k: v for k, v in given.items() if v is not None}}
+    for name, value in known.items():
+        if name in given and told.get(name) not in (None, value):
+            option = "--" + name.replace("_", "-")
+            raise ImportRunError(
+                f"{path}: {option} {value} contradicts what its trainer recorded there, {told[name]}; leave {option} "
+                "out, or give it to the runs that lack it in an import of their own"
+            )
     if any(given[k] is not None and given[k] < 1 for k in ("batch", "base_batch")):
         raise ImportRunError(
             f"--batch {given['batch']}, --base-batch {given['base_batch']}: a batch is at least 1 example"
@@ -176,16 +191,10 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
         raise ImportRunError(f"{path}: no train loss among {seen}; it is to be called loss or train_loss")
     if not lr:
         raise ImportRunError(f"{path}: no learning rate among {seen}; log it, or add a column lr")
-    batch, steps = known["batch"], max(s for s, _ in history.rows)
-    field = next((o.field for o in OPTIMIZERS.values() if o.field in scaled), None)
-    beta = scaled.get(field, ()) if field else ()
-    betas = tuple(beta) if isinstance(beta, list | tuple) else (beta,)
-    hyper = Hyper(
-        float(lr), betas, float(scaled.get("eps", 0.0)), float(scaled.get("weight_decay", 0.0)),
-    )  # fmt: skip
+    batch, steps, hyper = known["batch"], max(s for s, _ in history.rows), _hyper({"lr": lr, **scaled})
     seed = known.get("seed")
-    told = {"optimizer": "optimizer" in known, "betas": betas, "eps": "eps" in scaled, "seed": seed is not None}
-    unknown = [name for name, there in told.items() if not there]
+    there = {"optimizer": "optimizer" in known, "betas": hyper.betas, "eps": "eps" in scaled, "seed": seed is not None}
+    unknown = [name for name, has in there.items() if not has]
     rule = known.get("rule") or "none"
     (default,) = plan.plan(config.compose(["logger=none"]))
     science = Science(
@@ -197,24 +206,59 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
                           decay="unknown", milestones=(), gamma=1.0),
     )  # fmt: skip
     notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
-    kappa = batch / (known.get("base_batch") or known.get("base", {}).get("batch") or batch)
-    goal = rules.find(rule, "adaptive").goals.get("adaptive", "control") if kappa != 1 else "match"
+    base_batch = known.get("base_batch") or batch
+    kappa = batch / base_batch
+    goal: Goal = "match" if kappa == 1 else _goal(rule, science)
     role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
-    arm = Arm(rule=rule, goal=goal, role=role, kappa=kappa, duration=1.0, base=science.numbers(),
-              base_run_id=plan.run_id(science))  # fmt: skip
+    base = science if role == "base" else replace(
+        science, batch=base_batch, hyper=_hyper({"lr": lr, **(known.get("base") or scaled)}), steps=round(steps * kappa)
+    )  # fmt: skip
+    arm = Arm(rule=rule, goal=goal, role=role, kappa=kappa, duration=1.0, base=base.numbers(),
+              base_run_id=plan.run_id(science) if role == "base" else UNPAIRED)  # fmt: skip
     return replace(default, science=science, arms=(arm,), notes=notes, margin={}, looks=(),
                    placement=Placement(world_size=1, accumulation=1, compile=False))  # fmt: skip
 
 
-def paired(spec: RunSpec, bases: list[RunSpec]) -> RunSpec:
-    """`spec` as an arm of the base run of its name and seed, where there is one."""
-    arm, s = spec.arms[0], spec.science
-    batch = s.batch / arm.kappa
-    own = [b for b in bases if (b.science.model, b.science.seed, b.science.batch) == (s.model, s.seed, batch)]
-    if arm.role == "base" or not own:
-        return spec
-    base = own[0]
-    return replace(spec, arms=(replace(arm, base=base.arms[0].base, base_run_id=base.run_id),))
+def _goal(rule: str, science: Science) -> Goal:
+    """The question that the rule answers for the run's optimizer; RuleError where it is not meant for it."""
+    row = OPTIMIZERS.get(science.optimizer)
+    goals = rules.find(rule, row.family if row else None).goals
+    return goals.get(science.family, next(iter(goals.values())))  # of an unknown optimizer: one that the rule is for
+
+
+def _hyper(recipe: dict[str, Any]) -> Hyper:
+    """The numbers of a recipe of `ScaledBy`; 0 or none where it says nothing."""
+    betas = next((recipe[o.field] for o in OPTIMIZERS.values() if o.field in recipe), ())
+    betas = tuple(betas) if isinstance(betas, list | tuple) else (betas,)
+    return Hyper(float(recipe["lr"]), betas, float(recipe.get("eps", 0.0)), float(recipe.get("weight_decay", 0.0)))
+
+
+def pair(root: Path, new: set[str]) -> None:
+    """Give the imported runs under `root` their base runs, where those are there by now.
+
+    Args:
+        new: run ids of this import; of several base runs that would do, one of these is taken.
+    """
+    specs: dict[RunDir, RunSpec] = {}
+    for run_dir in RunDir.under(root):
+        with suppress(plan.PlanError):
+            specs[run_dir] = run_dir.spec()
+    bases = [s for s in specs.values() if any(a.role == "base" for a in s.arms)]
+    bases.sort(key=lambda s: s.run_id not in new)
+    for run_dir, spec in specs.items():
+        if isinstance(spec.science.model, Foreign):
+            paired = dict.fromkeys(_paired(arm, spec, bases) for arm in spec.arms)  # a second import adds its arm
+            run_dir.put_arms(tuple(paired))
+
+
+def _paired(arm: Arm, spec: RunSpec, bases: list[RunSpec]) -> Arm:
+    """`arm` with the base run of its name, seed and base batch, where it lacks one and there is one."""
+    if arm.role == "base" or arm.base_run_id not in (UNPAIRED, spec.run_id):  # its own: so said an older import
+        return arm
+    s = spec.science
+    wanted = (s.model, s.seed, round(s.batch / arm.kappa))
+    base = next((b for b in bases if (b.science.model, b.science.seed, b.science.batch) == wanted), None)
+    return replace(arm, base=base.science.numbers(), base_run_id=base.run_id) if base else arm
 
 
 def write(run_dir: RunDir, spec: RunSpec, history: History) -> None:
@@ -254,10 +298,10 @@ def main(words: list[str]) -> int:
     parser.add_argument("paths", nargs="+", type=Path, metavar="path", help="trainer_state.json, metrics.csv, *.wandb, "
                         "or the folder of one; of one sweep")  # fmt: skip
     parser.add_argument("--name", help="what the network is called in tables (default: its trainer); one a comparison")
-    parser.add_argument("--batch", type=int, help="global batch of these runs, where ScaledBy left none")
-    parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where ScaledBy left none")
-    parser.add_argument("--rule", help="by which rule, where ScaledBy left none")
-    parser.add_argument("--seed", type=int, help="of these runs, where nothing says it (default 0)")
+    parser.add_argument("--batch", type=int, help="global batch of these runs, where they do not tell it")
+    parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where they do not tell it")
+    parser.add_argument("--rule", help="by which rule, where they do not tell it")
+    parser.add_argument("--seed", type=int, help="of these runs, where they do not tell it (default 0)")
     parser.add_argument("--out", type=Path, default=RUNS, help="folder of runs (default: runs)")
     options = parser.parse_args(words)
     given = {k: getattr(options, k) for k in ("batch", "base_batch", "rule", "seed")}
@@ -266,25 +310,22 @@ def main(words: list[str]) -> int:
         history = read(path)
         name = options.name or str(history.known.get("trainer", "another trainer"))
         found.append((path, history, spec_of(path, history, name, given)))
-    existing = [RunDir(options.out / p.name) for p in sorted(options.out.glob("*")) if (p / "run.json").is_file()]
-    bases = [s for _, _, s in found if s.arms[0].role == "base"]
-    for run_dir in existing:
-        try:
-            spec = run_dir.spec()
-        except plan.PlanError:
-            continue
-        bases += [spec] if spec.arms[0].role == "base" else []
-    specs = [paired(spec, bases) for _, _, spec in found]
+    specs = [spec for _, _, spec in found]
     twice = [s.run_id for s in specs if [t.run_id for t in specs].count(s.run_id) > 1]
     if twice:
         same = ", ".join(str(path) for (path, _, _), s in zip(found, specs, strict=True) if s.run_id == twice[0])
         raise ImportRunError(
-            f"{same} would be one run: they differ in nothing that is known; import each with its --seed"
+            f"{same} would be one run: they differ in nothing that is known; import each with its --seed, or one "
+            "of them if they record the same seed"
         )
     make_writable(options.out)
-    for (path, history, _), spec in zip(found, specs, strict=True):
-        run_dir = RunDir(options.out / spec.run_id)
+    folders = [RunDir(options.out / spec.run_id) for spec in specs]
+    for run_dir, (_, history, spec) in zip(folders, found, strict=True):
         write(run_dir, spec, history)
-        print(f"{path} -> {run_dir}: batch {spec.science.batch}, seed {spec.science.seed}, {spec.notes[1]}")
+    pair(options.out, {spec.run_id for spec in specs})
+    for run_dir, (path, _, spec) in zip(folders, found, strict=True):
+        s, lacks = spec.science, any(a.base_run_id == UNPAIRED for a in run_dir.spec().arms)
+        base = f", base run of batch {spec.arms[0].base.batch} not imported yet" if lacks else ""
+        print(f"{path} -> {run_dir}: batch {s.batch}, seed {s.seed}{base}, {spec.notes[1]}")
     print(f"scalerun report {options.out}")
     return 0

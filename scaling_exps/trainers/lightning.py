@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ class NoiseCallback(Asked, lightning.Callback):
         batch: global batch; None: the loader's, times accumulation and devices.
         batches: global batches of which one asks how far a run there will stray.
         scaled: the rule to apply before the first step; the plan goes into the loggers' hyperparameters.
-        window: steps a record; None: a twentieth of the training, at least 10.
+        window: steps a record; None: a twentieth of the training, at least 10; 10 where its length is not known.
         method: of NoiseProbe.
 
     The trainer's loggers get noise/b_noise, its interval, noise/kappa_r and noise/deviation_BATCH. Records lie in
@@ -46,7 +47,8 @@ class NoiseCallback(Asked, lightning.Callback):
         if own is None and self.batch is None:
             raise NoiseError("the loader has no batch_size: give NoiseCallback(batch=N), over devices and accumulation")
         batch = self.batch or own * trainer.accumulate_grad_batches * trainer.world_size
-        optimizer, steps = trainer.optimizers[0], int(trainer.estimated_stepping_batches)
+        optimizer, estimate = trainer.optimizers[0], trainer.estimated_stepping_batches
+        steps = int(estimate) if 0 < estimate < math.inf else None  # inf or -1: nothing says beforehand when it ends
         scheduler = next((c.scheduler for c in trainer.lr_scheduler_configs), None)
         known = begin("lightning", batch, optimizer, self.scaled, scheduler=scheduler, steps=steps)
         for logger in trainer.loggers:
@@ -55,7 +57,7 @@ class NoiseCallback(Asked, lightning.Callback):
         folder.mkdir(parents=True, exist_ok=True)
         self.probe = NoiseProbe(
             pl_module, optimizer, batch=batch, method=self.method, step=trainer.global_step,
-            window=self.window or max(10, steps // 20), file=folder / "noise.jsonl",
+            window=self.window or max(10, (steps or 0) // 20), file=folder / "noise.jsonl",
             scaler=getattr(trainer.precision_plugin, "scaler", None),
         )  # fmt: skip
 
