@@ -170,11 +170,11 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     """
     told = {**history.known, "base_batch": history.known.get("base", {}).get("batch")}
     known = {**told, **{k: v for k, v in given.items() if v is not None}}
-    for name, value in known.items():
-        if name in given and told.get(name) not in (None, value):
-            option = "--" + name.replace("_", "-")
+    for key, value in given.items():
+        if None not in (value, told.get(key)) and value != told[key]:
+            option = "--" + key.replace("_", "-")
             raise ImportRunError(
-                f"{path}: {option} {value} contradicts what its trainer recorded there, {told[name]}; leave {option} "
+                f"{path}: {option} {value} contradicts what its trainer recorded there, {told[key]}; leave {option} "
                 "out, or give it to the runs that lack it in an import of their own"
             )
     if any(given[k] is not None and given[k] < 1 for k in ("batch", "base_batch")):
