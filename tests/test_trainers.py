@@ -332,6 +332,7 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
         run.log({"train/loss": 1 / step, "train/global_step": 10 * step, "train/learning_rate": 1e-3})
     run.log({"eval/loss": 0.5, "eval/accuracy": 0.25, "train/global_step": 40})
     run.finish()
+    wandb.teardown()  # the file is whole when its service has ended
     (folder,) = (tmp_path / "wandb").glob("offline-run-*")
     found = read(folder)
     known = {"batch": 8, "seed": 3, "trainer": "mine", "optimizer": "Adagrad"}

@@ -368,7 +368,7 @@ REFUSED = [
     ),
     (["model=custom"], ["model.factory=None must be package.module:function"]),
     (["model=custom", "model.factory=nets"], ["model.factory='nets' must be package.module:function"]),
-    (["model=custom", "model.factory=nowhere:f"], ["No module named 'nowhere'"]),
+    (["model=custom", "model.factory=nowhere:f"], ["there is no module 'nowhere' here"]),
     (["model=custom", "model.factory=nets:absent"], ["has no attribute 'absent'; it has good, "]),
     (["model=custom", "model.factory=nets:raises"], ["RuntimeError: no such thing"]),
     (
