@@ -182,6 +182,10 @@ def test_evidence(tmp_path: Path) -> None:
     shutil.rmtree(tmp_path / "runs")
     run(str(tmp_path / "scripts/evidence.py"), cwd=tmp_path)
     assert page.read_text() == text  # from what was kept
+    shutil.copy(ROOT / "docs/evidence/runs/fig2_trained_mid.tar.xz", tmp_path / "docs/evidence/runs")
+    run(str(tmp_path / "scripts/evidence.py"), cwd=tmp_path)
+    assert "## What the noise predicts\n\nprediction of the displacement over 1 arm(s)" in page.read_text()
+    assert (page.parent / "all-prediction.png").exists()
 
 
 @pytest.mark.slow

@@ -66,6 +66,8 @@ def read(path: Path) -> History:
         if found:
             try:
                 history = reader(found[-1])
+            except ImportRunError:  # it says what is wrong already
+                raise
             except (OSError, ValueError, KeyError, TypeError, AssertionError) as e:
                 raise ImportRunError(f"{found[-1]} cannot be read: {type(e).__name__}: {e}") from e
             for folder in (found[-1].parent, found[-1].parent.parent):
@@ -177,10 +179,9 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
                 f"{path}: {option} {value} contradicts what its trainer recorded there, {told[key]}; leave {option} "
                 "out, or give it to the runs that lack it in an import of their own"
             )
-    if any(given[k] is not None and given[k] < 1 for k in ("batch", "base_batch")):
-        raise ImportRunError(
-            f"--batch {given['batch']}, --base-batch {given['base_batch']}: a batch is at least 1 example"
-        )
+    for key, option in (("batch", "--batch"), ("base_batch", "--base-batch")):
+        if given[key] is not None and given[key] < 1:
+            raise ImportRunError(f"{option} {given[key]}: a batch is at least 1 example")
     if not isinstance(known.get("batch"), int) or known["batch"] < 1:
         raise ImportRunError(f"{path}: the global batch is not told: give --batch N (over devices and accumulation)")
     train = _columns(history, "train")
