@@ -13,6 +13,7 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import re
 import tarfile
 import tempfile
 from dataclasses import replace
@@ -46,7 +47,7 @@ def main() -> None:
         rows = report.compare(collection)
         head = _head(rows)
         sections.append(_section(name, head, rows, collection.missing))
-        summary += _summary(name, head.partition(". ")[0].rstrip("."), rows)
+        summary += _summary(name, re.split(r"(?<! al)(?<!Fig)\. ", head)[0].rstrip("."), rows)
         everything += [replace(r, setting=f"{name}, {r.setting}") for r in rows]
     _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *_over_all(everything), *sections]))
     print(f"{len(sections)} sections")
@@ -78,12 +79,13 @@ def _head(rows: list[Row]) -> str:
 
 def _section(name: str, head: str, rows: list[Row], missing: list[report.Missing]) -> str:
     results = [run.result for run in {run.path: run for row in rows for run in row.runs}.values()]
-    commits = ", ".join(sorted({str(r.get("commit"))[:7] for r in results}))
+    commits = ", ".join(sorted({r["commit"][:7] if r.get("commit") else "not recorded" for r in results}))
     made_with = (r.get("versions") or {} for r in results)
     versions = "; ".join(sorted({f"Python {v.get('python')}, torch {v.get('torch')}" for v in made_with}))
     minutes = sum(r["seconds"] for r in results) / 60
     lines = [f"## {name}", head]
-    lines += [f"{len(results)} runs, {minutes:.0f} minutes of training; {versions}; commit {commits}."]
+    devices = ", ".join(sorted({r["device"] for r in results}))
+    lines += [f"{len(results)} runs, {minutes:.0f} minutes of training; {devices}; {versions}; commit {commits}."]
     lines += [tables.as_markdown(rows), "\n".join(f"* {x.strip()}" for x in report.reading(rows))]
     lines += [f"* not in the table: {m}" for m in missing]
     lines += _figures(name, [c for c in charts.arrange(rows) if c.group in SHOWN or (c.group == "gap" and c.log_x)])

@@ -24,7 +24,7 @@ MARKS = ("<!-- regime -->", "<!-- end of regime -->")
 EXPERIMENTS = """
 fig1 model=resnet50 optimizer=adam
 fig1 model=resnet50 optimizer=rmsprop
-fig1 model=vgg16 optimizer=adam
+fig1 model=vgg16 optimizer=adam precision=bfloat16
 fig1 model=vgg16 optimizer=rmsprop
 fig2
 fig2_language
