@@ -47,7 +47,7 @@ def main() -> None:
         rows = report.compare(collection)
         head = _head(rows)
         sections.append(_section(name, head, rows, collection.missing))
-        summary += _summary(name, re.split(r"(?<! al)(?<!Fig)\. ", head)[0].rstrip("."), rows)
+        summary += _summary(name, re.split(r"(?<! al)(?<!Fig)(?<!\.)\. ", head)[0].rstrip("."), rows)
         everything += [replace(r, setting=f"{name}, {r.setting}") for r in rows]
     _replace(DOCS / "claims.md", "\n\n".join(["\n".join(summary), *_over_all(everything), *sections]))
     print(f"{len(sections)} sections")
