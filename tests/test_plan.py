@@ -442,7 +442,7 @@ REFUSED: list[tuple[str, list[str]]] = [
     ("model=vit model.width=4", ["unknown key 'model.width'", "only of kind resnet, vgg16, gpt, roberta"]),
     ("recipe=nope", ["no recipe 'nope'", "cifar10-resnet", "--config-dir DIR"]),
     ("model=resnet20 dataset=digits", ["no recipe 'digits-resnet'", "digits-small"]),
-    ("experiment=fig99", ["unknown experiment 'fig99'", "allowed: beta1_small, breaking_mid, demo"]),
+    ("experiment=fig99", ["unknown experiment 'fig99'", "allowed: beta1_small, breaking_invariant_mid"]),
     ("model.kind=gpt", ["choose one with model=NAME"]),
     ("dataset.name=cifar10", ["choose one with dataset=NAME"]),
     ("launch.name=slurm", ["choose one with launch=NAME"]),
