@@ -21,7 +21,7 @@ from pathlib import Path
 
 from scaling_exps import report
 from scaling_exps.config import CONF
-from scaling_exps.report import charts, figures, prediction, tables
+from scaling_exps.report import charts, figures, prediction, svag, tables
 from scaling_exps.report.judge import METRICS
 from scaling_exps.report.verdict import Row
 
@@ -109,17 +109,28 @@ def _figures(name: str, shown: list[charts.Chart]) -> list[str]:
 
 
 def _summary(name: str, claim: str, rows: list[Row]) -> list[str]:
-    """A line for each batch at which a rule was tested."""
+    """A line for each batch at which a rule was tested, and for each setting at which SVAG was."""
     lines: list[str] = []
-    for r in (r for r in rows if r.role == "rule"):
+    for setting in dict.fromkeys(r.setting for r in rows if r.svag > 1):
+        arms = [r for r in rows if r.setting == setting]
+        said = [s.partition(", SVAG, ")[2] for s in svag.sentences(arms)]
+        apart = [s.partition(":")[0] for s in said if "overlay" not in s]
+        ells = ", ".join(str(r.svag) for r in arms)
+        what = f"[{name}](#{name}): {setting}, SVAG ℓ = {ells}, n = {len(arms[0].seeds)}"
+        told = "" if lines else claim
+        close = "**overlay** within the spread over seeds" if said else "too few seeds"
+        verdict = f"**apart** in {', '.join(apart)}" if apart else close
+        lines.append(f"| {told} | {what} | {'; '.join(s.partition('; seeds')[0] for s in said)} | {verdict} |")
+    for r in (r for r in rows if r.role == "rule" and r.svag == 1):
         judged = [t for t in r.tests if t.margin is not None]
         gaps = "; ".join(f"{METRICS[t.metric]} {' '.join(tables.gap(t))}" for t in judged)
         what = f"[{name}](#{name}): {r.setting}, {r.rule}, κ = {r.kappa:g}, n = {len(r.seeds)}"
         beside = [c for c in rows if (c.setting, c.batch, c.ramp, c.role) == (r.setting, r.batch, r.ramp, "control")]
         apart = ", ".join(f"`{c.rule}`" for c in beside if c.verdict == "different") or "no one"
+        controls = f"of the controls different: {apart}" if beside else "no control was run"
         gaps = gaps.replace("|", "\\|")
         told = "" if lines else claim  # once an experiment
-        lines.append(f"| {told} | {what} | {gaps} | **{r.verdict}**; of the controls different: {apart} |")
+        lines.append(f"| {told} | {what} | {gaps} | **{r.verdict}**; {controls} |")
     return lines
 
 

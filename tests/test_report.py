@@ -575,6 +575,7 @@ def test_the_first_line_is_the_answer_everywhere(
         ((4, 16), {"seeds": (0, 1)}, ["Not shown safe", "16 has too few seeds (2)"]),
         ((4, 16), {"words": [*DEMO, "tested=[]"]}, ["No rule was under test", "'none' at 16 is not"]),
         ((4,), {}, ["only base runs have finished"]),
+        ((4,), {"words": [*DEMO, "svag=2"], "rules": ("sqrt",)}, ["how far SVAG's curves lie apart"]),
         ((4, 16), {"words": without_margins()}, ["add margin=auto or margin.test_", "sqrt at 16 -0.19% ["]),
     ],
 )  # fmt: skip

@@ -344,6 +344,31 @@ def test_wandb_s_offline_folder(tmp_path: Path) -> None:
     assert run_dir.spec().notes[1].startswith("unknown: betas, eps, data")
 
 
+def test_lightning_s_steps_in_wandb(tmp_path: Path) -> None:
+    """It counts them from 0, for wandb as in its CSV. Fails if a run of 6 steps came in as one of 5."""
+    import lightning
+    import wandb
+    from lightning.pytorch.demos.boring_classes import BoringModel
+    from lightning.pytorch.loggers import CSVLogger, WandbLogger
+
+    class Logged(BoringModel):
+        def training_step(self, batch: Any, i: int) -> Any:
+            self.log("train_loss", (loss := super().training_step(batch, i)["loss"]))
+            return loss
+
+    loggers = [CSVLogger(tmp_path / "csv"), WandbLogger(project="x", save_dir=tmp_path, offline=True)]
+    trainer = lightning.Trainer(
+        accelerator="cpu", devices=1, logger=loggers, max_steps=6, limit_val_batches=0, log_every_n_steps=2,
+        enable_progress_bar=False, enable_model_summary=False, enable_checkpointing=False,
+    )  # fmt: skip
+    trainer.fit(Logged())
+    wandb.finish()
+    wandb.teardown()
+    (folder,) = (tmp_path / "wandb").glob("offline-run-*")
+    for left_by in (Path(loggers[0].log_dir or ""), folder):
+        assert [s for s, row in read(left_by).rows if "train_loss" in row] == [2, 4, 6]
+
+
 @pytest.mark.parametrize(
     ("option", "recorded", "other"),
     [("batch", 16, 250), ("base-batch", 8, 4), ("rule", "adamw_sde", "none"), ("seed", 1, 0)],

@@ -35,6 +35,7 @@ NAMES = {  # of what a history calls its columns
 }
 UNPAIRED = "not imported"  # run id of a base that is not there yet
 STEP = re.compile(r"_step|step|(trainer|train)[/_.]global_step|global_step")
+LIGHTNING = re.compile(r"trainer[/_.]global_step")  # which counts from 0, in wandb's log as in its CSV's `step`
 
 
 class ImportRunError(ValueError):
@@ -101,7 +102,7 @@ def _csv(path: Path) -> History:
 
         held = OmegaConf.to_container(OmegaConf.load(beside))
         history.known = held.get("scalerun", {}) if isinstance(held, dict) else {}
-    if names[0] == "step":  # Lightning counts from 0
+    if names[0] == "step" or LIGHTNING.fullmatch(names[0]):
         history.rows = [(step + 1, row) for step, row in history.rows]
     return history
 
@@ -120,9 +121,9 @@ def _wandb(path: Path) -> History:
                 at = at.setdefault(key, {})
             at[last] = json.loads(update.value_json)
         items = {i.key or "/".join(i.nested_key): json.loads(i.value_json) for i in record.history.item}
-        own = [v for n, v in items.items() if STEP.fullmatch(n) and n != "_step"] + [items.get("_step")]
-        if own[0] is not None:
-            rows.append((int(own[0]), _numbers(items)))
+        name = next((n for n in items if STEP.fullmatch(n) and n != "_step"), "_step")
+        if name in items:
+            rows.append((int(items[name]) + bool(LIGHTNING.fullmatch(name)), _numbers(items)))
     return History(rows, config.get("scalerun", {}))
 
 
