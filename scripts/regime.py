@@ -49,6 +49,8 @@ fig1_noise_mid optimizer=rmsprop recipe.lr=1.25e-4 seed=[10,11,12,13,14,15]
 fig1_trained_mid optimizer=rmsprop
 breaking_mid optimizer=adam
 breaking_mid optimizer=rmsprop
+fig1_eps_mid optimizer=adam
+fig1_eps_mid optimizer=rmsprop
 fig2_mid
 fig2_trained_mid
 fig2_roberta_trained_mid
