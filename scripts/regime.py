@@ -35,7 +35,7 @@ fig1_small model=resnet20 optimizer=adam
 fig1_small model=vgg16 optimizer=adam
 fig1_small model=vgg16 optimizer=rmsprop
 fig1_eps_small model=resnet8 optimizer=rmsprop
-epsilon_small
+epsilon_small batch=[2,32] rule=[sqrt,sqrt_without_eps,none] seed=[6,7,8,9,10,11]
 fig2_small model=timm
 fig2_small model=vit optimizer=adamw
 fig2_small model=gpt
