@@ -31,7 +31,7 @@ def answer(rows: list[Row], looked: dict[str, set[int]] | None = None) -> list[s
             for rule in dict.fromkeys(r.rule for r in tested if not r.ramp)
         ]
         said += [_of_ramp(r) for r in tested if r.ramp]
-        if not said and any(r.svag > 1 for r in members):
+        if not said and any(r.svag > 1 and r.runs for r in members):
             lines.append("No rule was under test here: how far SVAG's curves lie apart stands below the table.")
             continue
         if not said and any(r.role != "base" for r in members):
