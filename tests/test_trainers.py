@@ -310,15 +310,28 @@ def test_a_rule_is_what_it_is_for_the_optimizer_of_the_run(
     assert ("No rule was under test" in capsys.readouterr().out) == (role == "control")
 
 
-@pytest.mark.parametrize(("rule", "role"), [("linear_momentum", "rule"), ("sqrt", "rule"), ("linear", "control")])
-def test_a_rule_for_an_optimizer_that_nothing_tells(rule: str, role: str, tmp_path: Path) -> None:
-    """It is taken for an Adam, unless the rule is for others only."""
+@pytest.mark.parametrize(
+    ("rule", "optimizer", "role"),
+    [
+        ("linear_momentum", None, "rule"),
+        ("none", None, "control"),
+        ("linear", "sgd", "rule"),
+        ("linear", "adamw", "control"),
+        ("linear", None, None),
+        ("sqrt", None, None),
+    ],
+)
+def test_a_rule_for_an_optimizer_that_the_run_does_not_tell(
+    rule: str, optimizer: str | None, role: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The command tells it, where the rule depends on it. Fails if an SGD passed for an Adam, whose control linear is."""
     file = tmp_path / "metrics.csv"
     file.write_text("step,train_loss,lr\n1,1.0,1e-3\n2,0.9,1e-3\n")
-    told = ["--batch", "16", "--base-batch", "8", "--rule", rule]
-    assert cli.main(["import", str(file), *told, "--out", str(tmp_path / "runs")]) == 0
-    (run_dir,) = RunDir.under(tmp_path / "runs")
-    assert run_dir.spec().arms[0].role == role
+    told = ["--batch", "16", "--base-batch", "8", "--rule", rule, *(["--optimizer", optimizer] if optimizer else [])]
+    assert cli.main(["import", str(file), *told, "--out", str(tmp_path / "runs")]) == (0 if role else 2)
+    runs = RunDir.under(tmp_path / "runs")
+    assert [d.spec().arms[0].role for d in runs] == ([role] if role else [])
+    assert ("nobody tells the optimizer" in capsys.readouterr().err) == (role is None)
 
 
 def test_wandb_s_offline_folder(tmp_path: Path) -> None:

@@ -166,10 +166,11 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     """The RunSpec of kind foreign, without its base: an arm that says what the plan says.
 
     Args:
-        given: batch, seed, base_batch, rule, where the command names them.
+        given: batch, seed, base_batch, rule, optimizer, where the command names them.
 
     Raises:
-        ImportRunError: no batch is known, no train loss was logged, or the run tells otherwise than the command.
+        ImportRunError: no batch is known, no train loss was logged, the run tells otherwise than the command, or what
+            the rule is meant to do depends on an optimizer that nobody tells.
     """
     told = {**history.known, "base_batch": history.known.get("base", {}).get("batch")}
     known = {**told, **{k: v for k, v in given.items() if v is not None}}
@@ -210,6 +211,11 @@ def spec_of(path: Path, history: History, name: str, given: dict[str, Any]) -> R
     notes = (f"foreign: imported from {path}", f"unknown: {', '.join([*unknown, 'data', 'schedule', 'precision'])}")
     base_batch = known.get("base_batch") or batch
     kappa = batch / base_batch
+    if kappa != 1 and not there["optimizer"] and len(set(rules.find(rule).goals.values())) > 1:
+        raise ImportRunError(
+            f"{path}: nobody tells the optimizer, and the rule {rule} is a rule for some and a control for others: "
+            f"give --optimizer {{{', '.join(OPTIMIZERS)}}}"
+        )
     goal: Goal = "match" if kappa == 1 else _goal(rule, science)
     role: plan.Role = "base" if kappa == 1 else "control" if goal == "control" else "rule"
     base = science if role == "base" else replace(
@@ -303,10 +309,11 @@ def main(words: list[str]) -> int:
     parser.add_argument("--batch", type=int, help="global batch of these runs, where they do not tell it")
     parser.add_argument("--base-batch", type=int, help="batch that they were scaled from, where they do not tell it")
     parser.add_argument("--rule", help="by which rule, where they do not tell it")
+    parser.add_argument("--optimizer", choices=OPTIMIZERS, help="that they took, where they do not tell it")
     parser.add_argument("--seed", type=int, help="of these runs, where they do not tell it (default 0)")
     parser.add_argument("--out", type=Path, default=RUNS, help="folder of runs (default: runs)")
     options = parser.parse_args(words)
-    given = {k: getattr(options, k) for k in ("batch", "base_batch", "rule", "seed")}
+    given = {k: getattr(options, k) for k in ("batch", "base_batch", "rule", "optimizer", "seed")}
     found = []
     for path in options.paths:
         history = read(path)
