@@ -760,9 +760,31 @@ def test_keys_that_nobody_looked_at_are_named() -> None:
 
 def test_a_file_without_a_flag_can_be_kept_by_its_name() -> None:
     text = f"python train.py data/train.json {_FLAGS}\n"
-    with pytest.raises(RuleError, match=r"data/train.json=data/train.json .the values in that file count too"):
+    with pytest.raises(RuleError, match=r"more: data/train.json .the values in that file count too"):
         convert(text, batch=32, devices=1)
     assert "data/train.json" in convert(text, batch=32, devices=1, keep=["data/train.json"]).coverage.rest
+
+
+@pytest.mark.parametrize(
+    ("script", "refused", "unknown"),
+    [
+        ("CONFIG=conf/a.yaml\npython train.py $CONFIG {}\n", "conf/a.yaml (the", ""),
+        ('python train.py "$CONFIG" {}\n', "$CONFIG, which is not set in this file (the", ""),
+        ('python train.py "${{CFG_FILE}}" {}\n', "${CFG_FILE}, which is not set in this file (the", ""),
+        ('python train.py {} "$@"\n', "", '"$@"'),
+        ("$PYTHON train.py {} ${{EXTRA_ARGS}}\n", "", "${EXTRA_ARGS}"),
+        ('DATA=/data\nMORE=(--weight_decay 0.1)\npython train.py {} "${{MORE[@]}}"\npython b.py $DATA\n', "", ""),
+    ],
+)
+def test_a_variable_that_follows_no_flag(script: str, refused: str, unknown: str) -> None:
+    """It may name the trainer's file, or bring flags. Fails if what stands there were passed over without a word."""
+    text = script.format(_FLAGS)
+    if refused:
+        with pytest.raises(RuleError, match=re.escape(f"cost more: {refused} values in that file count too")):
+            convert(text, batch=32, devices=1)
+        return
+    notes = [n for n in convert(text, batch=32, devices=1).notes if "follows no flag" in n]
+    assert [n.split(" follows")[0] for n in notes] == ([unknown] if unknown else [])
 
 
 def test_losses_that_couple_examples_are_warned_of() -> None:

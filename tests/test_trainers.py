@@ -324,7 +324,7 @@ def test_a_rule_is_what_it_is_for_the_optimizer_of_the_run(
 def test_a_rule_for_an_optimizer_that_the_run_does_not_tell(
     rule: str, optimizer: str | None, role: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """The command tells it, where the rule depends on it. Fails if an SGD passed for an Adam, whose control linear is."""
+    """The command tells it, where the rule depends on it. Fails if an SGD were taken for an Adam."""
     file = tmp_path / "metrics.csv"
     file.write_text("step,train_loss,lr\n1,1.0,1e-3\n2,0.9,1e-3\n")
     told = ["--batch", "16", "--base-batch", "8", "--rule", rule, *(["--optimizer", optimizer] if optimizer else [])]

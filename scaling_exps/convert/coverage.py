@@ -73,7 +73,8 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
         elif name in said or inactive(value):
             rest.append(name)
         elif reason := _reason(path, last, value, doc):
-            refused.append(f"{name}={str(value)[:60]} ({reason})")
+            shown = str(value)[:60] if path[0] == FILE else f"{name}={str(value)[:60]}"
+            refused.append(f"{shown} ({reason})")
         elif _HARMLESS.match(last) or (_BATCH.search(last) and _EVALUATION.search(last)):
             harmless += 1
         elif _CLOCK.search(last) and (isinstance(value, Odd) or not isinstance(first, str)):

@@ -22,6 +22,8 @@ _CONFIGURATION = re.compile(r"[^=\"']+\.(ya?ml|toml|json)$|([^=\"']*/)?configs?/
 _SHORT = {"-b": "batch_size", "-j": "workers"}
 _LAUNCH = ("NGPU", "NNODE", "NNODES", "NPROC_PER_NODE")  # what launch scripts read, where no flag does
 _VARIABLE = re.compile(r"\$\{?([A-Za-z_]\w*)\}?$")
+_LOOSE = re.compile(r"\$\{?(\w+|[@*])(\[[@*]\]|[:#%/][^}]*)?\}?$")  # one variable, `$@` and `${A[@]}` too
+_A_CONFIGURATION = re.compile(r"conf|cfg|ya?ml|toml|json", re.I)
 _ASSIGN = re.compile(r"([A-Za-z_]\w*)=(.*)", re.S)
 _OVERRIDE = re.compile(r"\+{0,2}([A-Za-z_][\w.]*)=(.*)", re.S)
 _QUOTED = re.compile(r"""("(?:\\.|[^"\\])*"|'[^']*')$""", re.S)  # from the first to the last character
@@ -42,8 +44,11 @@ class Flags(Document):
         self._group: dict[Path, int] = {}  # which command, array or string a flag stands in
         self._ends: dict[int, int] = {}  # where the last word of each ends
         self._overrides: set[Path] = set()
+        self._loose: list[Word] = []  # variables that follow no flag
+        self._flags_in: set[str] = set()  # variables and arrays that hold flags, which are read where they are set
         self._equals = self._dashes = self._scores = self._groups = 0
         self._scan(self.text, 0)
+        self._loosely()
         flags = [raw for path, words in self._words.items() if path[0] not in _LAUNCH for raw, _ in words]
         used = {name for raw in flags for name in re.findall(r"\$\{?([A-Za-z_]\w*)", raw)}
         self._words = {p: w for p, w in self._words.items() if p[0] not in _LAUNCH or p[0] not in used}
@@ -79,15 +84,21 @@ class Flags(Document):
             if first and not depth and (found := _ASSIGN.match(word)):
                 self._assign(found[1], found[2], start + found.start(2))
                 continue
+            program = first and _LOOSE.match(word.strip('"'))  # `$PYTHON train.py`
             first = first and word in ("export", "env", "local", "readonly", "set")
+            if program:
+                continue
             current = self._word(word, (start, end), current, group)
 
     def _assign(self, name: str, raw: str, at: int) -> None:
         quote = len(raw) >= 2 and raw[0] in "\"'" and raw[-1] == raw[0]
         inner, start = (raw[1:-1], at + 1) if quote else (raw, at)
-        if _FLAG.search(inner) or _DOTTED.search(inner):
+        if not raw:  # an array, whose words follow
+            self._flags_in.add(name)
+        elif _FLAG.search(inner) or _DOTTED.search(inner):
+            self._flags_in.add(name)
             self._scan(inner, start)
-        elif raw:
+        else:
             if name in _LAUNCH:
                 self._words[(name,)] = [(raw, (at, at + len(raw)))]
             self._variables.setdefault(name, []).append((inner, (start, start + len(inner))))
@@ -118,6 +129,8 @@ class Flags(Document):
         elif current is None or re.match(r"-[A-Za-z]", word):
             if _CONFIGURATION.match(bare):
                 self._words[FILE, bare] = [(word, span)]
+            elif _LOOSE.match(bare) and word[0] != "'":
+                self._loose.append((word, span))
             return None
         else:
             words = self._words[current]
@@ -133,6 +146,22 @@ class Flags(Document):
         self._words[path] = [(rest, (span[1] - len(rest), span[1]))] if equals else []
         self._group[path], self._ends[group] = group, span[1]
         return None if equals else path
+
+    def _loosely(self) -> None:
+        """Take a variable that follows no flag for the configuration that it names; say which ones are not known."""
+        for word, span in self._loose:
+            bare = word.strip('"')
+            found = _LOOSE.match(bare)
+            name = found[1] if found else ""
+            value = self._resolve(word, span)[0]
+            if name in self._flags_in:
+                continue
+            if isinstance(value, str) and _CONFIGURATION.match(value):
+                self._words[FILE, value] = [(word, span)]
+            elif isinstance(value, Odd) and _A_CONFIGURATION.search(name):
+                self._words[FILE, bare] = [(bare, span)]
+            elif isinstance(value, Odd):
+                self.notes.append(f"{word} follows no flag and is not set in this file: what it adds is not looked at")
 
     def _resolve(self, raw: str, span: Span) -> tuple[Any, Span]:
         """(value, where it is written) of one word, through variables of the script."""
