@@ -789,7 +789,7 @@ def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expe
         (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr=True: it multiplies"),
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
          "one place in the file"),
-        (TITAN.replace("[training]", "[training]\nwarmup_steps = 7"), {"devices": 64, "batch": 256}, "which one counts"),
+        (TITAN.replace("[training]", "[training]\nwarmup_steps = 7"), {"devices": 64}, "which one counts"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
         (HF.replace("adamw_torch", "muon"), {}, "Muon hands part of the parameters"),
         (AXOLOTL + "dp_shard_size: 4\n", {"devices": None, "new_devices": 8}, "names its data-parallel degrees"),
