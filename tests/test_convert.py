@@ -215,6 +215,14 @@ lr_scheduler: {class_path: CosineAnnealingLR, init_args: {T_max: 101}}
 """
 _LIT = "data: {batch_size: 32}\noptimizer: {class_path: torch.optim.AdamW, init_args: {lr: 1e-3}}\ntrainer:\n"
 _LIT += "  devices: 1\n"
+_PASSES = "trainer: {devices: 2, val_check_interval: 500, limit_train_batches: 1000}\ndata: {batch_size: 64}\n"
+_PASSES += "optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}\n"
+_BOLTS = """\
+trainer: {max_epochs: 90, devices: 1}
+data: {batch_size: 64}
+optimizer: {class_path: torch.optim.SGD, init_args: {lr: 0.1}}
+lr_scheduler: {class_path: LinearWarmupCosineAnnealingLR, init_args: {warmup_epochs: W, max_epochs: M}}
+"""
 _CALLBACK = _LIT + "  max_steps: 1000\n  callbacks:\n    - class_path: lightning.pytorch.callbacks."
 _AXOLOTL = "base_model: x\ndatasets: [{path: a}]\nmicro_batch_size: 2\nnum_epochs: 4\nlearning_rate: 1e-4\n"
 _FLAGS = "--per_device_train_batch_size 8 --learning_rate 1e-4 --max_steps 100"
@@ -551,6 +559,53 @@ def test_the_formulas_are_those_of_the_beta_map() -> None:
         (LLAMAFACTORY, {"batch": 64}, {"optim_config.betas": [0.6, 0.8], "optim_config.eps": 5e-9, "max_steps": 25,
          "optim_config.lr": 2e-4, "optim_config.weight_decay": 0.02}),
         ("optimizer: nadam\nbatch: 8\nlr: 1e-3\nbetas: [0.9, 0.999]\n", {"batch": 32}, {"betas": [0.6, 0.996]}),
+        # what counts micro-batches of one device goes with them and with the devices
+        (HF + "steps_per_generation: 8\n", {"batch": 256, "devices": 1, "new_devices": 4},
+         {"steps_per_generation": 8}),
+        (HF.replace("steps: 4\n", "steps: 1\n") + "steps_per_generation: 4\n", {"batch": 8, "devices": 4},
+         {"per_device_train_batch_size": 2, "steps_per_generation": 4}),
+        (_PASSES, {"batch": 512, "new_devices": 8}, {"trainer.val_check_interval": 125,
+         "trainer.limit_train_batches": 250}),
+        (_PASSES, {"batch": 512}, {"trainer.val_check_interval": 500, "trainer.limit_train_batches": 1000}),
+        (_PASSES, {"batch": 32}, {"data.batch_size": 16, "trainer.val_check_interval": 2000,
+         "trainer.limit_train_batches": 4000}),
+        (MEGATRON.replace("--train-iters", "--exit-interval 2000 --train-iters"), {"batch": 2048},
+         {"exit_interval": 500}),
+        (_BOLTS.replace("W,", "500,").replace(" M", " 20000"), {"batch": 256},
+         {"lr_scheduler.init_args.warmup_epochs": 125,
+         "lr_scheduler.init_args.max_epochs": 5000}),
+        (_BOLTS.replace("W,", "5,").replace(" M", " 90"), {"batch": 256, "duration": 2.0},
+         {"lr_scheduler.init_args.warmup_epochs": 10,
+         "lr_scheduler.init_args.max_epochs": 180}),
+        (_BOLTS.replace("warmup_epochs: W, max_epochs: M", "lr_min: 1.0e-6, warmup_lr_init: 1.0e-7, warmup_t: 500, "
+         "t_initial: 20000"), {"batch": 256}, {"lr_scheduler.init_args.lr_min": 4e-6,
+         "lr_scheduler.init_args.warmup_lr_init": 4e-7, "lr_scheduler.init_args.t_initial": 5000,
+         "lr_scheduler.init_args.warmup_t": 125}),
+        (TIMM_YAML + "sched: multistep\ndecay_milestones: [30, 60]\nmixup_off_epoch: 80\n",
+         {"batch": 4096, "devices": 8, "duration": 2.0}, {"decay_milestones": [60, 120], "mixup_off_epoch": 160,
+         "warmup_epochs": 10}),
+        # what only generates has devices of its own
+        (AXOLOTL + "vllm:\n  tensor_parallel_size: 2\n  data_parallel_size: 2\n", {"batch": 256, "devices": 4},
+         {"gradient_accumulation_steps": 32}),
+        (HF + "vllm_tensor_parallel_size: 2\n", {"batch": 1024, "devices": 4}, {"gradient_accumulation_steps": 16}),
+        # one place in the file under several names
+        ("bs: 32\nlr: 1e-3\ntrainer: {devices: 2, max_steps: 1000}\ndata: {batch_size: '${bs}'}\n"
+         "optimizer: {_target_: torch.optim.AdamW, lr: '${lr}', betas: [0.95, 0.98]}\n"
+         "scheduler: {_target_: transformers.get_cosine_schedule, num_training_steps: '${trainer.max_steps}'}\n",
+         {"batch": 256}, {"lr": 2e-3, "trainer.max_steps": 250, "trainer.accumulate_grad_batches": 4,
+         "scheduler.num_training_steps": 250, "data.batch_size": 32}),
+        (HF.replace("max_steps: 10000", "max_steps: &end 10000\neval_delay: *end"), {"batch": 256, "devices": 1},
+         {"max_steps": 2500, "eval_delay": 2500}),
+        # the launcher's own count beside the trainer's; --num_processes counts those of all machines
+        ("torchrun --nproc_per_node=2 t.py trainer._target_=lightning.Trainer trainer.devices=2 data.batch_size=32 "
+         "optimizer._target_=torch.optim.AdamW optimizer.lr=1e-3 optimizer.betas=[0.95,0.98]\n", {"batch": 256},
+         {"optimizer.lr": 2e-3}),
+        ("accelerate launch --num_machines 2 --num_processes 16 t.py --learning_rate 1e-4 --adam_beta1 0.95 "
+         "--per_device_train_batch_size 2\n", {"batch": 128},
+         {"learning_rate": 2e-4, "gradient_accumulation_steps": 4}),
+        ("accelerate launch --num_processes 4 t.py --train_batch_size=16 --num_epochs=100 --learning_rate=1e-4 "
+         "--lr_warmup_steps=500 --sample_batch_size 4\n", {"batch": 256}, {"adam_beta1": 0.8, "lr_warmup_steps": 125,
+         "adam_weight_decay": 2e-6}),
     ],
 )  # fmt: skip
 def test_what_goes_with_the_batch(text: str, options: dict[str, object], expected: dict[str, object]) -> None:
@@ -734,6 +789,7 @@ def test_half_the_run_is_whole_where_the_trainer_counts_in_whole(text: str, expe
         (ACCELERATE.replace("--use_8bit_adam", "--scale_lr"), {"devices": None}, "scale_lr=True: it multiplies"),
         ("lr: &lr 3e-4\nlearning_rate: *lr\nper_device_train_batch_size: 8\nmax_steps: 10\n", {"batch": 32},
          "one place in the file"),
+        (TITAN.replace("[training]", "[training]\nwarmup_steps = 7"), {"devices": 64}, "which one counts"),
         ("a: 1\nb: 2\n", {}, "no known form of recipe.*looked for"),
         (HF.replace("adamw_torch", "muon"), {}, "Muon hands part of the parameters"),
         (AXOLOTL + "dp_shard_size: 4\n", {"devices": None, "new_devices": 8}, "names its data-parallel degrees"),
@@ -1089,6 +1145,25 @@ RECIPES: dict[str, tuple[str, dict[str, object], dict[str, object], str]] = {
         'export BS=64\nLR="3e-5"\npython run_glue.py --per_gpu_train_batch_size=${BS} --learning_rate=$LR '
         "--num_train_epochs=4 --warmup_proportion=0.1 --save_steps=500\n", {},
         {"learning_rate": 6e-5, "save_steps": 125}, "yours to check: warmup_proportion=0.1"),
+    "TRL's own rate": (
+        "per_device_train_batch_size: 8\nmax_steps: 9\nnum_generations: 8\n", {}, {}, "TRL's trainers have"),
+    "a rate that TRL's script takes": (
+        "trl dpo --per_device_train_batch_size 8 --max_steps 9 --output_dir out\n", {}, {}, "write it"),
+    "the Trainer's own rate": (
+        "per_device_train_batch_size: 64\nmax_steps: 100\n", {}, {"learning_rate": 1e-4}, "5e-5, the Trainer's"),
+    "accelerate's accumulation": (
+        "learning_rate: 1e-4\nper_device_train_batch_size: 8\nmax_steps: 9\naccelerator_config: "
+        "{gradient_accumulation_kwargs: {num_steps: 4}}\n", {}, {}, "write it into gradient_accumulation_steps"),
+    "TRL's rollouts": (
+        "learning_rate: 3e-6\nper_device_train_batch_size: 64\nnum_mini_batches: 1\n"
+        "local_rollout_forward_batch_size: 8\n", {}, {"learning_rate": 6e-6}, "kept: .*num_mini_batches"),
+    "a rate under a harmless name": (
+        "learning_rate: 3e-6\nper_device_train_batch_size: 64\nlora_lr: 1e-4\n", {}, {"lora_lr": 1e-4},
+        "yours to check: lora_lr"),
+    "timm's NAdam": (
+        "opt: nadam\nlr: 1e-3\nbatch_size: 64\nepochs: 9\n", {}, {"lr": 2e-3}, "momentum_decay, 0.004 a step"),
+    "DeiT's": (
+        "python main.py --opt adamw --lr 5e-4 --batch-size 64 --data-path /d\n", {}, {"lr": 1e-3}, "by batch/512"),
     "TRL's mini-batches": (
         "learning_rate: 3e-6\nper_device_train_batch_size: 8\nnum_mini_batches: 4\n", {}, {}, "num_mini_batches=4"),
 }  # fmt: skip
@@ -1215,8 +1290,9 @@ def test_documents() -> None:
     doc.set(("c", "h"), 5e-9)
     doc.set(("g",), [1, 2])
     assert doc.render() == "a: &x 1\nb: *x\nc: {d: 1,e:  2, h: 5.0e-09}  # f\ng: [1, 2]\n"
-    with pytest.raises(RuleError, match="one place in the file"):
-        doc.set(("a",), 2)
+    doc.set(("a",), 2)
+    with pytest.raises(RuleError, match="a and b are one place in the file"):
+        doc.render()
     doc = open_document("a: &m {k: 1}\nb: {<<: *m}\n", "f")
     for value in (2, 3):  # what is set twice is overwritten, and what is another's is not
         doc.set(("a", "k"), value)

@@ -9,7 +9,9 @@ from __future__ import annotations
 import copy
 import math
 
+import numpy as np
 import pytest
+import timm.optim
 import torch
 from torch.optim import lr_scheduler
 
@@ -305,6 +307,10 @@ def test_what_a_captured_graph_reads_is_written_in_place() -> None:
     assert now["step"].item() == pytest.approx(5 * math.log(0.999) / math.log(0.996), rel=1e-4)
 
 
+def test_a_batch_of_numpy_is_a_number() -> None:
+    assert scale(ADAM, batch=np.int64(4), base_batch=np.int64(1), rule="sqrt")["lr"] == pytest.approx(2 * ADAM["lr"])
+
+
 def test_state_of_another_optimizer_of_that_name_is_refused() -> None:
     """A class called Adam that keeps its second moment elsewhere (as bitsandbytes') would go on with a stale one."""
     o = torch.optim.Adam([torch.zeros(1, requires_grad=True)], 1e-3)
@@ -427,6 +433,11 @@ def test_a_budget_is_in_steps_or_epochs() -> None:
         (lambda: scale(torch.optim.Adam(P), batch=2, base_batch=1, rule="linear_momentum"), "allowed here: sqrt"),
         (lambda: scale(torch.optim.Adam(P, weight_decay=1), batch=2, base_batch=1, rule="adamw_sde"), "L2"),
         (lambda: scale(torch.optim.RMSprop(P, momentum=0.9), batch=2, base_batch=1), "no rule covers"),
+        (lambda: scale(timm.optim.create_optimizer_v2(P, "muon", lr=0.1), batch=2, base_batch=1), "another Muon than"),
+        (
+            lambda: scale(torch.optim.AdamW([{"params": P}, {"params": [], "lr": 0.0}]), batch=2, base_batch=1),
+            "parameter group 1 of AdamW: lr=0.0 must be > 0",
+        ),
         (lambda: scale({"lr": 1, "beta1": 0.9}, batch=2, base_batch=1, rule="sqrt"), "write it as betas"),
         (lambda: scale({**ADAM, "epsilon": 1e-8}, batch=2, base_batch=1, rule="sqrt"), "write it as eps"),
         (lambda: scale(3.0, batch=2, base_batch=1, rule="sqrt"), "cannot scale a float"),

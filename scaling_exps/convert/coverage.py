@@ -25,6 +25,7 @@ _COUNTED = _words("devices")
 _BATCH = _words("batch", "|batch_?size|parallel(ism)?_(size|degree)")
 _EVALUATION = _words("evaluation")
 _CLOCK = _words("clock", "|_lr|lr_|learning_rate")
+_RATE = re.compile(r"(^|_)lr(_|$)|learning_rate")
 _HARMLESS = re.compile(f"{_any('harmless')}$|{_any('harmless_start')}", re.I)
 _COUPLED = re.compile(_any("coupled"), re.I)
 _PLACEMENT = words("harmless", "placement")  # where and how, not what
@@ -60,13 +61,14 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
     doc, said = layout.doc, set(keep)
     refused, clocks, rest, kept = [], [], [], []
     harmless = 0
+    places = {doc.spans[path] for path in doc.read if path in doc.spans}  # one may have two names
     for path, value in doc.values.items():
         last = next((str(k) for k in reversed(path) if isinstance(k, str)), "")
         name = last if path[0] == FILE else dotted(path)
         first = value[0] if isinstance(value, list) and value else value
         if path in doc.wanted:
             continue
-        if path in doc.read:
+        if path in doc.read or doc.spans.get(path) in places:
             kept.append(name)
         elif last in layout.harmless or path[0] in layout.sections:
             harmless += 1
@@ -75,7 +77,7 @@ def coverage(layout: Layout, keep: Iterable[str] = ()) -> Coverage:
         elif reason := _reason(path, last, value, doc):
             shown = str(value)[:60] if path[0] == FILE else f"{name}={str(value)[:60]}"
             refused.append(f"{shown} ({reason})")
-        elif _HARMLESS.match(last) or (_BATCH.search(last) and _EVALUATION.search(last)):
+        elif (_HARMLESS.match(last) and not _RATE.search(last)) or (_BATCH.search(last) and _EVALUATION.search(last)):
             harmless += 1
         elif _CLOCK.search(last) and (isinstance(value, Odd) or not isinstance(first, str)):
             clocks.append(f"{name}={str(value)[:40]}")

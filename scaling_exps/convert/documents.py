@@ -170,9 +170,7 @@ class Document:
                 )
             self.edits[span] = spot, new
         for other, span in self.spans.items():  # an alias, a merge key, a variable
-            if other != path and other in self.values and span == self.spans[path]:
-                if other[-1] != path[-1]:
-                    raise self.error(f"{dotted(path)} and {dotted(other)} are one place in the file: write both out")
+            if other != path and other in self.values and span == self.spans[path] and other[-1] == path[-1]:
                 self.wanted[other] = value
 
     def render(self) -> str:
@@ -188,6 +186,10 @@ class Document:
         for path in {*self.after.values, *self.values, *self.wanted}:
             want, seen = self.wanted.get(path, self.values.get(path)), self.after.values.get(path)
             if seen != want and not isinstance(want, Odd):
+                span = self.spans.get(path)
+                same = next((p for p in self.wanted if p != path and span and self.spans.get(p) == span), None)
+                if same is not None:
+                    raise self.error(f"{dotted(same)} and {dotted(path)} are one place in the file: write both out")
                 raise self.error(
                     f"{dotted(path)} would become {seen!r} instead of {want!r}, because the file computes it from a "
                     "value that changes, or says it in a way that is not known: write it out"

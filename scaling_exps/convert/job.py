@@ -128,6 +128,7 @@ class Edit:
     def __init__(self, layout: Layout, base: Recipe, move: Move, rule: Rule, clip: Clip) -> None:
         self.layout, self.base, self.move, self.rule, self.clip = layout, base, move, rule, clip
         self.hyper = rule.scale(base.hyper, move)
+        self.passes = 1.0  # new/old: how many micro-batches of one device make as many examples as before
         self.changes: list[str] = []
         self.notes: list[str] = []
 
@@ -135,6 +136,7 @@ class Edit:
         layout, base, batch = self.layout, self.base, int(self.move.batch)
         parallel = base.parallel if new_devices is None else share(new_devices, layout)
         micro, accumulation = self._split(parallel)
+        self.passes = (base.micro or 1) * (base.parallel or 1) / ((micro or base.micro or 1) * (parallel or 1))
         size = layout.number(layout.group)
         if layout.group is not None and batch % size:
             raise RuleError(
@@ -185,7 +187,10 @@ class Edit:
         elif layout.parallel_fixed and moved.parallel != layout.parallel:
             raise layout.doc.error("it names its data-parallel degrees: change those in the file, then convert")
         for path, default, law in layout.laws:
-            self.put((path, default), self.by(law, path, layout.number((path, default), many=True)))
+            held = layout.number((path, default), many=True)
+            if path in layout.doc.wanted:  # set already where another key names the same place
+                held = layout.doc.values.get(path, default)
+            self.put((path, default), self.by(law, path, held))
         for name in ("epochs", "steps", "warmup"):
             if getattr(layout, name) is not None and getattr(moved, name) is not None:
                 self.put(getattr(layout, name), getattr(moved, name))
@@ -251,7 +256,9 @@ class Edit:
             if value < 1:  # a share of the run
                 return value
             return self.whole(path, value, exact, " steps", self.unit(path))
-        new = value * kappa
+        if law == "passes":
+            return self.whole(path, value, value * self.passes, " micro-batches")
+        new = value * kappa * (self.passes if law == "per_batch" else 1)
         if abs(new - round(new)) > 1e-9:
             raise self.layout.doc.error(f"{dotted(path)}={value} would become {new:g}, no whole number of examples")
         return round(new)

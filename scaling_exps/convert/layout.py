@@ -20,6 +20,8 @@ Slot = tuple[Path, Any]  # a key, and its default where it is not in the file; (
 #   samples   epochs, samples, tokens: δ          batch    examples in a step: κ, whole
 #   ema       decay a step: the rule's ema        beta     as beta1 goes
 #   per_step  a clock that ticks once a step: κ   ramp     [batch, batch, samples]
+#   passes    micro-batches of one device: as examples in one of all devices, inversely
+#   per_batch micro-batches of one device in a batch, or in several: κ, and as passes; whole
 #   as_betas, as_eps, as_decay: of a second optimizer, as the first's go                kept     stays
 LAWS = (
     "rate",
@@ -30,6 +32,8 @@ LAWS = (
     "beta",
     "per_step",
     "ramp",
+    "passes",
+    "per_batch",
     "as_betas",
     "as_eps",
     "as_decay",
@@ -175,6 +179,8 @@ def slot_of(doc: Document, text: str | Slot, root: Path = ()) -> Slot:
     names, _, default = text.partition("=")
     paths = [(*root, *path_of(name)) for name in names.split("|")] if names else [()]
     there = [p for p in paths if doc.get(p) is not None]
+    if there and len({doc.spans.get(p, p) for p in there}) == 1:  # one place in the file, which the others name
+        there = there[:1]
     if len(there) > 1:
         raise RuleError(f"{doc.where} has {' and '.join(map(dotted, there))}: which one counts? Take the other out")
     try:
@@ -266,7 +272,12 @@ _PARALLEL = re.compile(
     r"(_model)?(_parallel(ism)?)?(_size|_degree|_world_size)?$"
 )
 _KINDS = {"autotp": "tensor", "tp": "tensor", "pp": "pipeline", "cp": "context", "ep": "expert", "sp": "sequence"}
+_ENGINE = re.compile(r"(vllm|sglang|rollout|generation|inference)(_\w+)?$")  # a section of what only generates
 _COUNTS = "nproc_per_node*nnodes NPROC_PER_NODE*NNODES NGPU*NNODE num_gpus*num_nodes num_processes world_size"
+
+
+def _generates(path: Path) -> bool:
+    return any(_ENGINE.match(str(key)) for key in path[:-1])
 
 
 def _degrees(docs: Iterable[Document]) -> tuple[dict[str, int], str]:
@@ -279,7 +290,7 @@ def _degrees(docs: Iterable[Document]) -> tuple[dict[str, int], str]:
             continue
         doc.get(path)
         kind = _KINDS.get(hit[1], hit[1])
-        if value in (None, 0, -1, 1):
+        if value in (None, 0, -1, 1) or _generates(path):
             continue
         if not isinstance(value, int):
             unknown = f"{dotted(path)}={value}"
@@ -288,7 +299,7 @@ def _degrees(docs: Iterable[Document]) -> tuple[dict[str, int], str]:
     return found, unknown
 
 
-def _launcher(doc: Document, counts: Iterable[list[Path]]) -> tuple[int | None, Slot | None, int]:
+def _launcher(doc: Document, counts: list[list[Path]]) -> tuple[int | None, Slot | None, int]:
     """(devices of the run, the key that says so, nodes); None where the file does not say."""
     for each, *by in counts:
         count, nodes = doc.get(each), doc.get(by[0]) if by else None
@@ -296,6 +307,12 @@ def _launcher(doc: Document, counts: Iterable[list[Path]]) -> tuple[int | None, 
         if isinstance(count, list) and each[-1] == "devices":  # Lightning's list of indices
             return len(count) * int(nodes), None, 1
         if is_number(count) and isinstance(count, int) and count > 0:
+            for pair in counts:  # torchrun's word beside the trainer's
+                for key, same in zip(pair, (count, nodes), strict=False):
+                    if doc.values.get(key) == same:
+                        doc.get(key)
+            if each == ("num_processes",):  # on all machines
+                doc.get("num_machines")
             return (count * nodes, (each, None), nodes) if isinstance(nodes, int) else (None, None, 1)
     return None, None, 1
 
@@ -307,7 +324,8 @@ def _data_parallel(docs: Iterable[Document]) -> int | None:
         key = r"(parallelism_config_)?(?:data_parallel|dp)_?(shard|replicate)?_(size|degree|world_size)$"
         if hit := re.match(key, str(path[-1])):
             value = doc.get(path)
-            if isinstance(value, int) and value > (1 if hit[1] else 0):  # accelerate reads its default, 1, as no word
+            # accelerate reads its default, 1, as no word
+            if isinstance(value, int) and value > (1 if hit[1] else 0) and not _generates(path):
                 found[hit[2]] = value
     return found["shard"] * found.get("replicate", 1) if "shard" in found else found.get(None)
 

@@ -30,6 +30,11 @@ class Yaml(Document):
         self._visits = 0
         if root is not None and root.id == "mapping":
             self._walk(root, (), ())
+        for path, value in self.values.items():  # OmegaConf's `${a.b}`, where the file holds a.b
+            named = re.fullmatch(r"\$\{([\w.]+)\}", value) if isinstance(value, str) else None
+            there = tuple(named[1].split(".")) if named else ()
+            if there in self.spans and not isinstance(self.values.get(there, ""), str):
+                self.values[path], self.spans[path] = self.values[there], self.spans[there]
 
     def _walk(self, node: Any, path: Path, above: tuple[int, ...], colon: int = 0) -> None:
         if id(node) in above:
@@ -47,13 +52,19 @@ class Yaml(Document):
             for i, value in enumerate(node.value):
                 self._walk(value, (*path, i), above)
         else:
-            start, end = span = _span(node)
+            start, end = span = self._span(node)
             many = node.id == "sequence"
             value = [self._scalar(v) for v in node.value] if many else self._scalar(node)
             # an empty value's own marks stand at the next key
             self.leaf(path, value, span if start < end else (colon, colon))
             if many:
-                self.spans |= {(*path, i): _span(v) for i, v in enumerate(node.value)}
+                self.spans |= {(*path, i): self._span(v) for i, v in enumerate(node.value)}
+
+    def _span(self, node: Any) -> tuple[int, int]:
+        """Where a value stands, behind its anchor and its tag."""
+        start, end = node.start_mark.index, node.end_mark.index
+        before = re.match(r"([&!]\S+\s+)*", self.text[start:end])
+        return start + len(before[0] if before else ""), end
 
     def _members(self, node: Any, path: Path) -> dict[str, tuple[Any, int]]:
         """Values and the ends of their colons, those that come in by `<<` included; the mapping's own go first."""
@@ -132,10 +143,6 @@ class Json(Yaml):
         except ValueError as e:  # its own errors, and more digits than Python will read
             raise self.error(f"it cannot be read as JSON: {e}") from None
         super().parse(self.text.replace("\t", " "))  # YAML wants no tabs; no string of JSON holds one
-
-
-def _span(node: Any) -> tuple[int, int]:
-    return node.start_mark.index, node.end_mark.index
 
 
 def _end(node: Any) -> int:

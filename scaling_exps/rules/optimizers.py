@@ -144,7 +144,7 @@ def of(optimizer: object, group: Mapping[str, Any]) -> Optimizer:
     bitsandbytes' Adam, whose decay is never in the gradient.
 
     Raises:
-        RuleError: no such class in the table.
+        RuleError: no such class in the table, or a Muon that is AdamW for some parameters.
 
     >>> of(type("Adam", (), {})(), {}).name, of(type("Adam", (), {})(), {"decoupled_weight_decay": True}).name
     ('adam', 'adamw')
@@ -159,6 +159,11 @@ def of(optimizer: object, group: Mapping[str, Any]) -> Optimizer:
     row = rows[known.__name__]
     if row.name == "adam" and known.__module__.startswith("bitsandbytes"):
         return OPTIMIZERS["adamw"]
+    if row.name == "muon" and "betas" in group:
+        raise RuleError(
+            f"this is another Muon than torch's ({known.__module__}): it hands parameters to AdamW, which moves "
+            "differently, and one learning rate serves both"
+        )
     if row.name in ("adam", "adamw") and "decoupled_weight_decay" in group:
         return OPTIMIZERS["adamw" if group["decoupled_weight_decay"] else "adam"]
     return row

@@ -17,6 +17,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, replace
+from numbers import Real
 from typing import Any
 
 from scaling_exps.rules.move import BetaMap, Hyper, Move, RuleError, spelled
@@ -86,7 +87,7 @@ def scale(
     if own not in (None, base):
         raise RuleError(f"base_batch={base} and batch={own} in the recipe: which one is the base?")
     for name, value in (("base_batch", base), ("batch", batch)):
-        if not isinstance(value, int | float) or isinstance(value, bool) or not 0 < value < math.inf:
+        if not isinstance(value, Real) or isinstance(value, bool) or not 0 < float(value) < math.inf:
             raise RuleError(
                 f"{name}={value!r}: give the global batch in examples, a number > 0 (all devices, accumulation); "
                 "a recipe cannot be scaled without the batch size it was tuned at"
@@ -298,12 +299,16 @@ def _hyper(given: Mapping[str, Any], field: str | None, where: str, rule: Rule, 
     numbers = betas if isinstance(betas, tuple | list) else (betas,)
     if len(numbers) > 2:
         raise RuleError(f"{where} has {field}={betas!r}, and rules move two at most: Adam's")
-    return Hyper(
+    values = (
         _number(given.get("initial_lr", given["lr"]), "lr"),  # a scheduler's peak: lr itself may be 0 in its warm-up
         tuple(_number(b, field or "") for b in numbers),
         _number(given.get("eps", 0.0), "eps"),
         _number(given.get("weight_decay", 0.0), "weight_decay"),
     )
+    try:
+        return Hyper(*values)
+    except RuleError as e:
+        raise RuleError(f"{where}: {e}") from None
 
 
 def _fields(hyper: Hyper, given: Mapping[str, Any], field: str | None) -> dict[str, Any]:

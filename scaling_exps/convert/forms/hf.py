@@ -9,8 +9,10 @@ from __future__ import annotations
 import re
 from typing import Any
 
-from scaling_exps.convert.documents import Document, dotted
+from scaling_exps.convert.documents import Document, dotted, words
 from scaling_exps.convert.layout import Layout, build, unpack
+
+_TRL = words("hf", "trl")  # keys of its own
 
 
 def hf(doc: Document, form: str = "hf") -> Layout:
@@ -23,8 +25,15 @@ def hf(doc: Document, form: str = "hf") -> Layout:
     layout = build(doc, form, rows={"warmup": "warmup_ratio=0"} if warm_up_as_share else {})
     _optim_args(layout)
     notes = layout.notes
+    if doc.get("learning_rate") is None:
+        own = "TRL's trainers have others (2e-5 in SFT, 1e-6 in DPO and GRPO, 1e-4 in Reward)"
+        if re.search(r"\btrl\b", doc.text) or any(map(doc.has, _TRL)):
+            raise doc.error(f"no learning_rate is there, which is 5e-5 in the Trainer, and {own}: write it")
+        notes.append(f"learning_rate is not in the file: 5e-5, the Trainer's default; {own}")
     if doc.syntax == "flags" and form == "hf":
         notes.append("flags are read as TrainingArguments', and a script's own parser may have other defaults")
+    if doc.values.get(("num_mini_batches",)) == 1:  # of a rollout
+        layout.law("kept", "num_mini_batches")
     if doc.get("loraplus_lr_ratio") and doc.get("loraplus_lr_embedding") is None:
         notes.append("loraplus_lr_embedding is not in the file: its default, an absolute rate (1e-6), stays")
     if doc.get("lr_scheduler_type") == "polynomial" and doc.get("lr_scheduler_kwargs.lr_end") is None:
@@ -105,6 +114,8 @@ def accelerate(doc: Document) -> Layout:
     """Scripts around accelerate without a Trainer: diffusers' examples, transformers' `no_trainer` scripts."""
     diffusers = any(doc.get(k) is not None for k in ("lr_warmup_steps", "train_batch_size", "adam_weight_decay"))
     rows = {"weight_decay": "adam_weight_decay|weight_decay=1e-2", "warmup": "lr_warmup_steps|num_warmup_steps=500"}
+    if doc.get("num_epochs") is not None:  # train_unconditional.py
+        rows |= {"beta1": "adam_beta1=0.95", "weight_decay": "adam_weight_decay=1e-6"}
     layout = build(doc, "accelerate", rows=rows if diffusers else {})
     _timescale(layout)
     absent = [dotted(slot[0]) for name, slot in layout.fields.items() if name != "lr" and doc.get(slot[0]) is None]

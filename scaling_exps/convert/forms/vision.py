@@ -26,6 +26,8 @@ def timm(doc: Document) -> Layout:
         return float(base * ((batch / size) ** 0.5 if how == "sqrt" else batch / size))
 
     layout.rate_at = rate_at
+    if name in ("nadam", "nadamlegacy"):
+        layout.notes.append("NAdam's momentum_decay, 0.004 a step, has no key in timm: it stays, and κ times it is due")
     if doc.get("model_ema"):
         layout.law("ema", "model_ema_decay", default=0.9998)
     return layout
@@ -112,9 +114,11 @@ def lightning(doc: Document) -> Layout:
             _average_by_default(layout, path, str(value))
         elif last == "swa_lrs":
             layout.law("rate", path)
-    check = doc.get("trainer.val_check_interval")
-    if is_number(check) and isinstance(check, int) and check > 1:
-        layout.notes.append("trainer.val_check_interval counts micro-batches, which do not change: it stays")
+    for key in ("val_check_interval", "limit_train_batches", "overfit_batches"):
+        count = doc.get(("trainer", key))
+        if is_number(count) and isinstance(count, int) and count > 1:
+            layout.law("passes", f"trainer.{key}")
+            layout.notes.append(f"trainer.{key} counts micro-batches: it moves only where they or the devices change")
     return layout
 
 
