@@ -43,6 +43,7 @@ fig2_small model=roberta
 beta1_small
 fig1_mid optimizer=adam
 fig1_mid optimizer=rmsprop
+fig1_vgg_mid optimizer=rmsprop
 fig1_noise_mid optimizer=adam
 fig1_noise_mid optimizer=rmsprop
 fig1_noise_mid optimizer=rmsprop recipe.lr=1.25e-4 seed=[10,11,12,13,14,15]

@@ -206,7 +206,7 @@ def test_every_bench_and_script_has_a_test() -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "lines"), [("evidence/public", 27), ("evidence/regime", 34), ("scale", 7)])
+@pytest.mark.parametrize(("name", "lines"), [("evidence/public", 27), ("evidence/regime", 35), ("scale", 7)])
 def test_a_page_is_what_its_script_writes(name: str, lines: int, tmp_path: Path) -> None:
     """Fails where a table, a rule, an experiment or the page was changed alone."""
     kept, page = ROOT / f"docs/{name}.md", tmp_path / "page.md"
