@@ -127,7 +127,7 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
             OmegaConf.set_struct(cfg, False)
             collect(cfg, cfg.pop("hydra"))
         return composed
-    except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
+    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as e:  # model=5, model=[a,1]: bare ones
         faults.append(_explain(e, argv))
         key = re.search(r"Could not override '([^']+)'", str(e))
         known = [w for w in argv if key is None or w.partition("=")[0] != key[1]]
@@ -232,6 +232,10 @@ def _explain(error: Exception, argv: list[str]) -> str:
 
     if isinstance(error, ConfigError):
         return str(error)
+    for word in argv:
+        group_name, _, value = word.partition("=")
+        if "=" in word and value[:1] in ("", "[", "{") and group_name and (CONF / group_name).is_dir():
+            return _unknown_option(group_name, value, argv)
     text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
         if key[1].partition("@")[2].startswith("experiment."):
@@ -251,12 +255,13 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
-    lone = re.search(r"Error parsing override '([^=]*)'$", first) or re.search(
-        r"mismatched input '([^=']*)' exp", first
-    )
-    if lone and lone[1] in argv:
-        return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
-    for word in argv:
+    for before, word in zip(["", *argv], argv, strict=False):  # no value of a flag
+        if (
+            first.startswith(("mismatched input", "Error parsing override"))
+            and not re.search("=|^[-~]", word)
+            and not before.startswith("-")
+        ):
+            return f"{word!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
         try:
             OverridesParser.create().parse_overrides([word] if "=" in word and not word.startswith("-") else [])
         except HydraException:  # what its grammar expected is no help
