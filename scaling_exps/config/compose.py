@@ -67,6 +67,9 @@ def _illegal(word: str) -> str:
     if kind := re.match(r"(model)\.kind=|(dataset)\.(?:kind|name)=|(launch)\.name=", word):
         group = next(filter(None, kind.groups()))
         return f"{word!r}: the group's file says what it is; choose one with {group}=NAME"
+    choice = re.match(r"(\w+)=(|\[.*|\{.*)$", word)  # of nothing, a list or a mapping: Hydra's own code fails
+    if choice and (CONF / choice[1]).is_dir():
+        return _unknown_option(choice[1], choice[2])
     if re.match(r"\+|~", word):
         return f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}"
     if re.match("-c[pn]|--config-[pn]", word):
@@ -227,8 +230,7 @@ def _optimizers(file: Path) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from hydra.errors import OverrideParseException
 
     if isinstance(error, ConfigError):
         return str(error)
@@ -251,17 +253,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
-    lone = re.search(r"Error parsing override '([^=]*)'$", first) or re.search(
-        r"mismatched input '([^=']*)' exp", first
-    )
-    if lone and lone[1] in argv:
-        return f"{lone[1]!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
-    for word in argv:
-        try:
-            OverridesParser.create().parse_overrides([word] if "=" in word and not word.startswith("-") else [])
-        except HydraException:  # what its grammar expected is no help
-            return f"{word!r} cannot be read; a list is written key=[1,2], other characters stand in quotes: key='a=b'"
-    return first
+    if not isinstance(error, OverrideParseException):
+        return first
+    word = error.override  # what its grammar expected is no help
+    if "=" not in word:
+        return f"{word!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
+    return f"{word!r} cannot be read; a list is written key=[1,2], other characters stand in quotes: key='a=b'"
 
 
 _OWN = {
