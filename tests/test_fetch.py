@@ -281,6 +281,7 @@ def test_what_is_not_the_data_set_is_refused(
         (["tokenizer:gpt2", "--out", str(here)], "drop --from and --out"),
     ):
         refused(bad, says, capsys)
+    assert fetch.main(["digits"]) == 0  # the table lists it
     assert fetch.main([]) == 0
     shown = capsys.readouterr().out
     assert "wikitext103  there: 7 rows" in shown and "imagenet     not there: scalerun data imagenet" in shown

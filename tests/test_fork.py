@@ -13,7 +13,7 @@ import pytest
 import torch
 from support import prepare, specs
 
-from scaling_exps import cli, train
+from scaling_exps import cli, records, train
 from scaling_exps.records import RunDir
 from scaling_exps.rules import RULES, Hyper, Move, RuleError
 from scaling_exps.train import checkpoint
@@ -231,11 +231,21 @@ def test_the_command_names_the_power_map_in_its_own_words(run_dir: RunDir) -> No
     assert power.spec.science.hyper.betas == pytest.approx([b**100 for b in base])
 
 
+def test_the_command_takes_the_beginning_of_an_id(
+    run_dir: RunDir, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `show`, `diff`, `rm` and `export` do. Fails if `fork` alone asked for the folder."""
+    monkeypatch.setattr(records, "RUNS", run_dir.path.parent)
+    assert cli.main(["fork", run_dir.path.name[:6], "--at", "0.123"]) == 2
+    assert f"kept in {run_dir}" in capsys.readouterr().err
+
+
 def test_command_refuses_with_one_message(run_dir: RunDir, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "run.json").write_bytes((run_dir.path / "run.json").read_bytes())
     for argv, message in [
         ([str(tmp_path)], "has no checkpoint"),
-        ([str(tmp_path / "none")], "no readable run.json"),
+        ([str(tmp_path / "none")], "is no run: give a run's folder, or the beginning of a run id"),
+        ([str(tmp_path / "none" / "checkpoint.pt")], "is no run: give"),
         ([str(run_dir), "--kappa", "1,big"], "must be numbers"),
     ]:
         assert cli.main(["fork", *argv]) == 2

@@ -63,7 +63,7 @@ SETS: dict[str, tuple[Source, ...]] = {
     ),
 }  # fmt: skip
 TOKENIZER = "tokenizer:"
-NAMES = (*SETS, "stdlib", "text", f"{TOKENIZER}HUBID[@COMMIT]")
+NAMES = (*SETS, "digits", "stdlib", "text", f"{TOKENIZER}HUBID[@COMMIT]")
 
 
 def main(words: list[str]) -> int:
@@ -107,7 +107,7 @@ def fetch(name: str, source: str | None = None, out: str | None = None) -> None:
             reason = "no room left" if e.errno == errno.ENOSPC else f"{e.strerror or e}"
             raise DataError(f"cannot write below {str(folder.parent)!r}: {reason}. Give another --out=FOLDER") from e
         path = str(folder) if out else None
-    elif name not in ("stdlib", "text"):
+    elif name not in ("digits", "stdlib", "text"):
         raise DataError(f"unknown data set {name!r}; allowed: {', '.join(NAMES)}")
     elif out or (name == "text") != bool(source):
         need_source = "needs --from FILE or FOLDER and takes no --out"

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from scaling_exps.noise import estimators, validity
 from scaling_exps.plan import Placement, RunSpec
-from scaling_exps.records import RunDir
+from scaling_exps.records import RunDir, find
 from scaling_exps.rules import OPTIMIZERS, BetaMap, Hyper, spelled
 from scaling_exps.rules.scale import scale
 from scaling_exps.train import checkpoint, ranks
@@ -358,7 +358,7 @@ class _Told:
 def main(words: list[str]) -> int:
     """`scalerun fork WORDS`: print the result; it raises as `fork` does."""
     parser = Parser(prog="scalerun fork", description=__doc__.splitlines()[0])
-    parser.add_argument("run_dir", type=Path, help="folder of a run, or one of its checkpoints; it is only read")
+    parser.add_argument("run_dir", type=Path, help="a run's folder, its id's beginning below runs/, or a checkpoint")
     parser.add_argument("--at", help="kept checkpoints as shares of the run, as 0.1,0.3,1 (default: the newest)")
     parser.add_argument("--kappa", default=",".join(f"{k:g}" for k in KAPPAS), help="multiples of its batch")
     parser.add_argument("--repeats", type=int, default=4, help="data orders (default 4)")
@@ -374,11 +374,11 @@ def main(words: list[str]) -> int:
     options = vars(parser.parse_args(words))
     path, kappa, share, figure, as_json = (options.pop(name) for name in ("run_dir", "kappa", "at", "figure", "json"))
     kappas, shares = _numbers("--kappa", kappa, "0.5,1,2"), _numbers("--at", share or "", "0.1,0.3,1")
-    run_dir, places = RunDir(path), list[Path | None]([None])
+    run_dir, places = find(str(path.parent if path.suffix == ".pt" else path)), list[Path | None]([None])
     if path.suffix == ".pt":
         if shares:
             raise ForkError(f"--at {share} goes with the run's folder; {path} is a checkpoint already")
-        run_dir, places = RunDir(path.parent), [path]
+        places = [path]
     elif shares:
         places = [*kept_at(run_dir, shares)]
     if figure is not None and importlib.util.find_spec("matplotlib") is None:
