@@ -247,6 +247,7 @@ def test_what_is_wrong_is_said_and_the_rest_reported(
         (["runs", "--margin", "speed=1"], "one of test_accuracy"),
         (["runs", "--margin", "train_loss"], "METRIC=VALUE"),
         (["runs", "--margin", "train_loss=-1"], "must be > 0"),
+        (["runs", "--margin", "test_accuracy=3"], "must be > 0, and below 1 for test_accuracy"),
         (["runs", "--watch", "0"], "seconds > 0"),
     ],
 )

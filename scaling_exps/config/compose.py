@@ -67,6 +67,9 @@ def _illegal(word: str) -> str:
     if kind := re.match(r"(model)\.kind=|(dataset)\.(?:kind|name)=|(launch)\.name=", word):
         group = next(filter(None, kind.groups()))
         return f"{word!r}: the group's file says what it is; choose one with {group}=NAME"
+    choice = re.match(r"(\w+)=(|\[.*|\{.*)$", word)  # of nothing, a list or a mapping: Hydra's own code fails
+    if choice and (CONF / choice[1]).is_dir():
+        return _unknown_option(choice[1], choice[2])
     if re.match(r"\+|~", word):
         return f"{word!r}: keys cannot be added or removed here; {_nearest_key(word.lstrip('+~'))}"
     if re.match("-c[pn]|--config-[pn]", word):
@@ -127,7 +130,7 @@ def _hydra(argv: list[str], faults: list[str]) -> list[dict[str, Any]]:
             OmegaConf.set_struct(cfg, False)
             collect(cfg, cfg.pop("hydra"))
         return composed
-    except (HydraException, OmegaConfBaseException, ValueError, TypeError) as e:  # model=5, model=[a,1]: bare ones
+    except (HydraException, OmegaConfBaseException, ValueError) as e:  # model=5 is a bare ValueError of Hydra's
         faults.append(_explain(e, argv))
         key = re.search(r"Could not override '([^']+)'", str(e))
         known = [w for w in argv if key is None or w.partition("=")[0] != key[1]]
@@ -227,15 +230,10 @@ def _optimizers(file: Path) -> list[str]:
 
 
 def _explain(error: Exception, argv: list[str]) -> str:
-    from hydra.core.override_parser.overrides_parser import OverridesParser
-    from hydra.errors import HydraException
+    from hydra.errors import OverrideParseException
 
     if isinstance(error, ConfigError):
         return str(error)
-    for word in argv:
-        group_name, _, value = word.partition("=")
-        if "=" in word and value[:1] in ("", "[", "{") and group_name and (CONF / group_name).is_dir():
-            return _unknown_option(group_name, value, argv)
     text = str(error).split("\nSee https://")[0].strip() or repr(error)
     if key := re.search(r"Could not override '([^']*)'", text):
         if key[1].partition("@")[2].startswith("experiment."):
@@ -255,18 +253,12 @@ def _explain(error: Exception, argv: list[str]) -> str:
         return f"{merge[1]}={merge[2]} must be {kind}"
     if sweep := re.search(r"Ambiguous value for argument '([^=]+)=(.*)'", first):
         return f"{sweep[1]}={sweep[2]}: a list is written {sweep[1]}=[{sweep[2]}]; or sweep with -m"
-    for before, word in zip(["", *argv], argv, strict=False):  # no value of a flag
-        if (
-            first.startswith(("mismatched input", "Error parsing override"))
-            and not re.search("=|^[-~]", word)
-            and not before.startswith("-")
-        ):
-            return f"{word!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
-        try:
-            OverridesParser.create().parse_overrides([word] if "=" in word and not word.startswith("-") else [])
-        except HydraException:  # what its grammar expected is no help
-            return f"{word!r} cannot be read; a list is written key=[1,2], other characters stand in quotes: key='a=b'"
-    return first
+    if not isinstance(error, OverrideParseException):
+        return first
+    word = error.override  # what its grammar expected is no help
+    if "=" not in word:
+        return f"{word!r} is neither key=value nor a command; a command comes first (scalerun --help lists them)"
+    return f"{word!r} cannot be read; a list is written key=[1,2], other characters stand in quotes: key='a=b'"
 
 
 _OWN = {

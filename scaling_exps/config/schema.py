@@ -397,7 +397,7 @@ class Margin(Group, frozen=True, kw_only=True):
             "m = s√2·(q(1 - 0.05/K, n) + t(0.9, n - 1))/√n, rounded up to 1, 2 or 5 · 10^k"
         ),
     ]
-    test_accuracy: Annotated[Gap | None, _is("share of the test set")]
+    test_accuracy: Annotated[Annotated[float, _is("", gt=0, lt=1)] | None, _is("share of the test set")]
     test_loss: Annotated[Gap | None, _is("at the end", "nats")]
     train_loss: Annotated[Gap | None, _is("mean of the last tenth of training", "nats")]
     trajectory: Annotated[Gap | None, _is("mean |difference| of train losses at equal samples", "nats")]

@@ -44,7 +44,7 @@ class Flags(Document):
         self._group: dict[Path, int] = {}  # which command, array or string a flag stands in
         self._ends: dict[int, int] = {}  # where the last word of each ends
         self._overrides: set[Path] = set()
-        self._loose: list[Word] = []  # variables that follow no flag
+        self._loose: list[tuple[str, Word]] = []  # names of variables that follow no flag, and where
         self._flags_in: set[str] = set()  # variables and arrays that hold flags, which are read where they are set
         self._equals = self._dashes = self._scores = self._groups = 0
         self._scan(self.text, 0)
@@ -129,8 +129,8 @@ class Flags(Document):
         elif current is None or re.match(r"-[A-Za-z]", word):
             if _CONFIGURATION.match(bare):
                 self._words[FILE, bare] = [(word, span)]
-            elif _LOOSE.match(bare) and word[0] != "'":
-                self._loose.append((word, span))
+            elif (loose := _LOOSE.match(bare)) and word[0] != "'":
+                self._loose.append((loose[1], (bare, span)))
             return None
         else:
             words = self._words[current]
@@ -149,19 +149,16 @@ class Flags(Document):
 
     def _loosely(self) -> None:
         """Take a variable that follows no flag for the configuration that it names; say which ones are not known."""
-        for word, span in self._loose:
-            bare = word.strip('"')
-            found = _LOOSE.match(bare)
-            name = found[1] if found else ""
-            value = self._resolve(word, span)[0]
+        for name, (word, span) in self._loose:
             if name in self._flags_in:
                 continue
+            value = self._resolve(word, span)[0]
             if isinstance(value, str) and _CONFIGURATION.match(value):
                 self._words[FILE, value] = [(word, span)]
             elif isinstance(value, Odd) and _A_CONFIGURATION.search(name):
-                self._words[FILE, bare] = [(bare, span)]
+                self._words[FILE, word] = [(word, span)]
             elif isinstance(value, Odd):
-                self.notes.append(f"{word} follows no flag and is not set in this file: what it adds is not looked at")
+                self.notes.append(f"what it adds is not looked at: {value}")
 
     def _resolve(self, raw: str, span: Span) -> tuple[Any, Span]:
         """(value, where it is written) of one word, through variables of the script."""

@@ -37,10 +37,19 @@ def faults(config: Config) -> list[str]:
     lists = {"batch": config.batch, "rule": config.rule, "svag": config.svag, "seed": config.seed}
     wrong = [f"{key}=[] is empty: give at least one value" for key, value in lists.items() if value == []]
     taken = {*optimizer.betas, "decoupled_decay" if optimizer.decoupled else "l2"}
-    typed = {word.split("=")[0].removeprefix("recipe.") for word in config.words if word.startswith("recipe.")}
+    typed = {word.split("=")[0] for word in config.words}
     takes = ", ".join(sorted(f"recipe.{k}" for k in taken if k))
-    for key in sorted(typed & RECIPE_KEYS - taken):
-        wrong.append(f"recipe.{key} plays no part in optimizer={config.optimizer}, which takes {takes}")
+    for key in sorted(typed & {f"recipe.{k}" for k in RECIPE_KEYS - taken}):
+        wrong.append(f"{key} plays no part in optimizer={config.optimizer}, which takes {takes}")
+    recipe = config.recipe
+    if recipe.decay != "milestones":
+        for key in sorted(typed & {"recipe.milestones_fraction", "recipe.gamma"}):
+            wrong.append(
+                f"{key} plays no part with recipe.decay={recipe.decay}: drop it, or use recipe.decay=milestones"
+            )
+    if recipe.warmup_fraction == 0:
+        for key in sorted(typed & {"recipe.warmup", "recipe.warmup_from"}):
+            wrong.append(f"{key} plays no part with recipe.warmup_fraction=0: drop it, or give a warm-up")
     if config.recipe.stop_after is not None and config.duration != 1:
         wrong.append(f"recipe.stop_after ends the schedule early, duration={config.duration:g} moves its end: give one")
     if config.recipe.clip is not None and optimizer.family == "invariant":
@@ -69,6 +78,12 @@ def faults(config: Config) -> list[str]:
         wrong.append(
             f"model {model.name} reads {reads}, and dataset {dataset.name} has {has}; networks for {has}: "
             + ("gpt, roberta" if tokens else "resnet8, resnet20, resnet50, resnet56, vgg16, vit, timm")
+        )
+    metric, has = ("test_accuracy", "tokens") if tokens else ("perplexity", "images")
+    if getattr(config.margin, metric) is not None:
+        wrong.append(
+            f"margin.{metric}: no {metric.replace('_', ' ')} is measured of {dataset.name}, which has {has}, so no run "
+            f"could be judged by it; use margin.{metric}=null, and another: margin.test_loss"
         )
     if not isinstance(dataset, TokenDataset):
         return wrong

@@ -137,8 +137,10 @@ def compare(collection: Collection, margins: dict[str, float] | None = None) -> 
         ReportError: an unknown metric in `margins`.
     """
     for name, value in (margins or {}).items():
-        if name not in METRICS or not (math.isfinite(value) and value > 0):
-            raise ReportError(f"margin {name}={value}: it must be > 0, for one of {', '.join(METRICS)}")
+        if name not in METRICS or not 0 < value < (1 if name == "test_accuracy" else math.inf):
+            raise ReportError(
+                f"margin {name}={value}: it must be > 0, and below 1 for test_accuracy, for one of {', '.join(METRICS)}"
+            )
     cells: dict[tuple[str, str, int], list[_Member]] = defaultdict(list)
     seeds: dict[str, set[int]] = defaultdict(set)  # finished in some arm of the setting
     entries: list[Run | Missing] = [*collection.runs, *collection.missing]
